@@ -1,0 +1,1 @@
+"""The mathematics of denoising: pure functions of tensors and a table. Knows no model and no data."""

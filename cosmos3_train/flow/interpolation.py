@@ -1,0 +1,20 @@
+"""The straight path between data and noise: x_σ = σ·ε + (1−σ)·x0, whose velocity dx_σ/dσ is v = ε − x0."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def interpolate(x0: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
+    """x_σ, of x0's shape. float32 in, float32 out: the path is never walked in bf16."""
+    return sigma * noise + (1 - sigma) * x0
+
+
+def velocity(x0: Tensor, noise: Tensor) -> Tensor:
+    """v = ε − x0, what the network is trained to predict."""
+    return noise - x0
+
+
+def clean_from_velocity(x_sigma: Tensor, velocity: Tensor, sigma: Tensor | float) -> Tensor:
+    """x0 = x_σ − σ·v."""
+    return x_sigma - sigma * velocity

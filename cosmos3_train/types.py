@@ -1,0 +1,211 @@
+"""The shapes that travel between the floors.
+
+Legend
+    B   samples in a pack              U   tokens of the understanding stream (text), all samples end to end
+    G   tokens of the generation stream (video, sound, action), all samples end to end
+    T   pixel frames of a clip         t, h, w   latent frames, latent height and width (T = 4(t-1)+1, /16, /16)
+    C   latent channels (48)           P   elements of a video token (patch 2 x 2 x 48 = 192)
+    N   action rows of a clip          A   width of the action heads (64); a robot's own width is smaller
+    S   sound frames (25 a second)     R   distinct noise levels in a pack
+
+A `Sample` is what the data floor hands up: pixels or a cached latent, normalised actions, words. The model floor turns
+it into a `TokenSample` (token ids, latent, masks) and several of those into one `PackedSequence`, the two flat streams.
+
+None of these is a tuple or a mapping, and a step's samples travel inside `StepBatch`, a plain object: Lightning's
+precision plugins cast every float tensor they can reach in a batch, and a position of 15001 cast to bf16 becomes 14976.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+IGNORED_LABEL = -100
+"""The label of a text token that is not predicted (the value that cross-entropy ignores by default)."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One window of a log, one clip or one conversation, as the reader returns it.
+
+    key:      where it comes from, unique in its dataset ("pusht/episode_000012/000034")
+    number:   its place in the run's global order (0, 1, ...); every random draw for it is a function of (seed, number)
+    task:     a row of the mask table (`flow.tasks`), or "conversation"
+    caption:  the instruction or caption as a person wrote it; `model.prompts` makes the model's prompt of it
+    fps:      frames per second of the clip; for a robot its control rate in Hz
+    frames:   uint8 [T, 3, H, W], the composed camera views in their native size, not yet padded; None with a latent
+    latent:   float32 [C, t, h, w], normalised and cropped to the content; from the cache, None when encoded online
+    size:     (H, W) of the frames in pixels, also known when only the latent is there
+    action:   float32 [N, width], normalised; None where the task has no robot
+    state:    float32 [width], normalised, the given row 0 of embodiments with a state row
+    sound:    float32 [64, S] sound latent, or None
+    messages: [{"role": ..., "content": ...}, ...] for a conversation
+    embodiment: name of the embodiment card, None without a robot
+    """
+
+    key: str
+    number: int
+    task: str
+    caption: str = ""
+    fps: float = 24.0
+    frames: Tensor | None = None
+    latent: Tensor | None = None
+    size: tuple[int, int] = (0, 0)
+    action: Tensor | None = None
+    state: Tensor | None = None
+    sound: Tensor | None = None
+    messages: list[dict[str, str]] | None = None
+    embodiment: str | None = None
+
+
+@dataclass(frozen=True)
+class TokenSample:
+    """A sample as the model sees it, before noise and before packing.
+
+    text:         int64 [L] token ids of the understanding stream, end-of-turn and start-of-generation included
+    labels:       int64 [L], the token to be predicted *at* each position (already shifted), IGNORED_LABEL elsewhere
+    video:        float32 [C, t, h, w] clean latent, or None
+    video_given:  bool [t], True where a latent frame is given
+    action:       float32 [N, A] clean action rows, zero beyond `action_width`; row 0 is the state where there is one
+    action_given: bool [N]
+    action_start: position of row 0 on the frame grid: 1 (row i lies between frames i and i+1), 0 with a state row
+    sound:        float32 [S, 64] clean sound latent; sound_given: bool [S]
+    tier:         resolution tier (256, 480, 704, 720), which picks the shift of the noise level
+    """
+
+    key: str
+    number: int
+    task: str
+    text: Tensor
+    labels: Tensor | None = None
+    fps: float = 24.0
+    tier: int = 256
+    video: Tensor | None = None
+    video_given: Tensor | None = None
+    action: Tensor | None = None
+    action_given: Tensor | None = None
+    action_width: int = 0
+    action_start: int = 1
+    domain: int = 0
+    sound: Tensor | None = None
+    sound_given: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class NoiseLevels:
+    """σ in [0, 1] of one sample for each modality (equal unless the objective asks for independent ones)."""
+
+    video: float
+    action: float
+    sound: float
+
+
+@dataclass(frozen=True)
+class ModalityTarget:
+    """What the velocities of one modality are compared with, at its generated tokens, in packing order.
+
+    velocity: float32 [n, width] ε − x0;  valid: bool [n, width], False for padding (odd latents, unused channels)
+    sample:   int64 [n], the sample in the pack that a row belongs to
+    elements: float32 [B], the denominator of each sample's mean; 0 where the sample does not count for this modality
+    levels:   float32 [n], σ of each row, for the losses by noise band
+    """
+
+    velocity: Tensor
+    valid: Tensor
+    sample: Tensor
+    elements: Tensor
+    levels: Tensor
+
+
+@dataclass(frozen=True)
+class PackedSequence:
+    """Two flat token streams of B samples, no padding. Offsets are arguments of attention, never module state.
+
+    text_ids            int64 [U];  text_positions float32 [3, U]
+    text_lengths        tokens of each sample in the understanding stream (host integers, so no device sync)
+    generation_lengths  tokens of each sample in the generation stream (0 for a conversation)
+    positions           float32 [3, G], the (t, h, w) axes of the rotary embedding
+    video / sound / action   float32 [*, P] [*, 64] [*, A], the noisy or clean values of every token of a modality;
+                             action rows are grouped by domain: `action_domains` gives (domain, rows) in order
+    order               int64 [G]: row of cat(video, sound, action) that stands at each place of the stream
+    levels              float32 [R] distinct σ;  level_index int64 [G];  noisy bool [G] (False: no timestep is added)
+    joint_order         int64 [K]: row of cat(understanding, generation) keys in the order sample by sample,
+                        samples without generated modalities left out
+    *_out               int64: places in the generation stream (video_out, sound_out, action_out) where velocities are
+                        read; action_out is grouped by domain as `action_out_domains` says
+    text_out, labels    int64 [n]: places in the understanding stream where logits are read, and the tokens expected
+    *_target            what the velocities are compared with; None when the pack is only for sampling
+    """
+
+    text_ids: Tensor
+    text_positions: Tensor
+    text_lengths: tuple[int, ...]
+    generation_lengths: tuple[int, ...]
+    positions: Tensor
+    video: Tensor
+    sound: Tensor
+    action: Tensor
+    action_domains: tuple[tuple[int, int], ...]
+    order: Tensor
+    levels: Tensor
+    level_index: Tensor
+    noisy: Tensor
+    joint_order: Tensor
+    video_out: Tensor
+    sound_out: Tensor
+    action_out: Tensor
+    action_out_domains: tuple[tuple[int, int], ...]
+    text_out: Tensor
+    labels: Tensor
+    video_target: ModalityTarget | None = None
+    sound_target: ModalityTarget | None = None
+    action_target: ModalityTarget | None = None
+
+    def to(self, device: torch.device | str) -> PackedSequence:
+        """The same pack on a device. Only moves: no dtype ever changes here."""
+        return _moved(self, device)
+
+    @property
+    def samples(self) -> int:
+        return len(self.text_lengths)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of both streams together, what the token budget counts."""
+        return sum(self.text_lengths) + sum(self.generation_lengths)
+
+
+@dataclass(frozen=True)
+class Velocities:
+    """What the backbone returns: float velocities at the generated tokens in packing order, hidden states at labels.
+
+    video [n, P], sound [n, 64], action [n, A]; text_hidden [n, D] at `text_out`, for the chunked cross-entropy.
+    """
+
+    video: Tensor
+    sound: Tensor
+    action: Tensor
+    text_hidden: Tensor
+
+
+class StepBatch:
+    """The samples that one rank contributes to one optimizer step. Deliberately opaque to `apply_to_collection`."""
+
+    __slots__ = ("samples", "step")
+
+    def __init__(self, step: int, samples: list[Sample]) -> None:
+        self.step = step
+        self.samples = samples
+
+
+def _moved(record, device: torch.device | str):
+    changes = {}
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, Tensor):
+            changes[field.name] = value.to(device, non_blocking=True)
+        elif isinstance(value, ModalityTarget):
+            changes[field.name] = _moved(value, device)
+    return replace(record, **changes)
