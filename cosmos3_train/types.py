@@ -17,7 +17,9 @@ precision plugins cast every float tensor they can reach in a batch, and a posit
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -120,15 +122,50 @@ class ModalityTarget:
 
 
 @dataclass(frozen=True)
+class Spans:
+    """Where the samples of a flat stream begin and end.
+
+    offsets: int32 [n + 1], cumulative; lengths: the same borders as host integers, so that nothing waits for the device
+    """
+
+    offsets: Tensor
+    lengths: tuple[int, ...]
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths, default=0)
+
+    @property
+    def total(self) -> int:
+        return sum(self.lengths)
+
+    @staticmethod
+    def of(lengths: Iterable[int]) -> Spans:
+        counts = tuple(lengths)
+        offsets = torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
+        return Spans(offsets=offsets, lengths=counts)
+
+
+@dataclass(frozen=True)
+class DomainRows:
+    """Action rows grouped by domain: int64 [K] distinct domain ids, and how many rows in order belong to each."""
+
+    ids: Tensor
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class PackedSequence:
     """Two flat token streams of B samples, no padding. Offsets are arguments of attention, never module state.
 
     text_ids            int64 [U];  text_positions float32 [3, U]
-    text_lengths        tokens of each sample in the understanding stream (host integers, so no device sync)
-    generation_lengths  tokens of each sample in the generation stream (0 for a conversation)
+    text_spans          borders of the samples in the understanding stream (B of them)
+    generation_lengths  tokens of each of the B samples in the generation stream (0 for a conversation)
+    generation_spans    borders in the generation stream, samples without generated modalities left out
+    joint_spans         borders of the keys that generation attends to: each sample's text, then its generation tokens
     positions           float32 [3, G], the (t, h, w) axes of the rotary embedding
     video / sound / action   float32 [*, P] [*, 64] [*, A], the noisy or clean values of every token of a modality;
-                             action rows are grouped by domain: `action_domains` gives (domain, rows) in order
+                             action rows are grouped by domain as `action_domains` says
     order               int64 [G]: row of cat(video, sound, action) that stands at each place of the stream
     levels              float32 [R] distinct σ;  level_index int64 [G];  noisy bool [G] (False: no timestep is added)
     joint_order         int64 [K]: row of cat(understanding, generation) keys in the order sample by sample,
@@ -141,13 +178,15 @@ class PackedSequence:
 
     text_ids: Tensor
     text_positions: Tensor
-    text_lengths: tuple[int, ...]
+    text_spans: Spans
     generation_lengths: tuple[int, ...]
+    generation_spans: Spans
+    joint_spans: Spans
     positions: Tensor
     video: Tensor
     sound: Tensor
     action: Tensor
-    action_domains: tuple[tuple[int, int], ...]
+    action_domains: DomainRows
     order: Tensor
     levels: Tensor
     level_index: Tensor
@@ -156,7 +195,7 @@ class PackedSequence:
     video_out: Tensor
     sound_out: Tensor
     action_out: Tensor
-    action_out_domains: tuple[tuple[int, int], ...]
+    action_out_domains: DomainRows
     text_out: Tensor
     labels: Tensor
     video_target: ModalityTarget | None = None
@@ -169,12 +208,12 @@ class PackedSequence:
 
     @property
     def samples(self) -> int:
-        return len(self.text_lengths)
+        return len(self.text_spans.lengths)
 
     @property
     def tokens(self) -> int:
         """Tokens of both streams together, what the token budget counts."""
-        return sum(self.text_lengths) + sum(self.generation_lengths)
+        return self.text_spans.total + self.generation_spans.total
 
 
 @dataclass(frozen=True)
@@ -206,6 +245,6 @@ def _moved(record, device: torch.device | str):
         value = getattr(record, field.name)
         if isinstance(value, Tensor):
             changes[field.name] = value.to(device, non_blocking=True)
-        elif isinstance(value, ModalityTarget):
+        elif isinstance(value, ModalityTarget | Spans | DomainRows):
             changes[field.name] = _moved(value, device)
     return replace(record, **changes)

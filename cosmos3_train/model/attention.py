@@ -1,0 +1,161 @@
+"""One function, `attend`, over flat streams whose sample borders are arguments; four backends behind it.
+
+flash4  FlashAttention-4 (package flash-attn-4), the fastest on Hopper and Blackwell
+flash3  FlashAttention-3 (package flash_attn_3, interface flash_attn_interface)
+flash2  torch's own variable-length FlashAttention-2 kernel, present in every CUDA build of torch
+sdpa    torch's scaled_dot_product_attention, sample by sample: CPU, float32, and the reference of the tests
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cosmos3_train.config import UserError
+from cosmos3_train.types import Spans
+
+logger = logging.getLogger(__name__)
+
+Backend = Literal["flash4", "flash3", "flash2", "sdpa"]
+BACKENDS: tuple[Backend, ...] = ("flash4", "flash3", "flash2", "sdpa")
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, *, causal: bool, backend: Backend) -> Tensor:
+    """Attention of every sample's queries to the same sample's keys, and to no other.
+
+    Args:
+        q: [Q, heads, head_dim], samples end to end as `queries` says.
+        k, v: [K, key/value heads, head_dim], as `keys` says; heads is a multiple of key/value heads.
+        causal: query i of a sample sees keys 0 .. i (then the two spans are equal).
+        backend: what `choose_backend` returned.
+
+    Returns:
+        [Q, heads, head_dim] in q's dtype.
+    """
+    return _KERNELS[backend](q, k, v, queries, keys, causal)
+
+
+def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend to use, with one log line that says which and why.
+
+    Raises:
+        UserError: the wanted backend cannot run here; names what is missing.
+    """
+    if wanted != "auto":
+        obstacle = _obstacle(wanted, device, dtype)
+        if obstacle:
+            raise UserError(f"model.attention is {wanted!r}, but {obstacle}; use 'auto'")
+        return next(b for b in BACKENDS if b == wanted)
+    reasons = []
+    for backend in BACKENDS:
+        obstacle = _obstacle(backend, device, dtype)
+        if obstacle is None:
+            logger.info("attention: %s%s", backend, f" ({'; '.join(reasons)})" if reasons else "")
+            return backend
+        reasons.append(f"not {backend}: {obstacle}")
+    raise AssertionError("sdpa has no obstacle")
+
+
+def _obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot run here, or None."""
+    if backend == "sdpa":
+        return None
+    if device.type != "cuda":
+        return f"it needs a CUDA device, this is {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it needs bfloat16, this is {str(dtype).removeprefix('torch.')}"
+    major = torch.cuda.get_device_capability(device)[0]
+    if backend == "flash4":
+        if major < 9:
+            return "it needs a Hopper or Blackwell GPU"
+        if not _importable("flash_attn.cute"):
+            return "flash-attn-4 is not installed"
+    if backend == "flash3":
+        if major != 9:
+            return "it needs a Hopper GPU"
+        if not _importable("flash_attn_interface"):
+            return "flash_attn_interface (FlashAttention-3) is not installed"
+    if backend == "flash2" and major < 8:
+        return "it needs an Ampere GPU or newer"
+    return None
+
+
+@cache
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the parent package is missing
+        return False
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal: bool) -> Tensor:
+    assert len(queries.lengths) == len(keys.lengths)
+    out = []
+    for q_one, k_one, v_one in zip(q.split(queries.lengths), k.split(keys.lengths), v.split(keys.lengths), strict=True):
+        # The heads are repeated by hand: with enable_gqa the CUDA kernel may fall back to one that holds S x S scores.
+        repeats = q_one.shape[1] // k_one.shape[1]
+        out.append(
+            F.scaled_dot_product_attention(
+                q_one.transpose(0, 1)[None],
+                k_one.transpose(0, 1).repeat_interleave(repeats, dim=0)[None],
+                v_one.transpose(0, 1).repeat_interleave(repeats, dim=0)[None],
+                is_causal=causal,
+            )[0].transpose(0, 1)
+        )
+    return torch.cat(out)
+
+
+def _flash2(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal: bool) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        queries.offsets,
+        keys.offsets,
+        queries.longest,
+        keys.longest,
+        window_size=(-1, 0) if causal else (-1, -1),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _flash3(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal: bool) -> Tensor:
+    from flash_attn_interface import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    out = flash_attn_varlen_func(q, k, v, queries.offsets, keys.offsets, queries.longest, keys.longest, causal=causal)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _flash4(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal: bool) -> Tensor:
+    from flash_attn.cute import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    out = flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q=queries.offsets,
+        cu_seqlens_k=keys.offsets,
+        max_seqlen_q=queries.longest,
+        max_seqlen_k=keys.longest,
+        causal=causal,
+    )
+    return out[0] if isinstance(out, tuple) else out
+
+
+_KERNELS: dict[Backend, Callable[[Tensor, Tensor, Tensor, Spans, Spans, bool], Tensor]] = {
+    "flash4": _flash4,
+    "flash3": _flash3,
+    "flash2": _flash2,
+    "sdpa": _sdpa,
+}

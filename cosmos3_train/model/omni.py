@@ -1,0 +1,280 @@
+"""Cosmos 3's Mixture-of-Transformers on two packed streams: velocities and text hidden states out.
+
+Upstream's class is subclassed; its parameters keep their names, so a published checkpoint loads as it is. What differs
+is the order of the work. Text never attends to the generation stream, so the understanding tower runs first, layer by
+layer, and hands each layer's keys and values to the generation tower: without gradient and outside activation
+checkpointing when nothing in it trains, and not at all when its keys and values are given.
+
+Sample borders, positions and noise levels are arguments everywhere. Nothing is kept on a module between the forward
+and the backward, because activation checkpointing reads it again in backward, when it may have changed.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from diffusers import Cosmos3OmniTransformer
+from diffusers.models.transformers.transformer_cosmos3 import (
+    Cosmos3PackedMoTAttention,
+    Cosmos3VLTextMoTDecoderLayer,
+    DomainAwareLinear,
+)
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cosmos3_train.model.attention import Backend, attend
+from cosmos3_train.types import DomainRows, PackedSequence, Spans, Velocities
+
+TIMESTEPS = 1000
+"""Training timesteps: the network is told timestep = 1000·σ, which its `timestep_scale` brings back to [0, 1]."""
+
+Rotary = tuple[Tensor, Tensor]
+KeysValues = tuple[Tensor, Tensor]
+"""One layer's understanding keys (rotated, as generation sees them) and values, each [U, kv heads, head_dim]."""
+
+
+@dataclass(frozen=True)
+class Understood:
+    """What the understanding tower leaves behind: keys and values of every layer, hidden states at labelled text."""
+
+    keys_values: list[KeysValues]
+    text_hidden: Tensor
+
+
+class PackedDecoderLayer(Cosmos3VLTextMoTDecoderLayer):
+    """A decoder layer that runs one tower at a time. Always called through `__call__`: sharding hooks fire there."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        stream: Literal["understanding", "generation"],
+        hidden: Tensor,
+        rotary: Rotary,
+        queries: Spans,
+        keys: Spans,
+        backend: Backend,
+        understood: KeysValues | None = None,
+        joint_order: Tensor | None = None,
+    ) -> tuple[Tensor, KeysValues | None]:
+        """One layer of one tower.
+
+        Args:
+            stream: which tower.
+            hidden: [U, D] or [G, D].
+            rotary: cosines and sines of that stream, [*, 1, head_dim].
+            queries, keys: borders of the samples; for generation `keys` are those of the joint stream.
+            understood, joint_order: generation only: the understanding tower's keys and values of this layer, and the
+                order that puts cat(understanding, generation) keys sample by sample.
+
+        Returns:
+            The stream after the layer, and for the understanding tower its keys and values for generation.
+        """
+        if stream == "understanding":
+            out, kept = _understanding_attention(self.self_attn, self.input_layernorm(hidden), rotary, queries, backend)
+            hidden = hidden + out
+            return hidden + self.mlp(self.post_attention_layernorm(hidden)), kept
+        assert understood is not None and joint_order is not None
+        normed = self.input_layernorm_moe_gen(hidden)
+        hidden = hidden + _generation_attention(
+            self.self_attn, normed, rotary, understood, joint_order, queries, keys, backend
+        )
+        return hidden + self.mlp_moe_gen(self.post_attention_layernorm_moe_gen(hidden)), None
+
+
+class PackedDomainLinear(DomainAwareLinear):
+    """Action projection with one weight per domain: one matrix product a domain, no gather a token, no host sync."""
+
+    def forward(self, x: Tensor, domains: DomainRows) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """[rows, in] → [rows, out]; rows grouped as `domains` says. Weights are fetched through the embeddings'
+        `__call__`, so trainable rows and sharding hooks take part."""
+        weight = self.fc(domains.ids).to(x.dtype).unflatten(1, (self.input_size, self.output_size))
+        bias = self.bias(domains.ids).to(x.dtype)
+        parts = [torch.addmm(bias[place], rows, weight[place]) for place, rows in enumerate(x.split(domains.counts))]
+        return torch.cat(parts) if parts else x.new_zeros((0, self.output_size))
+
+
+class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
+    """`Cosmos3OmniTransformer` that takes a `PackedSequence`. State-dict keys equal upstream's."""
+
+    _no_split_modules = ["PackedDecoderLayer"]  # noqa: RUF012  upstream's own form
+    _repeated_blocks = ["PackedDecoderLayer"]  # noqa: RUF012
+
+    attention_backend: Backend = "sdpa"
+    understanding_trains: bool = True
+    compute_dtype: torch.dtype = torch.float32
+    """What the streams run in: the dtype of the frozen weights, while trainables are float32 masters."""
+
+    @functools.wraps(Cosmos3OmniTransformer.__init__)  # upstream reads the signature to know a config's keys
+    def __init__(self, *arguments, **named) -> None:
+        super().__init__(*arguments, **named)
+        self.use_packed_layers()
+
+    def use_packed_layers(self) -> None:
+        """Give upstream's layers and action heads the packed forward."""
+        config = cast(Any, self.config)
+        self.video_width: int = config.patch_latent_dim
+        self.sound_width: int = config.sound_dim or 0
+        self.action_width: int = config.action_dim or 0
+        self.timestep_scale: float = config.timestep_scale
+        for layer in self.layers:
+            layer.__class__ = PackedDecoderLayer
+        if self.action_gen:
+            self.action_proj_in.__class__ = PackedDomainLinear
+            self.action_proj_out.__class__ = PackedDomainLinear
+
+    def forward(self, pack: PackedSequence, understood: Understood | None = None) -> Velocities:  # pyright: ignore
+        """Velocities at the generated tokens and hidden states at the labelled text tokens of a pack.
+
+        Args:
+            pack: B samples; positions and noise levels in float32.
+            understood: what `understand` returned for these samples' text, where it is already known.
+
+        Raises:
+            AssertionError: something cast positions or noise levels below float32, which would shift every token.
+        """
+        understood = understood or self.understand(pack)
+        video, sound, action = self.generate(pack, understood)
+        return Velocities(video=video, sound=sound, action=action, text_hidden=understood.text_hidden)
+
+    def understand(self, pack: PackedSequence) -> Understood:
+        """Run the understanding tower. With nothing to train in it, no gradient and no recomputation."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.understanding_trains):
+            assert pack.text_positions.dtype == torch.float32, "text positions were cast"
+            hidden = self.embed_tokens(pack.text_ids).to(self.compute_dtype)
+            rotary = self._rotary(pack.text_positions, hidden.dtype)
+            spans, kept = pack.text_spans, []
+            for layer in self.layers:
+                hidden, keys_values = self._layer(
+                    layer, self.understanding_trains, "understanding", hidden, rotary, spans, spans
+                )
+                kept.append(keys_values)
+            if pack.text_out.numel():
+                text_hidden = self.norm(hidden).index_select(0, pack.text_out)
+            else:
+                text_hidden = hidden.new_zeros((0, hidden.shape[1]))
+            return Understood(keys_values=kept, text_hidden=text_hidden)
+
+    def generate(self, pack: PackedSequence, understood: Understood) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the generation tower: velocities of video [n, P], sound [n, 64] and action [n, A] tokens."""
+        if not pack.generation_spans.lengths:
+            empty = understood.text_hidden.new_zeros
+            return empty((0, self.video_width)), empty((0, self.sound_width)), empty((0, self.action_width))
+        assert pack.positions.dtype == torch.float32, "positions were cast"
+        hidden = self._embed_generation(pack)
+        rotary = self._rotary(pack.positions, hidden.dtype)
+        for layer, keys_values in zip(self.layers, understood.keys_values, strict=True):
+            hidden, _ = self._layer(
+                layer,
+                True,
+                "generation",
+                hidden,
+                rotary,
+                pack.generation_spans,
+                pack.joint_spans,
+                keys_values,
+                pack.joint_order,
+            )
+        hidden = self.norm_moe_gen(hidden)
+        video = self.proj_out(hidden.index_select(0, pack.video_out))
+        sound = hidden.new_zeros((0, self.sound_width))
+        if pack.sound_out.numel():
+            sound = self.audio_proj_out(hidden.index_select(0, pack.sound_out))
+        action = hidden.new_zeros((0, self.action_width))
+        if pack.action_out_domains.counts:
+            action = self.action_proj_out(hidden.index_select(0, pack.action_out), pack.action_out_domains)
+        return video, sound, action
+
+    def _embed_generation(self, pack: PackedSequence) -> Tensor:
+        """Project every modality's tokens, put them in stream order, and tell the noisy ones their σ."""
+        dtype = self.compute_dtype
+        parts = [self.proj_in(pack.video.to(dtype))]
+        if pack.sound.shape[0]:
+            parts.append(self.audio_proj_in(pack.sound.to(dtype)) + self.audio_modality_embed.to(dtype))
+        if pack.action.shape[0]:
+            projected = self.action_proj_in(pack.action.to(dtype), pack.action_domains)
+            parts.append(projected + self.action_modality_embed.to(dtype))
+        hidden = torch.cat(parts).index_select(0, pack.order)
+        # One row per distinct σ of the pack instead of one per token: the embedder is float32 and D x D wide.
+        assert pack.levels.dtype == torch.float32, "noise levels were cast"
+        timesteps = pack.levels * TIMESTEPS * self.timestep_scale
+        embedded = self.time_embedder(self.time_proj(timesteps).to(self.time_embedder.linear_1.weight.dtype))
+        per_token = embedded.to(dtype).index_select(0, pack.level_index)
+        return hidden + torch.where(pack.noisy[:, None], per_token, 0)
+
+    def _rotary(self, positions: Tensor, dtype: torch.dtype) -> Rotary:
+        cos, sin = self.rotary_emb(positions[:, None], positions.device, dtype)
+        return cos.reshape(-1, 1, cos.shape[-1]), sin.reshape(-1, 1, sin.shape[-1])
+
+    def _layer(self, layer: nn.Module, trains: bool, *arguments) -> tuple[Tensor, KeysValues | None]:
+        stream, hidden, rotary, queries, keys, *rest = arguments
+        arguments = (stream, hidden, rotary, queries, keys, self.attention_backend, *rest)
+        if self.gradient_checkpointing and trains and torch.is_grad_enabled():
+            return checkpoint(layer, *arguments, use_reentrant=False)  # pyright: ignore[reportReturnType]
+        return layer(*arguments)
+
+
+def text_logits_loss(hidden: Tensor, labels: Tensor, head: nn.Module, chunk: int) -> Tensor:
+    """Summed cross-entropy of labelled tokens, `chunk` tokens' logits at a time, recomputed in backward.
+
+    Args:
+        hidden: [n, D] from `Velocities.text_hidden`;  labels: int64 [n];  head: the language model's output layer.
+
+    Returns:
+        float32 scalar, the sum (not the mean) over the n tokens.
+    """
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for start in range(0, hidden.shape[0], chunk):
+        part = (hidden[start : start + chunk], labels[start : start + chunk], head)
+        total = total + checkpoint(_chunk_loss, *part, use_reentrant=False)  # pyright: ignore[reportOperatorIssue]
+    return total
+
+
+def _chunk_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
+    return F.cross_entropy(head(hidden).float(), labels, reduction="sum")
+
+
+def _heads(x: Tensor, attn: Cosmos3PackedMoTAttention) -> Tensor:
+    return x.unflatten(-1, (-1, attn.head_dim))
+
+
+def _rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    cos, sin = rotary
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+
+
+def _understanding_attention(
+    attn: Cosmos3PackedMoTAttention, x: Tensor, rotary: Rotary, spans: Spans, backend: Backend
+) -> tuple[Tensor, KeysValues]:
+    """Causal self-attention of the text, and the keys and values that generation will see."""
+    q = attn.norm_q(_heads(attn.to_q(x), attn))
+    k = attn.norm_k(_heads(attn.to_k(x), attn))
+    v = _heads(attn.to_v(x), attn)
+    # Edge has no text qk-norm; its keys are normalised for generation only.
+    seen = k if attn.k_norm_und_for_gen is None else attn.k_norm_und_for_gen(k)
+    k, seen = _rotate(k, rotary), _rotate(seen, rotary)
+    out = attend(_rotate(q, rotary), k, v, spans, spans, causal=True, backend=backend)
+    return attn.to_out(out.flatten(-2)), (seen, v)
+
+
+def _generation_attention(
+    attn: Cosmos3PackedMoTAttention,
+    x: Tensor,
+    rotary: Rotary,
+    understood: KeysValues,
+    joint_order: Tensor,
+    queries: Spans,
+    keys: Spans,
+    backend: Backend,
+) -> Tensor:
+    """Every generation token attends to all of its own sample, in both streams."""
+    q = _rotate(attn.norm_added_q(_heads(attn.add_q_proj(x), attn)), rotary)
+    k = _rotate(attn.norm_added_k(_heads(attn.add_k_proj(x), attn)), rotary)
+    v = _heads(attn.add_v_proj(x), attn)
+    # index_select: its backward is the same from run to run on CPU, that of x[index] is not.
+    k = torch.cat((understood[0], k)).index_select(0, joint_order)
+    v = torch.cat((understood[1], v)).index_select(0, joint_order)
+    return attn.to_add_out(attend(q, k, v, queries, keys, causal=False, backend=backend).flatten(-2))
