@@ -1,0 +1,169 @@
+"""From a `Sample` of the data floor to a `TokenSample`: words to ids, pixels to latents, actions to rows with masks.
+
+Pixels pass through upstream's own steps: a robot's frames are padded right and bottom to the tier's canvas, encoded,
+and the latent is cropped to the content; a plain clip is resized to cover its canvas and cropped to the middle.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from diffusers import Cosmos3OmniPipeline
+from torch import Tensor
+
+from cosmos3_train.config import MAX_ACTION_WIDTH, Embodiment
+from cosmos3_train.flow.tasks import CONVERSATION, TASKS, action_given, sound_given, video_given
+from cosmos3_train.model.prompts import canvas, conversation, dropped_prompt, robot_prompt, video_prompt
+from cosmos3_train.runtime import draw
+from cosmos3_train.types import Sample, TokenSample
+
+VIDEO_TIER = 256
+"""Tier of clips without an embodiment."""
+
+
+class Encoder:
+    """Turns samples into token samples; holds upstream's tokenizer and video tokenizer.
+
+    Args:
+        parts: `loading.load_parts`; its VAE needs weights only where samples come without a latent.
+        embodiments: cards by name.
+        caption_dropout: probability that a caption is emptied, drawn from (seed, sample number).
+    """
+
+    def __init__(
+        self,
+        parts: Cosmos3OmniPipeline,
+        embodiments: Mapping[str, Embodiment],
+        *,
+        caption_dropout: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.parts = parts
+        self.embodiments = dict(embodiments)
+        self.caption_dropout = caption_dropout
+        self.seed = seed
+        self._prompts: dict[tuple, Tensor] = {}
+
+    def encode(self, samples: Sequence[Sample]) -> list[TokenSample]:
+        """Token samples in the same order; clips of one shape share a call of the video tokenizer."""
+        latents = self._latents(samples)
+        return [self._token_sample(sample, latent) for sample, latent in zip(samples, latents, strict=True)]
+
+    def robot_text(self, instruction: str, embodiment: Embodiment, size: tuple[int, int]) -> Tensor:
+        """The ids of a robot's prompt, built once per distinct instruction."""
+        key = (instruction, embodiment.name, size)
+        if key not in self._prompts:
+            self._prompts[key] = robot_prompt(self.parts, instruction, embodiment, size)
+        return self._prompts[key]
+
+    def encode_frames(self, frames: Sequence[Tensor], embodiment: Embodiment | None) -> list[Tensor]:
+        """Latents float32 [C, t, h, w] on the CPU of clips uint8 [T, 3, H, W], all of one size."""
+        prepared = torch.cat([self._prepare(clip, embodiment) for clip in frames])
+        with torch.no_grad():
+            latents = self.parts._encode_video(prepared).float()
+        if embodiment is not None:
+            size = torch.tensor([0, 0, *self._content(frames[0], embodiment)], dtype=torch.float32)
+            latents = self.parts._remove_action_video_padding_from_latent(latents, size)
+        return list(latents.cpu())
+
+    # -------------------------------------------------------------------------------------------- details
+
+    def _latents(self, samples: Sequence[Sample]) -> list[Tensor | None]:
+        found: list[Tensor | None] = [sample.latent for sample in samples]
+        groups: dict[tuple, list[int]] = {}
+        for place, sample in enumerate(samples):
+            if sample.frames is not None and sample.latent is None:
+                groups.setdefault((tuple(sample.frames.shape), sample.embodiment), []).append(place)
+        for (_, name), places in groups.items():
+            embodiment = self.embodiments[name] if name else None
+            frames = [cast(Tensor, samples[place].frames) for place in places]
+            for place, latent in zip(places, self.encode_frames(frames, embodiment), strict=True):
+                found[place] = latent
+        return found
+
+    def _token_sample(self, sample: Sample, latent: Tensor | None) -> TokenSample:
+        if sample.task == CONVERSATION:
+            assert sample.messages is not None
+            text, labels = conversation(self.parts, sample.messages, sample.key)
+            return TokenSample(sample.key, sample.number, sample.task, text, labels=labels)
+        task = TASKS[sample.task]
+        embodiment = self.embodiments[sample.embodiment] if sample.embodiment else None
+        tier = embodiment.resolution_tier if embodiment else VIDEO_TIER
+        assert latent is not None
+        fields: dict[str, Any] = {"video": latent, "video_given": video_given(task, latent.shape[1])}
+        if task.has_robot:
+            assert embodiment is not None and sample.action is not None
+            fields |= action_fields(sample.action, sample.state, embodiment, sample.task)
+        if sample.sound is not None:
+            fields |= {"sound": sample.sound.T, "sound_given": sound_given(task, sample.sound.shape[1])}
+        return TokenSample(
+            key=sample.key,
+            number=sample.number,
+            task=sample.task,
+            text=self._text(sample, embodiment, tier, latent),
+            fps=sample.fps,
+            tier=tier,
+            **fields,
+        )
+
+    def _text(self, sample: Sample, embodiment: Embodiment | None, tier: int, latent: Tensor) -> Tensor:
+        dropout = torch.rand((), generator=draw(self.seed, "caption", sample.number))
+        if float(dropout) < self.caption_dropout:
+            key = ("",)
+            if key not in self._prompts:
+                self._prompts[key] = dropped_prompt(self.parts)
+            return self._prompts[key]
+        if TASKS[sample.task].has_robot:
+            assert embodiment is not None
+            return self.robot_text(sample.caption, embodiment, sample.size)
+        frames = 4 * (latent.shape[1] - 1) + 1
+        return video_prompt(self.parts, sample.caption, frames, canvas(sample.size, tier), sample.fps)
+
+    def _prepare(self, clip: Tensor, embodiment: Embodiment | None) -> Tensor:
+        """float [1, 3, T, H', W'] in [-1, 1] on the canvas."""
+        device = self.parts.vae.device
+        values = clip.to(device).float() / 255
+        if embodiment is None:
+            return _cover(values * 2 - 1, canvas((clip.shape[-2], clip.shape[-1]), VIDEO_TIER))
+        frames, _, _, _ = self.parts._prepare_action_video_conditioning(
+            values, embodiment.resolution_tier, clip.shape[0], device=device, dtype=torch.float32
+        )
+        return frames
+
+    def _content(self, clip: Tensor, embodiment: Embodiment) -> tuple[int, int]:
+        """(H, W) of the frame on the canvas: its own size, reduced where it is larger than the canvas."""
+        height, width = clip.shape[-2], clip.shape[-1]
+        target_h, target_w = canvas((height, width), embodiment.resolution_tier)
+        scale = min(target_w / width, target_h / height, 1.0)
+        return max(1, int(scale * height + 0.5)), max(1, int(scale * width + 0.5))
+
+
+def action_fields(action: Tensor, state: Tensor | None, embodiment: Embodiment, task: str) -> dict[str, Any]:
+    """The action fields of a token sample from normalised actions [N, width] and, with a state row, state [width]."""
+    rows = action if not embodiment.state_row else torch.cat([cast(Tensor, state)[None], action])
+    return {
+        "action": F.pad(rows, (0, MAX_ACTION_WIDTH - rows.shape[1])),
+        "action_given": action_given(TASKS[task], rows.shape[0], embodiment.state_row),
+        "action_width": embodiment.width,
+        "action_start": 0 if embodiment.state_row else 1,
+        "domain": embodiment.domain_id,
+    }
+
+
+def _cover(clip: Tensor, size: tuple[int, int]) -> Tensor:
+    """[T, 3, H, W] resized to cover `size` and cropped to its middle → [1, 3, T, *size]."""
+    height, width = clip.shape[-2:]
+    scale = max(size[0] / height, size[1] / width)
+    resized = F.interpolate(
+        clip,
+        size=(math.ceil(scale * height), math.ceil(scale * width)),
+        mode="bicubic",
+        align_corners=False,
+        antialias=True,
+    ).clamp(-1, 1)
+    top, left = (resized.shape[-2] - size[0]) // 2, (resized.shape[-1] - size[1]) // 2
+    return resized[:, :, top : top + size[0], left : left + size[1]].transpose(0, 1)[None]

@@ -1,0 +1,188 @@
+"""Reading a published Cosmos 3 folder: the transformer meta first and shard by shard, the other parts as upstream does.
+
+No conversion: the folder is what `Cosmos3OmniPipeline.save_pretrained` writes and what is on the Hub. Only safetensors
+are read, and of those only the tensors that the run uses.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKLWan, Cosmos3OmniPipeline, UniPCMultistepScheduler
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from cosmos3_train.config import Model, UserError
+from cosmos3_train.model.attention import choose_backend
+from cosmos3_train.model.omni import Cosmos3PackedTransformer
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+KEPT_FLOAT32 = ("time_embedder.",)
+"""Upstream keeps these in float32 whatever the rest runs in (`_keep_in_fp32_modules`)."""
+
+
+def model_folder(model: Model) -> Path:
+    """The checkpoint's folder on disk, fetched from the Hub first where `path` is an id.
+
+    Raises:
+        UserError: neither a folder nor a repository that can be reached, or a folder of another kind.
+    """
+    folder = Path(model.path)
+    if not folder.is_dir():
+        if folder.is_absolute() or model.path.startswith(".") or model.path.count("/") != 1:
+            raise UserError(
+                f"model.path is {model.path!r}: no such folder, and not a Hub id such as nvidia/Cosmos3-Nano"
+            )
+        try:
+            folder = Path(
+                snapshot_download(model.path, revision=model.revision, ignore_patterns=["*.bin", "*.pt", "*.pth"])
+            )
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"model.path is {model.path!r}: not a folder here, and the Hub could not be read ({reason}); "
+                f"fetch it with 'hf download {model.path} --local-dir DIR' and give DIR"
+            ) from error
+    if not (folder / "transformer" / "config.json").is_file():
+        raise UserError(
+            f"model.path is {model.path!r}: no transformer/config.json in it; a folder in the diffusers layout is needed"
+        )
+    return folder
+
+
+def load_backbone(model: Model, device: torch.device, *, text_logits: bool = True) -> Cosmos3PackedTransformer:
+    """The packed transformer with a checkpoint's weights, in the run's dtype, on its device, nothing trainable yet.
+
+    Args:
+        text_logits: whether the language model's output layer is needed; without it those tensors are not read.
+
+    Raises:
+        UserError: a file is missing or damaged, or its tensors are not those of this architecture.
+    """
+    folder = model_folder(model) / "transformer"
+    dtype = DTYPES[model.dtype]
+    config = Cosmos3PackedTransformer.load_config(folder)
+    with init_empty_weights():
+        backbone = cast(Cosmos3PackedTransformer, Cosmos3PackedTransformer.from_config(cast(Any, config)))
+    if not text_logits:
+        del backbone.lm_head
+    fill_from_shards(backbone, folder, dtype, device)
+    # inv_freq is a non-persistent buffer: no file holds it, and a strict load does not miss it.
+    backbone.rotary_emb = _rotary_embedding(backbone, config).to(device)
+    backbone.compute_dtype = dtype
+    backbone.attention_backend = choose_backend(model.attention, device, dtype)
+    backbone.requires_grad_(False)
+    if model.checkpoint_activations:
+        backbone.enable_gradient_checkpointing()
+    return backbone
+
+
+def load_parts(model: Model, device: torch.device, *, vae_weights: bool = True) -> Cosmos3OmniPipeline:
+    """Upstream's pipeline without its transformer: tokenizer, video tokenizer, scheduler, and all its builders.
+
+    Args:
+        vae_weights: without them the video tokenizer stays on the meta device: enough for prompts and canvases.
+    """
+    folder = model_folder(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder / "text_tokenizer")
+        scheduler = UniPCMultistepScheduler.from_pretrained(folder, subfolder="scheduler")
+        if vae_weights:
+            vae = AutoencoderKLWan.from_pretrained(
+                folder, subfolder="vae", torch_dtype=DTYPES[model.dtype], use_safetensors=True
+            )
+            vae.requires_grad_(False).to(device).eval()
+        else:
+            with init_empty_weights():
+                vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(folder, subfolder="vae"))
+    except (OSError, SafetensorError, json.JSONDecodeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{folder}: its tokenizer, scheduler or vae cannot be read ({reason}); fetch it again"
+        ) from error
+    return Cosmos3OmniPipeline(
+        transformer=cast(Any, None),
+        text_tokenizer=tokenizer,
+        vae=vae,
+        scheduler=scheduler,
+        enable_safety_checker=False,
+    )
+
+
+def fill_from_shards(module: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    """Give every parameter of a meta module its tensor, one at a time, from the folder's safetensors shards.
+
+    Raises:
+        UserError: a shard is missing or damaged, a tensor is missing or has another shape; names file and tensor.
+    """
+    places = _tensor_files(folder)
+    wanted = {name: parameter.shape for name, parameter in module.named_parameters()}
+    missing = sorted(wanted.keys() - places.keys())
+    if missing:
+        raise UserError(
+            f"{folder}: the checkpoint lacks {len(missing)} tensors, {missing[0]!r} first; it is not of this "
+            f"architecture, or its config.json is of another model"
+        )
+    by_file: dict[Path, list[str]] = {}
+    for name in wanted:
+        by_file.setdefault(places[name], []).append(name)
+    for file, names in by_file.items():
+        try:
+            with safe_open(file, framework="pt") as shard:
+                for name in names:
+                    tensor = shard.get_tensor(name)
+                    if tensor.shape != wanted[name]:
+                        raise UserError(
+                            f"{file}: tensor {name!r} is {list(tensor.shape)}, the model expects {list(wanted[name])}"
+                        )
+                    keep = torch.float32 if name.startswith(KEPT_FLOAT32) else dtype
+                    _set_parameter(module, name, tensor.to(device=device, dtype=keep))
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: damaged or missing ({str(error).splitlines()[0]}); fetch it again") from error
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """Which file holds each tensor, from the index of a sharded folder or from the single file."""
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if indexes:
+        try:
+            weight_map = json.loads(indexes[0].read_text())["weight_map"]
+        except (json.JSONDecodeError, KeyError) as error:
+            raise UserError(f"{indexes[0]}: not a readable index of shards; fetch it again") from error
+        return {name: folder / file for name, file in weight_map.items()}
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: no safetensors file in it; fetch the checkpoint again")
+    places: dict[str, Path] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as shard:
+                places.update(dict.fromkeys(shard.keys(), file))
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: damaged ({str(error).splitlines()[0]}); fetch it again") from error
+    return places
+
+
+def _set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+    owner_name, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(owner_name), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def _rotary_embedding(backbone: Cosmos3PackedTransformer, config: Any) -> nn.Module:
+    """Upstream's rotary embedding made anew, off the meta device, in float32."""
+    made = type(backbone.rotary_emb)(
+        head_dim=config["head_dim"],
+        rope_theta=config["rope_theta"],
+        rope_axes_dim=cast(Any, backbone.config).rope_axes_dim,
+    )
+    return made.float()
