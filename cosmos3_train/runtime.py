@@ -11,7 +11,6 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -27,6 +26,11 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes take part in the run (1 where no launcher started it)."""
     return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+
+
+def local_rank() -> int:
+    """This process's place on its machine, which is the GPU it uses."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
 
 
 def local_world_size() -> int:
@@ -85,8 +89,3 @@ def offline_hub() -> None:
     """Keep the Hub client from looking for a network for folders that are already on disk."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-def free_port_environment(names: Sequence[str]) -> dict[str, str]:
-    """The named variables that are set, for messages about how a run was launched."""
-    return {name: os.environ[name] for name in names if name in os.environ}

@@ -1,0 +1,1 @@
+"""Robot logs and prepared rows: sources, statistics, video. Knows no model."""

@@ -1,0 +1,111 @@
+"""Actions in and out of the model's units, and the checks that a log's actions obey the embodiment card.
+
+A normaliser is an affine map a channel, x ↦ (x − offset) / scale, built from (embodiment card, statistics of the train
+split). Nothing is clipped: values beyond q01 and q99 lie beyond ±1, and the inverse restores them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cosmos3_train.config import Embodiment, UserError
+from cosmos3_train.data.statistics import Moments, Statistics
+
+
+class Normaliser:
+    """Between the robot's own units and the model's.
+
+    quantile maps q01..q99 to [-1, 1], minmax min..max to [-1, 1], meanstd to mean 0 and deviation 1, none nothing.
+    A channel that never changes maps to 0 and back to its constant. A channel whose q01 equals its q99 but that does
+    change now and then (a gripper that is nearly always open) falls back to min..max, or the rare event would be lost.
+    The state row is in the action's own units, so it takes the action's map.
+    """
+
+    def __init__(self, embodiment: Embodiment, statistics: Statistics) -> None:
+        moments = statistics.action
+        if len(moments.mean) != embodiment.width:
+            raise UserError(
+                f"statistics of dataset {statistics.dataset!r} have {len(moments.mean)} action channels, embodiment "
+                f"{embodiment.name!r} has {embodiment.width}; prepare the dataset again"
+            )
+        offset, scale = _affine(moments, embodiment.normaliser)
+        self.width = embodiment.width
+        self.offset = torch.tensor(offset, dtype=torch.float64)
+        self.scale = torch.tensor(scale, dtype=torch.float64)
+
+    def normalise(self, raw: Tensor) -> Tensor:
+        """[..., width] in the robot's units → float32 [..., width] in the model's (computed in float64)."""
+        self._check(raw)
+        # A constant channel has scale 0: it becomes 0 whatever stands there.
+        inverse = torch.where(self.scale == 0, 0.0, 1.0 / torch.where(self.scale == 0, 1.0, self.scale))
+        return ((raw.double().cpu() - self.offset) * inverse).float()
+
+    def denormalise(self, normalised: Tensor) -> Tensor:
+        """The inverse of `normalise`: [..., width] in the model's units → float32 in the robot's."""
+        self._check(normalised)
+        return (normalised.double().cpu() * self.scale + self.offset).float()
+
+    def _check(self, values: Tensor) -> None:
+        if values.shape[-1] != self.width:
+            raise UserError(f"actions have {values.shape[-1]} channels, the embodiment card has {self.width}")
+
+
+def _affine(moments: Moments, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    width = len(moments.mean)
+    low, high = np.asarray(moments.min, np.float64), np.asarray(moments.max, np.float64)
+    if kind == "none":
+        return np.zeros(width), np.ones(width)
+    if kind == "meanstd":
+        offset, scale = np.asarray(moments.mean, np.float64), np.asarray(moments.std, np.float64)
+    else:
+        bottom, top = low, high
+        if kind == "quantile":
+            q01, q99 = np.asarray(moments.q01, np.float64), np.asarray(moments.q99, np.float64)
+            bottom, top = np.where(q01 == q99, low, q01), np.where(q01 == q99, high, q99)
+        offset, scale = (top + bottom) / 2, (top - bottom) / 2
+    constant = low == high
+    return np.where(constant, low, offset), np.where(constant, 0.0, scale)
+
+
+def check_actions(action: np.ndarray, embodiment: Embodiment, where: str) -> None:
+    """Raise `UserError` for the first action that cannot be: wrong width, NaN, infinite, outside its channel's range.
+
+    Args:
+        action: [T, W] in the robot's own units.
+        where: dataset and episode, for the message.
+    """
+    if action.shape[1] != embodiment.width:
+        raise UserError(
+            f"{where}: column {embodiment.action_key!r} has {action.shape[1]} numbers a row, embodiment "
+            f"{embodiment.name!r} has {embodiment.width} channels; correct the card's action or action_key"
+        )
+    check_finite(action, [channel.name for channel in embodiment.action], embodiment.action_key, where)
+    for index, channel in enumerate(embodiment.action):
+        values = action[:, index]
+        outside = np.zeros(len(values), dtype=bool)
+        # float32 rounding of a bound itself (0.1 is stored as 0.100000001) is not an error of the log.
+        if channel.low is not None:
+            outside |= values < np.nextafter(np.float32(channel.low), np.float32(-np.inf))
+        if channel.high is not None:
+            outside |= values > np.nextafter(np.float32(channel.high), np.float32(np.inf))
+        if outside.any():
+            row = int(np.flatnonzero(outside)[0])
+            low = "-inf" if channel.low is None else f"{channel.low:g}"
+            high = "inf" if channel.high is None else f"{channel.high:g}"
+            raise UserError(
+                f"{where}, row {row}: action channel {channel.name!r} is {values[row]:g}, outside its range {low} to "
+                f"{high}{' ' + channel.unit if channel.unit else ''}; correct the log or the embodiment card's range"
+            )
+
+
+def check_finite(values: np.ndarray, names: list[str], column: str, where: str) -> None:
+    """Raise `UserError` for the first NaN or infinite value of [T, W]; `names` are the channels'."""
+    bad = np.argwhere(~np.isfinite(values))
+    if len(bad):
+        row, channel = (int(number) for number in bad[0])
+        raise UserError(
+            f"{where}, row {row}: channel {names[channel]!r} of {column!r} is {values[row, channel]}; "
+            "every value must be a finite number, so correct the log or drop the episode"
+        )

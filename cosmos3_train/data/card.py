@@ -1,0 +1,80 @@
+"""The dataset card: one YAML that says what a dataset is, where it lies and what is known to be wrong with it.
+
+Only `name` and `format` are needed. The fields that no code reads (licence, size, layout, columns, known_faults,
+how_made) are for people, but are checked for spelling like the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from cosmos3_train.config import UserError, from_plain, nearest, read_yaml
+
+FORMATS = ("lerobot_v3", "conversations")
+
+
+@dataclass(frozen=True)
+class DatasetCard:
+    """A dataset card.
+
+    name:             of the dataset, in keys, statistics and messages
+    format:           lerobot_v3 or conversations
+    source:           folder (or .jsonl file), relative to the project's root, or absolute
+    hub_id:           where it is published
+    licence, size, layout, columns, known_faults, how_made: for the reader
+    rate_hz:          frames and actions a second
+    tasks:            rows of the mask table that it can feed
+    embodiment:       the embodiment card that it was recorded with
+    caption_column:   column of the log with the instruction; None takes LeRobot's own task
+    constant_caption: one instruction for every window, above both
+    """
+
+    name: str = MISSING
+    format: str = MISSING
+    source: str | None = None
+    hub_id: str | None = None
+    licence: str = ""
+    size: Any = None
+    layout: Any = None
+    columns: Any = None
+    rate_hz: float | None = None
+    tasks: list[str] = field(default_factory=list)
+    embodiment: str | None = None
+    caption_column: str | None = None
+    constant_caption: str | None = None
+    known_faults: Any = None
+    how_made: Any = None
+
+    def __post_init__(self) -> None:
+        if self.format not in (*FORMATS, MISSING):
+            raise UserError(f"dataset {self.name!r}: format is {self.format!r}.{nearest(self.format, FORMATS)}")
+        if "/" in self.name:
+            raise UserError(f"dataset {self.name!r}: name holds '/', which separates the parts of a sample's key")
+
+    def source_folder(self, root: Path) -> Path:
+        """The source's path, seen from the project's root.
+
+        Raises:
+            UserError: the card names none.
+        """
+        if self.source is None:
+            raise UserError(f"dataset {self.name!r}: the card names no source; give --source DIR")
+        return root / self.source
+
+
+def load_card(path: str | Path) -> DatasetCard:
+    """Read a dataset card.
+
+    Raises:
+        UserError: the file is missing or is not YAML, a key is unknown or a value has the wrong type.
+    """
+    path = Path(path)
+    content = read_yaml(path)
+    for key in ("name", "format"):
+        if not content.get(key):
+            raise UserError(f"{path}: {key} has no value; a dataset card needs it")
+    return from_plain(DatasetCard, content, str(path))

@@ -1,0 +1,144 @@
+"""The prepared row, how windows are cut from an episode, and which episodes never train. Pure functions.
+
+A window is chunk + 1 frames and the chunk actions between them; it never leaves its episode and never straddles a gap
+in the log's timestamps. Media is not copied: a row points at mp4s by path and time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Features, List, Value
+
+from cosmos3_train.config import Embodiment, UserError
+from cosmos3_train.data.card import DatasetCard
+from cosmos3_train.data.sources.lerobot_v3 import EpisodeRecord, LeRobotLog
+from cosmos3_train.runtime import fold
+
+SPLITS = ("train", "heldout")
+
+FEATURES = Features(
+    {
+        "episode_index": Value("int64"),
+        "start": Value("int64"),  # frame of the episode with which the window begins
+        "split": Value("string"),
+        "instruction": Value("string"),
+        "fps": Value("float64"),
+        "height": Value("int32"),  # of the composed views, in pixels
+        "width": Value("int32"),
+        "video": List(
+            {
+                "camera": Value("string"),
+                "path": Value("string"),  # relative to the source
+                "start_time": Value("float64"),  # seconds into the file, of the window's first frame
+                "end_time": Value("float64"),  # and of its last
+            }
+        ),
+        "timestamps": List(Value("float64")),  # chunk + 1 times, seconds into the episode
+        "action": List(List(Value("float32"))),  # chunk rows, in the robot's own units
+        "state": List(Value("float32")),  # at the window's first frame, or null
+    }
+)
+"""Columns of a prepared row."""
+
+
+def assign_splits(dataset: str, episodes: Sequence[int], heldout_fraction: float, seed: int) -> dict[int, str]:
+    """Episode → "train" or "heldout", by a hash of (seed, dataset, episode): adding episodes moves none of the others.
+
+    With two episodes or more and a fraction above 0, at least one is held out, and at least one trains.
+    """
+    score = {episode: fold(seed, "heldout", dataset, episode) / 2**63 for episode in episodes}
+    heldout = {episode for episode in episodes if score[episode] < heldout_fraction}
+    if heldout_fraction > 0 and len(episodes) >= 2:
+        if not heldout:
+            heldout = {min(episodes, key=score.__getitem__)}
+        elif len(heldout) == len(episodes):
+            heldout -= {max(episodes, key=score.__getitem__)}
+    return {episode: "heldout" if episode in heldout else "train" for episode in episodes}
+
+
+def window_starts(timestamps: np.ndarray, chunk: int, stride: int, fps: float) -> tuple[list[int], int]:
+    """First frames of the windows of one episode, and how many windows were dropped for a gap in time.
+
+    A gap is a step between two frames that differs from the frame period by more than half of it.
+    """
+    bad = np.abs(np.diff(timestamps) - 1.0 / fps) > 0.5 / fps
+    gaps = np.concatenate([[0], np.cumsum(bad)])
+    starts = np.arange(0, len(timestamps) - chunk, stride)
+    whole = gaps[starts + chunk] == gaps[starts]
+    return [int(start) for start in starts[whole]], int((~whole).sum())
+
+
+def instructions(record: EpisodeRecord, card: DatasetCard) -> Sequence[str]:
+    """The instruction at each row of an episode: the card's constant, its caption column, or the log's task."""
+    if card.constant_caption is not None:
+        return (card.constant_caption,) * record.length
+    if card.caption_column is None:
+        return record.tasks
+    words = record.columns[card.caption_column]
+    if not isinstance(words, list):
+        raise UserError(f"dataset {card.name!r}: caption_column {card.caption_column!r} holds numbers, not words")
+    return [word or "" for word in words]
+
+
+def columns_to_read(card: DatasetCard, embodiment: Embodiment) -> list[str]:
+    """The columns of a log that preparing needs."""
+    named = (embodiment.action_key, embodiment.state_key, card.caption_column)
+    return list(dict.fromkeys(name for name in named if name is not None))
+
+
+def check_log(log: LeRobotLog, card: DatasetCard, embodiment: Embodiment) -> None:
+    """Everything that `info.json` alone can show to be wrong.
+
+    Raises:
+        UserError: a camera or column that the log has not, another width, another rate.
+    """
+    for camera in embodiment.cameras:
+        log.check_camera(camera)
+    for name in columns_to_read(card, embodiment):
+        log.check_column(name)
+    width = log.width(embodiment.action_key)
+    if width is not None and width != embodiment.width:
+        raise UserError(
+            f"dataset {card.name!r}: column {embodiment.action_key!r} has {width} numbers a row, embodiment "
+            f"{embodiment.name!r} has {embodiment.width} channels; correct the card's action or action_key"
+        )
+    if abs(log.fps - embodiment.control_hz) > 0.01 * embodiment.control_hz:
+        raise UserError(
+            f"dataset {card.name!r}: the log has {log.fps:g} frames a second, embodiment {embodiment.name!r} has "
+            f"control_hz {embodiment.control_hz:g}; set control_hz to the log's rate or resample the log"
+        )
+
+
+def episode_rows(
+    record: EpisodeRecord, starts: Sequence[int], card: DatasetCard, embodiment: Embodiment, split: str, size: Any
+) -> list[dict[str, Any]]:
+    """The prepared rows (as `FEATURES`) of one episode's windows. `size` is (height, width) of the composed views."""
+    action = record.columns[embodiment.action_key]
+    state = None if embodiment.state_key is None else record.columns[embodiment.state_key]
+    words = instructions(record, card)
+    rows = []
+    for start in starts:
+        times = record.timestamps[start : start + embodiment.chunk + 1]
+        places = [(camera, *record.video[camera]) for camera in embodiment.cameras]
+        rows.append(
+            {
+                "episode_index": record.index,
+                "start": start,
+                "split": split,
+                "instruction": words[start],
+                "fps": embodiment.control_hz,
+                "height": size[0],
+                "width": size[1],
+                "video": [
+                    {"camera": camera, "path": path, "start_time": first + times[0], "end_time": first + times[-1]}
+                    for camera, path, first in places
+                ],
+                "timestamps": times.tolist(),
+                "action": action[start : start + embodiment.chunk].tolist(),
+                "state": None if state is None else state[start].tolist(),
+            }
+        )
+    return rows

@@ -1,0 +1,223 @@
+"""Which window each sample of a run is: a pure function of (seed, number), in constant time.
+
+Sample n belongs to a dataset by a fixed round of slots (shares hold to within one sample on every prefix of a round,
+not just in the mean), is the k-th sample of that dataset, and so window permutation_e(k mod windows) of its epoch
+e = k // windows: every window once an epoch. Nothing is counted or stored, so resuming, ranks and workers cannot
+change what is seen.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+from torch.utils.data import Dataset as TorchDataset
+
+from cosmos3_train import config
+from cosmos3_train.config import UserError, nearest
+from cosmos3_train.data.conversations import ConversationDataset
+from cosmos3_train.data.reader import PreparedDataset
+from cosmos3_train.data.statistics import Statistics
+from cosmos3_train.flow.tasks import CONVERSATION, TASKS
+from cosmos3_train.runtime import fold
+from cosmos3_train.types import Sample, StepBatch
+
+logger = logging.getLogger(__name__)
+
+ROUND = 4096
+"""Slots of a round: a dataset's share is a multiple of 1/4096, and at least one slot."""
+
+
+@dataclass(frozen=True)
+class Pick:
+    """What sample `number` is: a dataset's name, a window of the split, and a task."""
+
+    dataset: str
+    index: int
+    task: str
+
+
+@dataclass(frozen=True)
+class _Entry:
+    dataset: PreparedDataset | ConversationDataset
+    count: int
+    tasks: tuple[str, ...]
+    shares: tuple[float, ...]  # running sums of the tasks' weights, the last one 1
+    cached: bool
+
+
+class Mixture:
+    """Several datasets as one endless, ordered stream of samples."""
+
+    def __init__(
+        self,
+        entries: Mapping[str, tuple[PreparedDataset | ConversationDataset, config.Dataset]],
+        seed: int,
+        split: str = "train",
+    ) -> None:
+        """Args:
+            entries: name in the mixture → opened dataset, and its entry of the experiment.
+            split: "train" or "heldout".
+
+        Raises:
+            UserError: no entry, a weight that is not positive, an unknown task, or a dataset without windows.
+        """
+        if not entries:
+            raise UserError("data.datasets is empty; name at least one dataset")
+        self.seed, self.split = seed, split
+        self._entries = {name: _entry(name, dataset, entry, split) for name, (dataset, entry) in entries.items()}
+        self._names = list(entries)
+        _warn_of_two_scales(self._entries)
+        slots = _slots([entries[name][1].weight for name in self._names], ROUND)
+        self._slots = slots
+        self._before = np.zeros((ROUND + 1, len(self._names)), dtype=np.int64)
+        self._before[1:] = np.cumsum(slots[:, None] == np.arange(len(self._names)), axis=0)
+
+    @property
+    def windows(self) -> int:
+        """Windows of the split over all datasets."""
+        return sum(entry.count for entry in self._entries.values())
+
+    def pick(self, number: int) -> Pick:
+        """Which window and task sample `number` (0, 1, ...) is."""
+        turn, slot = divmod(number, ROUND)
+        place = int(self._slots[slot])
+        name = self._names[place]
+        entry = self._entries[name]
+        own = turn * int(self._before[ROUND, place]) + int(self._before[slot, place])
+        epoch, position = divmod(own, entry.count)
+        index = permute(position, entry.count, fold(self.seed, "order", name, epoch))
+        chance = fold(self.seed, "task", number) / 2**63
+        return Pick(name, index, entry.tasks[min(bisect_right(entry.shares, chance), len(entry.tasks) - 1)])
+
+    def sample(self, number: int) -> Sample:
+        """Sample `number`, read: with its cached latent where the entry says so, with pixels otherwise."""
+        pick = self.pick(number)
+        entry = self._entries[pick.dataset]
+        if isinstance(entry.dataset, ConversationDataset):
+            return entry.dataset.sample(self.split, pick.index, pick.task, number)
+        return entry.dataset.sample(
+            self.split, pick.index, pick.task, number, pixels=not entry.cached, latents=entry.cached
+        )
+
+
+class StepDataset(TorchDataset[StepBatch]):
+    """Map-style over optimizer steps: item s holds this rank's samples of step s.
+
+    Step s is the samples s·S … s·S + S − 1; ranks take contiguous shares that differ by at most one sample.
+    """
+
+    def __init__(self, mixture: Mixture, samples_per_step: int, rank: int, world_size: int, steps: int) -> None:
+        if samples_per_step < world_size:
+            raise UserError(
+                f"training.samples_per_step is {samples_per_step}, fewer than the {world_size} ranks; "
+                "every rank needs a sample"
+            )
+        assert 0 <= rank < world_size
+        self.mixture, self.steps = mixture, steps
+        self._first = rank * samples_per_step // world_size
+        self._stop = (rank + 1) * samples_per_step // world_size
+        self._samples_per_step = samples_per_step
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def numbers(self, step: int) -> range:
+        """The sample numbers that this rank contributes to a step."""
+        start = step * self._samples_per_step
+        return range(start + self._first, start + self._stop)
+
+    def __getitem__(self, step: int) -> StepBatch:
+        if not 0 <= step < self.steps:
+            raise IndexError(step)
+        return StepBatch(step, [self.mixture.sample(number) for number in self.numbers(step)])
+
+
+def permute(position: int, count: int, key: int) -> int:
+    """The place of `position` in a permutation of 0 .. count − 1 that `key` selects; constant time and memory.
+
+    A Feistel network of four rounds permutes the next even power of two, at most 4 × count; what falls outside is
+    sent through again (cycle walking) until it is inside.
+    """
+    assert 0 <= position < count
+    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    value = position
+    while True:
+        left, right = value >> half, value & mask
+        for turn in range(4):
+            left, right = right, left ^ (_mix(right + (turn << 40) + key) & mask)
+        value = (left << half) | right
+        if value < count:
+            return value
+
+
+def _mix(value: int) -> int:
+    """The finaliser of SplitMix64: 64 bits in, 64 well-stirred bits out."""
+    value = (value + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return value ^ (value >> 31)
+
+
+def _slots(weights: list[float], length: int) -> np.ndarray:
+    """int [length]: which dataset has each slot of a round. On any prefix each count is within 1 of its share."""
+    share = np.asarray(weights, dtype=np.float64) / sum(weights)
+    quota = np.maximum(1, np.floor(share * length)).astype(np.int64)
+    while quota.sum() != length:  # largest remainders first; only a round of very small weights ever shrinks a quota
+        error = share * length - quota
+        if quota.sum() < length:
+            quota[int(np.argmax(error))] += 1
+        else:
+            quota[int(np.argmin(np.where(quota > 1, error, np.inf)))] -= 1
+    # The slot goes to the dataset whose next sample has the earliest deadline, among those that are due (Tijdeman's
+    # rule for apportionment over time): that keeps every prefix within one sample of its share.
+    taken = np.zeros(len(weights), dtype=np.int64)
+    slots = np.empty(length, dtype=np.int64)
+    for place in range(length):
+        due = taken * length < quota * (place + 1)
+        deadline = np.where(due & (taken < quota), (taken + 1) / quota, np.inf)
+        slots[place] = int(np.argmin(deadline))
+        taken[slots[place]] += 1
+    return slots
+
+
+def _warn_of_two_scales(entries: Mapping[str, _Entry]) -> None:
+    """A robot's actions are de-normalised by one file when it is deployed; two datasets of it have one file each."""
+    seen: dict[str, tuple[str, Statistics]] = {}
+    for name, entry in entries.items():
+        if isinstance(entry.dataset, PreparedDataset):
+            first, statistics = seen.setdefault(entry.dataset.embodiment.name, (name, entry.dataset.statistics))
+            if statistics.action != entry.dataset.statistics.action:
+                logger.warning(
+                    "data.datasets.%s and %s share embodiment %r but each is normalised by its own statistics",
+                    first, name, entry.dataset.embodiment.name,
+                )  # fmt: skip
+
+
+def _entry(name: str, dataset: PreparedDataset | ConversationDataset, entry: config.Dataset, split: str) -> _Entry:
+    where = f"data.datasets.{name}"
+    if not entry.weight > 0:
+        raise UserError(f"{where}.weight is {entry.weight}; it is above 0 (leave the entry out to use none of it)")
+    count = dataset.count(split)
+    if count == 0:
+        raise UserError(f"{where}: no windows in the split {split!r}; prepare it with another heldout_fraction")
+    if isinstance(dataset, ConversationDataset):
+        return _Entry(dataset, count, (CONVERSATION,), (1.0,), False)
+    tasks = {task: weight for task, weight in entry.tasks.items() if weight != 0}
+    for task, weight in entry.tasks.items():
+        if task not in TASKS:
+            raise UserError(f"{where}.tasks: {task!r} is not a task.{nearest(task, TASKS)}")
+        if weight < 0:
+            raise UserError(f"{where}.tasks.{task} is {weight}; a weight is not below 0")
+        if TASKS[task].sound != "absent":
+            raise UserError(f"{where}.tasks: {task!r} needs sound, which prepared robot logs do not have")
+    if not tasks:
+        raise UserError(f"{where}.tasks is empty; name at least one task, such as policy: 1")
+    total = sum(tasks.values())
+    cached = entry.cache_latents and dataset.latent_cache is not None
+    return _Entry(dataset, count, tuple(tasks), tuple(accumulate(weight / total for weight in tasks.values())), cached)

@@ -1,0 +1,298 @@
+"""From a log to prepared rows: windows, statistics, a card that says what made them. Once, resumable, in parallel.
+
+Episodes are processed in blocks, whose borders depend on the log alone. A block's files are written whole or not at
+all into a work folder beside the output, `.NAME.preparing`; a run that was killed goes on from there. When all blocks
+are there, statistics are computed, and the finished folder takes the output's name in one rename. So the rows are the
+same bytes however often the run was killed and however many workers it had.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cosmos3_train.config import Embodiment, UserError, flatten, to_plain
+from cosmos3_train.data.actions import Normaliser
+from cosmos3_train.data.blocks import Plan, make_plan, open_work_folder, report_path, run_blocks, values_path
+from cosmos3_train.data.card import DatasetCard
+from cosmos3_train.data.files import disk_full_is_the_users, write_whole
+from cosmos3_train.data.index import SPLITS, check_log
+from cosmos3_train.data.sources.lerobot_v3 import LeRobotLog, open_lerobot
+from cosmos3_train.data.statistics import FILE as STATISTICS_FILE
+from cosmos3_train.data.statistics import Statistics, compute_moments, draw_histograms
+
+CARD_FILE = "card.json"
+LAYOUT_VERSION = 1
+SHORT = "episode shorter than chunk + 1 frames"
+GAP = "window across a gap in the timestamps"
+
+# What of an embodiment card neither rows nor statistics depend on: these may change without preparing again.
+FREE_KEYS = ("domain_id", "shares_domain", "initialise_from", "view_point", "execute", "simulator")
+
+
+@dataclass(frozen=True)
+class PreparedSummary:
+    """What `prepare` made. `windows` and `episodes` by split; `dropped` by reason; `reused`: it was there already."""
+
+    folder: Path
+    fingerprint: str
+    windows: dict[str, int]
+    episodes: dict[str, int]
+    dropped: dict[str, int]
+    seconds: float
+    reused: bool
+
+
+def prepare(
+    card: DatasetCard,
+    embodiment: Embodiment,
+    source: str | Path,
+    output: str | Path,
+    *,
+    window_stride: int = 1,
+    heldout_fraction: float = 0.05,
+    seed: int = 0,
+    workers: int = 1,
+    fresh: bool = False,
+    progress: bool = True,
+) -> PreparedSummary:
+    """Prepare a log for training.
+
+    Args:
+        source: the log's folder.
+        output: the prepared folder to be made.
+        window_stride: frames between the starts of neighbouring windows, counted from each episode's start.
+        heldout_fraction: share of the episodes that never trains, chosen by hash.
+        seed: of that hash.
+        workers: processes; the result does not depend on them.
+        fresh: replace a folder that was prepared otherwise.
+
+    Raises:
+        UserError: the log, the card or the disk does not allow it, or the folder was prepared with other settings.
+    """
+    began = time.monotonic()
+    source, output = Path(source), Path(output)
+    _check_settings(card, window_stride, heldout_fraction, workers)
+    log = open_lerobot(source)
+    check_log(log, card, embodiment)
+    settings = _settings(card, embodiment, log, window_stride, heldout_fraction, seed)
+    fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+    work = output.with_name(f".{output.name}.preparing")
+    done = _already_prepared(output, settings, fingerprint, fresh)
+    if done is not None:
+        shutil.rmtree(work, ignore_errors=True)
+        return _summary(output, done, began, reused=True)
+    with disk_full_is_the_users(output):
+        open_work_folder(work, fingerprint)
+        try:
+            plan, short = make_plan(card, embodiment, log, source, work, window_stride, heldout_fraction, seed)
+            run_blocks(plan, log, workers, progress)
+            content = _finish(plan, settings, fingerprint, short)
+        except UserError:  # the log or the card will change, so no finished block is worth keeping
+            shutil.rmtree(work)
+            raise
+        if output.exists():
+            output.rename(work / "replaced")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        (work / "finished").rename(output)
+        shutil.rmtree(work)
+    return _summary(output, content, began, reused=False)
+
+
+def read_card(folder: str | Path) -> dict[str, Any]:
+    """`card.json` of a prepared folder.
+
+    Raises:
+        UserError: the folder was not prepared, or by another version.
+    """
+    path = Path(folder) / CARD_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: not a prepared folder ({CARD_FILE} is missing); run `cosmos3 prepare`") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); run `cosmos3 prepare --fresh`") from None
+    version = content.get("settings", {}).get("layout_version")
+    if version != LAYOUT_VERSION:
+        raise UserError(f"{path}: layout version {version}, this is {LAYOUT_VERSION}; run `cosmos3 prepare --fresh`")
+    return content
+
+
+def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """(dotted key, value before, value now) of the first difference of two nested mappings, None where there is none.
+
+    Lists of mappings are compared item by item, so that the key names the item.
+    """
+    old, new = flatten(_numbered(before)), flatten(_numbered(now))
+    for key in dict.fromkeys([*new, *old]):
+        if old.get(key) != new.get(key):
+            return key, old.get(key), new.get(key)
+    return None
+
+
+def embodiment_settings(embodiment: Embodiment) -> dict[str, Any]:
+    """What of an embodiment card the prepared rows and statistics depend on, as plain values."""
+    return {key: value for key, value in to_plain(embodiment).items() if key not in FREE_KEYS}
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+def _check_settings(card: DatasetCard, window_stride: int, heldout_fraction: float, workers: int) -> None:
+    if card.format != "lerobot_v3":
+        raise UserError(f"dataset {card.name!r}: format {card.format!r} is not prepared; only lerobot_v3 is")
+    if window_stride < 1:
+        raise UserError(f"window_stride is {window_stride}; it is at least 1")
+    if not 0 <= heldout_fraction < 1:
+        raise UserError(f"heldout_fraction is {heldout_fraction}; it is a share from 0 to below 1")
+    if workers < 1:
+        raise UserError(f"workers is {workers}; it is at least 1")
+
+
+def _settings(
+    card: DatasetCard, embodiment: Embodiment, log: LeRobotLog, stride: int, heldout_fraction: float, seed: int
+) -> dict[str, Any]:
+    """Everything that the rows and statistics are a function of. Paths are not: a log may be moved."""
+    return {
+        "layout_version": LAYOUT_VERSION,
+        "dataset": card.name,
+        "caption_column": card.caption_column,
+        "constant_caption": card.constant_caption,
+        "embodiment": embodiment_settings(embodiment),
+        "window_stride": stride,
+        "heldout_fraction": float(heldout_fraction),
+        "seed": seed,
+        "log": _log_digest(log),
+    }
+
+
+def _log_digest(log: LeRobotLog) -> str:
+    """Of all of `meta/`, and of size and last 64 KiB of data and video files: hashing terabytes would take hours.
+
+    The end of a Parquet file holds the extremes of every column, the end of an mp4 the size of every frame.
+    """
+    digest = hashlib.sha256()
+    for path in sorted((log.root / "meta").rglob("*")):
+        if path.is_file():
+            digest.update(path.relative_to(log.root).as_posix().encode() + b"\0" + path.read_bytes())
+    media = {episode.data_file for episode in log.episodes}
+    media |= {place.path for episode in log.episodes for place in episode.video.values()}
+    for name in sorted(media):
+        path = log.root / name
+        size = path.stat().st_size if path.is_file() else -1
+        digest.update(f"{name}\0{size}\0".encode())
+        if size > 0:
+            with path.open("rb") as file:
+                file.seek(max(0, size - 65536))
+                digest.update(file.read())
+    return digest.hexdigest()[:32]
+
+
+def _already_prepared(output: Path, settings: dict[str, Any], fingerprint: str, fresh: bool) -> dict[str, Any] | None:
+    """The card of a folder that is as wanted; None where there is work to do."""
+    if not output.exists():
+        return None
+    if not output.is_dir() or (not (output / CARD_FILE).exists() and any(output.iterdir())):
+        raise UserError(f"{output}: exists and is not a prepared folder; choose another output")
+    if not (output / CARD_FILE).exists():
+        output.rmdir()
+        return None
+    if fresh:
+        return None
+    content = read_card(output)
+    if content["fingerprint"] == fingerprint:
+        return content
+    difference = first_difference(content["settings"], settings)
+    assert difference is not None, "fingerprints differ but settings do not"
+    key, before, now = difference
+    what = "the log has changed since" if key == "log" else f"prepared with {key} {before!r}, now {now!r}"
+    raise UserError(f"{output}: {what}; prepare it again with --fresh, or choose another output")
+
+
+def _numbered(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _numbered(value) for key, value in content.items()}
+    if isinstance(content, list) and any(isinstance(item, Mapping) for item in content):
+        return {str(index): _numbered(item) for index, item in enumerate(content)}
+    return content
+
+
+# ------------------------------------------------------------------------------------------------ the end
+
+
+def _finish(plan: Plan, settings: dict[str, Any], fingerprint: str, short: int) -> dict[str, Any]:
+    """Statistics, their picture and the card, which is written last."""
+    reports = [json.loads(report_path(plan, number).read_text()) for number in range(len(plan.blocks))]
+    counts = {
+        key: {split: sum(report[key][split] for report in reports) for split in SPLITS}
+        for key in ("windows", "episodes")
+    }
+    dropped = {SHORT: short, GAP: sum(report["gaps"] for report in reports)}
+    if counts["windows"]["train"] == 0:
+        raise UserError(f"dataset {plan.card.name!r}: no window to train on; dropped: {dropped}")
+    folder = plan.work / "finished"
+    statistics = _statistics(plan, fingerprint, folder)
+    statistics.save(folder / STATISTICS_FILE)
+    content = {
+        "fingerprint": fingerprint,
+        "source": str(plan.source.resolve()),
+        "dataset": to_plain(plan.card),
+        "embodiment": to_plain(plan.embodiment),
+        "settings": settings,
+        "counts": counts,
+        "dropped": dropped,
+    }
+    write_whole(folder / CARD_FILE, (json.dumps(content, indent=1) + "\n").encode())
+    return content
+
+
+def _statistics(plan: Plan, fingerprint: str, folder: Path) -> Statistics:
+    embodiment, width = plan.embodiment, plan.embodiment.width
+    paths = [path for number in range(len(plan.blocks)) if (path := values_path(plan, number)).exists()]
+    parts = [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
+    widths = {part.shape[1] for part in parts}
+    if len(widths) != 1:
+        raise UserError(f"dataset {plan.card.name!r}: {embodiment.state_key!r} changes its width between episodes")
+    total = widths.pop()
+    moments = compute_moments(parts, total)
+    statistics = Statistics(
+        dataset=plan.card.name,
+        embodiment=embodiment.name,
+        fingerprint=fingerprint,
+        action=_channels(moments, 0, width),
+        state=_channels(moments, width, total) if total > width else None,
+    )
+    normaliser = Normaliser(embodiment, statistics)
+    picture = draw_histograms(
+        (normaliser.normalise(torch.from_numpy(np.array(part[:, :width]))).numpy() for part in parts),
+        [channel.name for channel in embodiment.action],
+        f"{plan.card.name}: actions after normalisation ({embodiment.normaliser})",
+    )
+    write_whole(folder / "statistics.png", picture)
+    return statistics
+
+
+def _channels(moments: Any, first: int, stop: int) -> Any:
+    names = [name for name in vars(moments) if name != "count"]
+    return replace(moments, **{name: vars(moments)[name][first:stop] for name in names})
+
+
+def _summary(folder: Path, content: dict[str, Any], began: float, reused: bool) -> PreparedSummary:
+    return PreparedSummary(
+        folder=folder,
+        fingerprint=content["fingerprint"],
+        windows=content["counts"]["windows"],
+        episodes=content["counts"]["episodes"],
+        dropped=content["dropped"],
+        seconds=time.monotonic() - began,
+        reused=reused,
+    )

@@ -1,0 +1,232 @@
+"""Prepared rows, read: the one reader that training and evaluation have.
+
+A row becomes a `Sample`: frames decoded and composed, actions normalised, or the window's cached latent. Rows are
+memory-mapped by `datasets`, whose cache lies inside the prepared folder and is made at the first reading.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from datasets import Dataset, disable_progress_bars
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cosmos3_train.config import Embodiment, UserError, from_plain
+from cosmos3_train.data.actions import Normaliser
+from cosmos3_train.data.files import disk_full_is_the_users
+from cosmos3_train.data.index import FEATURES, SPLITS
+from cosmos3_train.data.prepare import embodiment_settings, first_difference, read_card
+from cosmos3_train.data.statistics import Statistics
+from cosmos3_train.data.video import compose, decode_frames
+from cosmos3_train.flow.tasks import TASKS
+from cosmos3_train.types import Sample
+
+LATENTS = Path("caches") / "latents"
+OPEN_SHARDS = 8
+
+
+class PreparedDataset:
+    """A prepared folder.
+
+    Attributes:
+        name:        of the dataset
+        folder, source: the prepared folder, and the log that its rows point into
+        fingerprint: of everything that made it
+        embodiment:  the embodiment card; the given one, or the one that it was prepared with
+        statistics, normaliser: of the train split
+        rows:        windows of all splits; row numbers run over the whole table
+    """
+
+    def __init__(self, folder: str | Path, embodiment: Embodiment | None, source: str | Path | None = None) -> None:
+        """Open the folder.
+
+        Args:
+            embodiment: the run's embodiment card, checked against the one that the folder was prepared with.
+            source: the log, where it has moved since; None takes the place that it was prepared from.
+
+        Raises:
+            UserError: not prepared, prepared for another embodiment card, or the log is not there.
+        """
+        self.folder = Path(folder)
+        content = read_card(self.folder)
+        prepared_for = from_plain(Embodiment, content["embodiment"], f"{self.folder}/card.json")
+        if embodiment is not None:
+            _check_same(self.folder, prepared_for, embodiment)
+        self.embodiment: Embodiment = embodiment or prepared_for
+        self.name: str = content["dataset"]["name"]
+        self.fingerprint: str = content["fingerprint"]
+        self.source = Path(content["source"] if source is None else source)
+        if not self.source.is_dir():
+            raise UserError(f"{self.folder}: its log {self.source} is not there; set the dataset's source to its place")
+        self.statistics = Statistics.load(self.folder, embodiment=self.embodiment.name, dataset=self.name)
+        self.normaliser = Normaliser(self.embodiment, self.statistics)
+        self._table = _open_rows(self.folder)
+        self.rows: int = len(self._table)
+        splits = self._table.data.column("split").to_numpy()
+        self._places = {split: np.flatnonzero(splits == split) for split in SPLITS}
+        self.latent_cache = LatentCache.open(self.folder, self.rows)
+
+    def count(self, split: str) -> int:
+        """Windows of "train" or "heldout"."""
+        return len(self._places[split])
+
+    def row_number(self, split: str, index: int) -> int:
+        """The row of the whole table that window `index` of a split is; keys of the latent cache are row numbers."""
+        return int(self._places[split][index])
+
+    def window(self, split: str, index: int) -> dict[str, Any]:
+        """The prepared row of a window (columns of `index.FEATURES`), actions in the robot's own units."""
+        return self.row(self.row_number(split, index))
+
+    def row(self, number: int) -> dict[str, Any]:
+        """A prepared row by its number in the whole table."""
+        return cast(dict[str, Any], self._table[number])
+
+    def iter_rows(self) -> Iterator[dict[str, Any]]:
+        """Every prepared row in order, as a writer of caches needs them."""
+        return (self.row(number) for number in range(self.rows))
+
+    def key(self, row: dict[str, Any]) -> str:
+        """dataset/episode_000012/000034: unique in the dataset."""
+        return f"{self.name}/episode_{row['episode_index']:06d}/{row['start']:06d}"
+
+    def frames(self, row: dict[str, Any], first_only: bool = False) -> Tensor:
+        """uint8 [T, 3, H, W]: a row's frames (chunk + 1, or its first), views composed.
+
+        Raises:
+            UserError: a video is missing or corrupt, or has no frame at one of the times.
+        """
+        offsets = np.asarray(row["timestamps"]) - row["timestamps"][0]
+        if first_only:
+            offsets = offsets[:1]
+        views = [decode_frames(self.source / v["path"], v["start_time"] + offsets) for v in row["video"]]
+        return compose(views, self.embodiment.layout)
+
+    def sample(
+        self, split: str, index: int, task: str, number: int, *, pixels: bool = True, latents: bool = False
+    ) -> Sample:
+        """A window as a sample of a task.
+
+        The mask table decides what it holds: actions only where the task has a robot, the state only where besides
+        the embodiment has a state row, one frame for an image.
+
+        Args:
+            number: the sample's place in the run's global order.
+            pixels: decode frames.
+            latents: read the cached latent.
+
+        Raises:
+            UserError: an unreadable video, or no cached latent.
+        """
+        rules = TASKS[task]
+        place = self.row_number(split, index)
+        row = self.row(place)
+        latent = None
+        if latents:
+            if self.latent_cache is None:
+                raise UserError(f"{self.folder}: no latents are cached; set cache_latents to false or prepare again")
+            latent = self.latent_cache.read(place)
+            latent = latent[:, :1] if rules.image else latent  # causal encoder: latent frame 0 is frame 0 alone
+        with_state = rules.has_robot and self.embodiment.state_row
+        return Sample(
+            key=self.key(row),
+            number=number,
+            task=task,
+            caption=row["instruction"],
+            fps=row["fps"],
+            frames=self.frames(row, first_only=rules.image) if pixels else None,
+            latent=latent,
+            size=(row["height"], row["width"]),
+            action=self.normaliser.normalise(torch.tensor(row["action"])) if rules.has_robot else None,
+            state=self.normaliser.normalise(torch.tensor(row["state"])) if with_state else None,
+            embodiment=self.embodiment.name if rules.has_robot else None,
+        )
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """Cached latents of every row: `card.json` and shards `00000.safetensors`, keys the row numbers.
+
+    fingerprint: of whatever made them, for the writer to compare
+    windows:     rows of the table that they were made for;  shard: rows a file
+    """
+
+    folder: Path
+    fingerprint: str
+    windows: int
+    shard: int
+
+    @staticmethod
+    def open(prepared: str | Path, rows: int) -> LatentCache | None:
+        """The cache of a prepared folder, None where there is none.
+
+        Raises:
+            UserError: it was made for another number of rows, or its card cannot be read.
+        """
+        folder = Path(prepared) / LATENTS
+        path = folder / "card.json"
+        if not path.is_file():
+            return None
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            cache = LatentCache(folder, str(content["fingerprint"]), int(content["windows"]), int(content["shard"]))
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not a card of cached latents ({error!r}); delete {folder}") from None
+        if cache.windows != rows:
+            raise UserError(f"{path}: latents of {cache.windows} windows, but there are {rows}; delete {folder}")
+        return cache
+
+    def read(self, row: int) -> Tensor:
+        """float32 [C, t, h, w] of a row of the whole table.
+
+        Raises:
+            UserError: the shard is missing or corrupt.
+        """
+        path = self.folder / f"{row // self.shard:05d}.safetensors"
+        try:
+            return _shard(path).get_tensor(str(row)).float()
+        except (FileNotFoundError, SafetensorError) as error:
+            raise UserError(f"{path}: cached latents are missing or corrupt ({error}); delete {self.folder}") from None
+
+
+_shards: OrderedDict[tuple[int, str, int], Any] = OrderedDict()
+
+
+def _shard(path: Path) -> Any:
+    """An open shard. Kept by process and inode, so that forks and rewritten files open their own."""
+    key = (os.getpid(), str(path), path.stat().st_ino)
+    if key not in _shards:
+        _shards[key] = safe_open(str(path), framework="pt")
+        while len(_shards) > OPEN_SHARDS:
+            _shards.popitem(last=False)
+    _shards.move_to_end(key)
+    return _shards[key]
+
+
+def _open_rows(folder: Path) -> Dataset:
+    files = sorted(str(path) for path in folder.glob("windows-*.parquet"))
+    if not files:
+        raise UserError(f"{folder}: the rows (windows-*.parquet) are missing; run `cosmos3 prepare --fresh`")
+    disable_progress_bars()  # a second's work, and its bar would break the run's
+    cache = folder / "caches" / "rows"  # never the home folder's
+    with disk_full_is_the_users(folder):
+        return cast(Dataset, Dataset.from_parquet(cast(Any, files), features=FEATURES, cache_dir=str(cache)))
+
+
+def _check_same(folder: Path, before: Embodiment, now: Embodiment) -> None:
+    difference = first_difference(embodiment_settings(before), embodiment_settings(now))
+    if difference is not None:
+        key, old, new = difference
+        raise UserError(
+            f"{folder}: prepared for embodiment {before.name!r} with {key} {old!r}, the run has {key} {new!r}; "
+            "prepare it again with --fresh"
+        )

@@ -1,0 +1,97 @@
+"""Latents of every window, encoded once while preparing instead of at every step.
+
+A cache is keyed by a fingerprint of what made it: the video tokenizer's weights and dtype, and the prepared folder.
+One of another fingerprint is refused by name, never used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+from diffusers import AutoencoderKLWan
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from cosmos3_train.config import UserError
+from cosmos3_train.data.reader import PreparedDataset
+from cosmos3_train.model.encoders import Encoder
+from cosmos3_train.runtime import is_first_rank
+
+logger = logging.getLogger(__name__)
+
+SHARD = 256
+"""Windows a file: a policy window at the 256 tier is about 0.25 MB in bf16."""
+
+BATCH = 8
+"""Windows encoded at a time."""
+
+
+def latent_fingerprint(vae: AutoencoderKLWan, dataset: PreparedDataset) -> str:
+    """Of everything that a latent depends on: weights, dtype, normalisation, and the prepared rows."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(dataset.fingerprint.encode())
+    config = cast(Any, vae.config)
+    digest.update(json.dumps([str(vae.dtype), config.latents_mean, config.latents_std]).encode())
+    for name, value in sorted(vae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def ensure_latents(dataset: PreparedDataset, encoder: Encoder, progress: bool = True) -> None:
+    """Write the latent cache of a prepared folder, or check that the one there is this model's.
+
+    Finished shards stay after a kill and are not made again.
+
+    Raises:
+        UserError: the folder has another model's latents, or the disk is full.
+    """
+    fingerprint = latent_fingerprint(encoder.parts.vae, dataset)
+    if dataset.latent_cache is not None:
+        if dataset.latent_cache.fingerprint != fingerprint:
+            raise UserError(
+                f"{dataset.latent_cache.folder}: these latents were made by another video tokenizer or from other rows; "
+                f"delete the folder, or set cache_latents to false"
+            )
+        return
+    folder = dataset.folder / "caches" / "latents"
+    partial = folder.with_name(f"latents.partial-{fingerprint[:12]}")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        _write_shards(dataset, encoder, partial, progress and is_first_rank())
+        card = {"fingerprint": fingerprint, "windows": dataset.rows, "shard": SHARD}
+        (partial / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except OSError as error:
+        raise UserError(f"{partial}: the latents could not be written ({error.strerror}); free some space") from error
+    for stale in folder.parent.glob("latents.partial-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def _write_shards(dataset: PreparedDataset, encoder: Encoder, folder: Path, progress: bool) -> None:
+    with tqdm(total=dataset.rows, desc=f"encode {dataset.name}", unit="window", disable=not progress) as bar:
+        for first in range(0, dataset.rows, SHARD):
+            numbers = range(first, min(first + SHARD, dataset.rows))
+            file = folder / f"{first // SHARD:05d}.safetensors"
+            if not file.is_file():
+                tensors = {}
+                for start in range(numbers.start, numbers.stop, BATCH):
+                    part = range(start, min(start + BATCH, numbers.stop))
+                    clips = [dataset.frames(dataset.row(number)) for number in part]
+                    latents = encoder.encode_frames(clips, dataset.embodiment)
+                    tensors |= {
+                        str(number): latent.to(encoder.parts.vae.dtype).contiguous()
+                        for number, latent in zip(part, latents, strict=True)
+                    }
+                    bar.update(len(part))
+                beside = file.with_suffix(".partial")
+                save_file(tensors, beside)
+                beside.rename(file)
+            else:
+                bar.update(len(numbers))

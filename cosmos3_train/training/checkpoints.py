@@ -1,0 +1,127 @@
+"""Checkpoints of a run: trainables, their average, the optimizer and the run's position, whole or not at all.
+
+A checkpoint is a folder `step_000200/` of safetensors and one JSON file. It is written beside its name and renamed into
+place, so a kill at any moment leaves the last whole one. No random state is kept: every draw of a run is a function of
+the seed and the place where it is made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cosmos3_train.config import UserError, nearest
+
+STATE = "state.json"
+PARTS = ("trainables", "average", "optimizer")
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands.
+
+    step: optimizer steps made (skipped ones left out);  drawn: steps' worth of samples drawn, skipped ones included
+    samples: samples drawn over all ranks;  skipped: steps left out for a non-finite gradient
+    """
+
+    step: int = 0
+    drawn: int = 0
+    samples: int = 0
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint folder holds, tensors by parameter name; `average` is empty without an EMA."""
+
+    position: Position
+    trainables: dict[str, Tensor]
+    average: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write `folder/step_NNNNNN` atomically, then remove all but the newest `keep`.
+
+    Raises:
+        UserError: the disk is full or read-only; the earlier checkpoints are untouched.
+    """
+    name = f"step_{checkpoint.position.step:06d}"
+    target, partial = folder / name, folder / f".{name}.partial"
+    if (target / STATE).is_file():
+        return target  # a step's checkpoint is the same whenever it is made
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        for part in PARTS:
+            tensors: Mapping[str, Tensor] = getattr(checkpoint, part)
+            if tensors:
+                save_file(
+                    {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial / f"{part}.safetensors"
+                )
+        (partial / STATE).write_text(json.dumps(asdict(checkpoint.position), indent=2) + "\n")
+        for file in partial.iterdir():
+            _flush(file)
+        partial.replace(target)
+        _flush(folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"{target}: the checkpoint could not be written ({error.strerror}); free some space and run "
+            f"the same command again, which goes on from the last whole checkpoint"
+        ) from error
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if (path / STATE).is_file())
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint folder.
+
+    Raises:
+        UserError: a file is missing or damaged; names it and says what to do.
+    """
+    try:
+        position = Position(**json.loads((path / STATE).read_text()))
+        tensors = {
+            part: load_file(path / f"{part}.safetensors") if (path / f"{part}.safetensors").is_file() else {}
+            for part in PARTS
+        }
+    except (OSError, SafetensorError, json.JSONDecodeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{path}: damaged checkpoint ({reason}); remove the folder to go on from the one before"
+        ) from error
+    return Checkpoint(position=position, **tensors)
+
+
+def check_names(path: Path, saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise `UserError` where a checkpoint's trainables are not the run's, naming the first that differs."""
+    for name in sorted(saved.keys() ^ expected.keys()):
+        side = "has" if name in saved else "lacks"
+        raise UserError(f"{path}: {side} the trainable {name!r}, unlike this run.{nearest(name, expected)}")
+    for name, value in expected.items():
+        if saved[name].shape != value.shape:
+            raise UserError(f"{path}: {name!r} is {list(saved[name].shape)}, this run's is {list(value.shape)}")
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,39 @@
+"""An average of the trainables alone: what is evaluated and exported when `training.ema_decay` is above 0."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Average:
+    """Exponential moving average in float32. Written as a lerp: a·e + (1−a)·w drifts where e equals w."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self.decay = decay
+        self.values: dict[str, Tensor] = {name: p.detach().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Move every value towards its parameter by 1 − decay."""
+        values = list(self.values.values())
+        torch._foreach_lerp_(values, [p.detach() for p in parameters.values()], 1 - self.decay)
+
+    @contextmanager
+    def in_place_of(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+        """Within the block the parameters hold the average."""
+        kept = {name: p.detach().clone() for name, p in parameters.items()}
+        _write(parameters, self.values)
+        try:
+            yield
+        finally:
+            _write(parameters, kept)
+
+
+@torch.no_grad()
+def _write(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])

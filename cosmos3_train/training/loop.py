@@ -1,0 +1,145 @@
+"""What happens between steps: show, log, evaluate, save, and stop where asked, at a step's border and never within."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning
+import torch
+
+from cosmos3_train.runtime import is_first_rank, world_size
+from cosmos3_train.training.checkpoints import Checkpoint, save_checkpoint
+from cosmos3_train.training.module import PostTraining
+from cosmos3_train.training.optimizer import optimizer_tensors
+from cosmos3_train.training.progress import Bar, Metrics, write_status
+from cosmos3_train.training.strategy import any_rank
+
+logger = logging.getLogger(__name__)
+
+
+class RunLoop(lightning.Callback):
+    """The hooks of a run. `interrupted` says whether a signal ended it."""
+
+    def __init__(
+        self, module: PostTraining, folder: Path, evaluate: Callable[[], Mapping[str, float]] | None = None
+    ) -> None:
+        self.module, self.folder, self.evaluate = module, folder, evaluate
+        self.training = module.experiment.training
+        self.interrupted = False
+        self._asked_to_stop = False
+        self._bar: Bar | None = None
+        self._metrics: Metrics | None = None
+        self._previous_handler: Any = None
+
+    # -------------------------------------------------------------------------------------------- hooks
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        # After Lightning has set its own handlers, so that ours is the one that counts. It only raises a flag: a
+        # collective or a file written inside a handler could meet one that is half done.
+        self._previous_handler = signal.signal(signal.SIGTERM, self._on_signal)
+        step = self.module.position.step
+        if is_first_rank():
+            self._metrics = Metrics(self.folder, self.module.experiment, step)
+            write_status(self.folder, "running", step, self.training.steps)
+        if step == 0 and self.module.experiment.evaluation.before:
+            self._evaluate()
+        self._bar = Bar(self.training.steps, step, is_first_rank())
+        if step >= self.training.steps:  # killed after the last checkpoint, before the run had ended
+            self._evaluate()
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        training, step = self.training, self.module.position.step
+        assert self._bar is not None
+        self._bar.advance(step, self.module.report.tokens)
+        last = step >= training.steps
+        if self.module.report.skipped:
+            self._write(step, {"skipped": self.module.position.skipped})
+        if last or step % training.log_every_n_steps == 0:
+            self._log(step)
+        self.interrupted = not last and any_rank(self._asked_to_stop, self.module.device)
+        due = training.checkpoint_every_n_steps and step % training.checkpoint_every_n_steps == 0
+        if last or self.interrupted or due:
+            self._save(trainer)
+        due = training.evaluate_every_n_steps and step % training.evaluate_every_n_steps == 0
+        if last or (due and not self.interrupted):
+            self._evaluate()
+        if last or self.interrupted:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if is_first_rank():
+            state = "interrupted" if self.interrupted else "finished"
+            write_status(self.folder, state, self.module.position.step, self.training.steps)
+        self._close()
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        self._close()
+
+    # -------------------------------------------------------------------------------------------- details
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._asked_to_stop = True
+
+    def _log(self, step: int) -> None:
+        report = self.module.measured()
+        assert self._bar is not None
+        rate = self._bar.show({"all": report.total, **report.losses}, world_size())
+        values = {
+            "loss": report.total,
+            **{f"loss/{name}": value for name, value in report.losses.items()},
+            "gradient_norm": report.gradient_norm,
+            "learning_rate": report.learning_rate,
+            "tokens_per_second": rate,
+            "packs": report.packs,
+            "samples": self.module.position.samples,
+        }
+        if self.module.device.type == "cuda":
+            values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self._write(step, values)
+
+    def _evaluate(self) -> None:
+        if self.evaluate is None or not is_first_rank():
+            return
+        self.module.backbone.eval()
+        average = self.module.average
+        if average is None:
+            values = self.evaluate()
+        else:
+            with average.in_place_of(self.module.trainables.parameters):
+                values = self.evaluate()
+        self.module.backbone.train()
+        self._write(self.module.position.step, values)
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        if self._metrics is not None:
+            self._metrics.write(step, values)
+
+    def _save(self, trainer: lightning.Trainer) -> None:
+        if is_first_rank():
+            module = self.module
+            parameters = module.trainables.parameters
+            checkpoint = Checkpoint(
+                position=module.position,
+                trainables={name: p.detach() for name, p in parameters.items()},
+                average=module.average.values if module.average is not None else {},
+                optimizer=optimizer_tensors(module.optimizer, parameters),
+            )
+            save_checkpoint(self.folder / "checkpoints", checkpoint, self.training.keep_checkpoints)
+        trainer.strategy.barrier()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGTERM, self._previous_handler)

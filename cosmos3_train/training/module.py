@@ -1,0 +1,189 @@
+"""The step. It reads like the paper: draw σ and ε, predict v = ε − x0, average over the step's samples, descend.
+
+A step's samples are a function of the seed and the step alone. This rank's share of them is cut into packs under the
+token budget, one forward and one backward each; the losses' denominators are those of the whole step over all ranks,
+known before the first backward, so the gradient does not depend on how the samples were cut. Optimization is manual:
+Lightning's own accumulation would divide by a number of micro-batches, and cut a step short at an epoch's end.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from cosmos3_train.config import Experiment
+from cosmos3_train.model.encoders import Encoder
+from cosmos3_train.model.omni import Cosmos3PackedTransformer
+from cosmos3_train.model.packing import Layout
+from cosmos3_train.model.trainable import Trainables
+from cosmos3_train.objectives import flow_matching, next_token
+from cosmos3_train.runtime import fold, rank
+from cosmos3_train.training.batching import split_into_packs
+from cosmos3_train.training.checkpoints import Position
+from cosmos3_train.training.ema import Average
+from cosmos3_train.training.optimizer import clip_gradients, make_optimizer, set_learning_rate
+from cosmos3_train.training.strategy import assert_same_on_all_ranks, sum_gradients, summed
+from cosmos3_train.types import PackedSequence, StepBatch, TokenSample
+
+logger = logging.getLogger(__name__)
+
+TEXT = "text"
+LOSSES: tuple[str, ...] = (*flow_matching.MODALITIES, TEXT)
+
+
+class TrainingFailed(RuntimeError):
+    """The run cannot go on, for a reason in the numbers rather than in the user's files."""
+
+
+@dataclass
+class StepReport:
+    """What a step measured, for the log: mean losses by modality (those that occurred), norm, rate, tokens."""
+
+    losses: dict[str, float] = field(default_factory=dict)
+    total: float = math.nan
+    gradient_norm: float = math.nan
+    learning_rate: float = 0.0
+    tokens: int = 0
+    packs: int = 0
+    skipped: bool = False
+
+
+class PostTraining(lightning.LightningModule):
+    """The backbone, what trains of it, and the two objectives.
+
+    Args:
+        experiment: the run's configuration.
+        backbone: with its trainables injected.
+        encoder: turns samples into token samples; not a submodule, so nothing casts or saves it.
+    """
+
+    def __init__(
+        self, experiment: Experiment, backbone: Cosmos3PackedTransformer, trainables: Trainables, encoder: Encoder
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.backbone = backbone
+        self.trainables = trainables
+        self.encoder = encoder
+        self.experiment = experiment
+        self.layout = Layout.of(backbone.config)
+        self.optimizer = make_optimizer(trainables, experiment.optimizer)
+        decay = experiment.training.ema_decay
+        self.average = Average(trainables.parameters, decay) if decay else None
+        self.position = Position()
+        self.report = StepReport()
+        self._skipped_in_a_row = 0
+        self._compared_ranks = False
+
+    # -------------------------------------------------------------------------------------------- the step
+
+    def training_step(self, batch: StepBatch, batch_idx: int) -> None:
+        """One optimizer step on this rank's share of the step's samples."""
+        assert batch.step == self.position.drawn, "the loader and the run disagree about where they are"
+        torch.manual_seed(fold(self.experiment.training.seed, "dropout", batch.step, rank()))
+        samples = self.encoder.encode(batch.samples)
+        counts = self._step_counts(samples)
+        sums = dict.fromkeys(LOSSES, torch.zeros((), device=self.device))
+        tokens, packs = 0, split_into_packs(samples, self.layout, self.experiment.training.tokens_per_micro_batch)
+        for members in packs:
+            pack = self.noisy_pack(members)
+            losses = self.pack_losses(pack)
+            self.manual_backward(self._weighted(losses, counts))
+            sums = {name: sums[name] + losses[name].detach() if name in losses else sums[name] for name in LOSSES}
+            tokens += pack.tokens
+        self._descend(batch.step)
+        self.report = replace(self.report, tokens=tokens, packs=len(packs))
+        self._sums, self._counts = sums, counts
+
+    def on_train_batch_start(self, batch: StepBatch, batch_idx: int) -> int | None:
+        """End the epoch, and so the run, once its steps are made."""
+        return -1 if self.position.step >= self.experiment.training.steps else None
+
+    def noisy_pack(self, samples: Sequence[TokenSample]) -> PackedSequence:
+        """Samples with their noise, on the device."""
+        seed = self.experiment.training.seed
+        return flow_matching.noisy_pack(samples, self.layout, self.experiment.objective, seed).to(self.device)
+
+    def pack_losses(self, pack: PackedSequence) -> dict[str, Tensor]:
+        """Summed losses of a pack by modality, float32 scalars with gradient."""
+        velocities = self.backbone(pack)
+        losses = flow_matching.losses(velocities, pack)
+        if pack.labels.numel():
+            chunk = self.experiment.objective.logits_chunk
+            losses[TEXT] = next_token.loss(velocities, pack, self.backbone.lm_head, chunk)
+        return losses
+
+    # -------------------------------------------------------------------------------------------- what was measured
+
+    def measured(self) -> StepReport:
+        """The last step's report with its losses over all ranks. Waits for the device: call it where it is shown."""
+        keys = [name for name in LOSSES if self._counts[name]]
+        totals = summed(torch.stack([self._sums[name] for name in keys]).double()) if keys else torch.zeros(0)
+        losses = {name: float(total) / self._counts[name] for name, total in zip(keys, totals, strict=True)}
+        weights = self._weights()
+        total = sum(weights[name] * value for name, value in losses.items())
+        return replace(self.report, losses=losses, total=total)
+
+    # -------------------------------------------------------------------------------------------- details
+
+    def _weights(self) -> dict[str, float]:
+        objective = self.experiment.objective
+        return {"video": objective.video, "action": objective.action, "sound": objective.sound, TEXT: objective.text}
+
+    def _step_counts(self, samples: Sequence[TokenSample]) -> dict[str, int]:
+        """The denominators of the whole step: samples of each modality and labelled tokens, over all ranks."""
+        own = flow_matching.counts(samples, self.experiment.objective)
+        own[TEXT] = next_token.labelled_tokens(samples)
+        totals = summed(torch.tensor([own[name] for name in LOSSES], dtype=torch.float64, device=self.device))
+        return {name: int(total) for name, total in zip(LOSSES, totals.tolist(), strict=True)}
+
+    def _weighted(self, losses: dict[str, Tensor], counts: dict[str, int]) -> Tensor:
+        weights = self._weights()
+        return torch.stack([weights[name] * value / max(1, counts[name]) for name, value in losses.items()]).sum()
+
+    def _descend(self, drawn: int) -> None:
+        """Sum gradients over ranks, clip, step. A non-finite gradient leaves weights, moments and schedule alone."""
+        config, training = self.experiment.optimizer, self.experiment.training
+        parameters = list(self.trainables.parameters.values())
+        sum_gradients(parameters)
+        norm = float(clip_gradients(parameters, config.clip))
+        finite = math.isfinite(norm)
+        rate = set_learning_rate(self.optimizer, self.position.step, training.steps, config)
+        if finite:
+            self._compare_ranks_once(parameters)
+            self.optimizer.step()
+            if self.average is not None:
+                self.average.update(self.trainables.parameters)
+            self._skipped_in_a_row = 0
+        else:
+            self._skipped_in_a_row += 1
+            logger.warning("step %d: gradient norm is %s; the step is skipped", self.position.step, norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.position = Position(
+            step=self.position.step + int(finite),
+            drawn=drawn + 1,
+            samples=self.position.samples + training.samples_per_step,
+            skipped=self.position.skipped + int(not finite),
+        )
+        self.report = StepReport(gradient_norm=norm, learning_rate=rate, skipped=not finite)
+        if self._skipped_in_a_row >= config.patience:
+            raise TrainingFailed(
+                f"{self._skipped_in_a_row} steps in a row had a non-finite gradient (optimizer.patience); "
+                f"lower optimizer.learning_rate, or look at the data with 'cosmos3 check'"
+            )
+
+    def _compare_ranks_once(self, parameters: list[nn.Parameter]) -> None:
+        if not self._compared_ranks:
+            assert_same_on_all_ranks([p.grad for p in parameters if p.grad is not None], "gradients")
+            assert_same_on_all_ranks(parameters, "trainable weights")
+            self._compared_ranks = True
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Lightning's door to the optimizer that `__init__` made."""
+        return self.optimizer

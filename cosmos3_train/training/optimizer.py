@@ -1,0 +1,78 @@
+"""Fused AdamW over float32 masters, its schedule as a pure function of the step, and its state as plain tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from cosmos3_train.config import Optimizer
+from cosmos3_train.model.trainable import Trainables
+
+
+def make_optimizer(trainables: Trainables, config: Optimizer) -> torch.optim.AdamW:
+    """AdamW with state for every trainable from the start.
+
+    A head that sees no gradient before the first save would otherwise have no state to save, and no run that is
+    sharded could resume it.
+    """
+    optimizer = torch.optim.AdamW(
+        trainables.groups(config.learning_rate, config.weight_decay), betas=config.betas, eps=config.eps, fused=True
+    )
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+    return optimizer
+
+
+def learning_rate_factor(step: int, steps: int, config: Optimizer) -> float:
+    """What the peak learning rate is multiplied by at optimizer step `step` (0, 1, …) of `steps`."""
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    if config.schedule == "constant":
+        return 1.0
+    done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    falling = 0.5 * (1 + math.cos(math.pi * min(1.0, done))) if config.schedule == "cosine" else 1 - min(1.0, done)
+    return config.final_fraction + (1 - config.final_fraction) * falling
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, steps: int, config: Optimizer) -> float:
+    """Give every group its learning rate for the step about to be made; returns that of factor 1."""
+    rate = config.learning_rate * learning_rate_factor(step, steps, config)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["factor"]
+    return rate
+
+
+def clip_gradients(parameters: list[nn.Parameter], largest: float) -> Tensor:
+    """Scale the gradients so that their joint norm is at most `largest` (0: leave them); returns the norm before."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if largest > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    return norm
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The optimizer's state by parameter name: 'NAME.step', 'NAME.exp_avg', 'NAME.exp_avg_sq'."""
+    return {
+        f"{name}.{key}": value.detach()
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+) -> None:
+    """Put saved state back, in place."""
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            for key, value in optimizer.state[parameter].items():
+                value.copy_(tensors[f"{name}.{key}"])

@@ -1,0 +1,108 @@
+"""What a run shows and writes while it goes: the progress bar, metrics.csv, Weights & Biases, status.json."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from cosmos3_train.config import Experiment, to_plain
+
+State = Literal["running", "interrupted", "finished", "failed"]
+
+
+class Metrics:
+    """Numbers by step, appended to `metrics.csv` as rows (step, metric, value), and to W&B where asked."""
+
+    def __init__(self, folder: Path, experiment: Experiment, resumed_at: int) -> None:
+        self.path = folder / "metrics.csv"
+        _keep_rows_until(self.path, resumed_at)
+        self._wandb = _start_wandb(folder, experiment) if experiment.logging.wandb else None
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Append the values of a step."""
+        new = not self.path.exists()
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(("step", "metric", "value"))
+            writer.writerows((step, name, repr(float(value))) for name, value in values.items())
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=step)
+
+    def close(self) -> None:
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+class Bar:
+    """Loss, tokens a second and time left, on one line."""
+
+    def __init__(self, steps: int, done: int, shown: bool) -> None:
+        self._bar = tqdm(total=steps, initial=done, desc="train", unit="step", disable=not shown, dynamic_ncols=True)
+        self._since = time.monotonic()
+        self._tokens = 0
+
+    def advance(self, step: int, tokens: int) -> None:
+        self._tokens += tokens
+        self._bar.update(step - self._bar.n)
+
+    def show(self, losses: Mapping[str, float], ranks: int) -> float:
+        """Show the losses; returns tokens a second over all ranks since the last call."""
+        now = time.monotonic()
+        rate = self._tokens * ranks / max(1e-9, now - self._since)
+        self._since, self._tokens = now, 0
+        shown = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        self._bar.set_postfix_str(f"loss {shown} | {rate:,.0f} tokens/s")
+        return rate
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def write_status(folder: Path, state: State, step: int, steps: int, reason: str = "") -> None:
+    """Replace `status.json`, which a batch script reads to know whether to start the run again."""
+    content = {"state": state, "step": step, "steps": steps}
+    if reason:
+        content["reason"] = reason
+    beside = folder / ".status.json.partial"
+    beside.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    os.replace(beside, folder / "status.json")  # noqa: PTH105
+
+
+def read_status(folder: Path) -> dict | None:
+    """What `status.json` says, None where there is no run yet."""
+    path = folder / "status.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _keep_rows_until(path: Path, step: int) -> None:
+    """Drop rows of steps that a resumed run will make again."""
+    if not path.is_file():
+        return
+    with path.open(newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    beside = path.with_suffix(".partial")
+    with beside.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *(row for row in rows if len(row) == 3 and int(row[0]) <= step)])
+    beside.replace(path)
+
+
+def _start_wandb(folder: Path, experiment: Experiment):
+    import wandb
+
+    return wandb.init(
+        project=experiment.logging.project,
+        name=experiment.name,
+        id=experiment.name.replace("/", "-"),
+        resume="allow",
+        dir=folder,
+        mode="offline" if experiment.logging.offline else "online",
+        config=to_plain(experiment),
+    )

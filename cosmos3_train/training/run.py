@@ -1,0 +1,223 @@
+"""A run, from its folder to its last checkpoint: the table of contents of training.
+
+    claim the folder → open the data → load the model → choose what trains → resume → fit → say how it ended
+
+The same command again resumes an interrupted run, reports a finished one, and refuses a changed configuration by key.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import lightning
+import torch
+
+from cosmos3_train.config import Experiment, Loaded, UserError, flatten, read_yaml, to_plain, to_yaml
+from cosmos3_train.data.conversations import ConversationDataset
+from cosmos3_train.model.encoders import Encoder
+from cosmos3_train.model.loading import load_backbone, load_parts
+from cosmos3_train.model.omni import Cosmos3PackedTransformer
+from cosmos3_train.model.trainable import Trainables, make_trainable
+from cosmos3_train.runtime import is_first_rank, node_count, seed_everything, world_size
+from cosmos3_train.training.checkpoints import Checkpoint, check_names, list_checkpoints, load_checkpoint
+from cosmos3_train.training.datamodule import Opened, StepData, open_datasets
+from cosmos3_train.training.loop import RunLoop
+from cosmos3_train.training.module import PostTraining, TrainingFailed
+from cosmos3_train.training.optimizer import load_optimizer_tensors
+from cosmos3_train.training.progress import read_status, write_status
+from cosmos3_train.training.strategy import device_for, make_strategy
+
+logger = logging.getLogger(__name__)
+
+EXPERIMENT = "experiment.yaml"
+CHECKPOINTS = "checkpoints"
+
+FREE = (
+    "question",
+    "hardware",
+    "duration",
+    "parts",
+    "strategy",
+    "logging",
+    "export",
+    "data.workers",
+    "model.attention",
+    "model.checkpoint_activations",
+    "training.tokens_per_micro_batch",
+    "training.log_every_n_steps",
+    "training.checkpoint_every_n_steps",
+    "training.keep_checkpoints",
+)
+"""Keys that may differ when a run goes on: they change how it is carried out, not what it computes."""
+
+Ended = Literal["finished", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything of a run, built and ready: on its device, trainables in place, at the position of its checkpoint."""
+
+    loaded: Loaded
+    device: torch.device
+    opened: Opened
+    encoder: Encoder
+    backbone: Cosmos3PackedTransformer
+    trainables: Trainables
+    module: PostTraining
+
+    @property
+    def experiment(self) -> Experiment:
+        return self.loaded.experiment
+
+    @property
+    def folder(self) -> Path:
+        return self.loaded.run_folder
+
+
+Evaluate = Callable[[Run], Mapping[str, float]]
+"""Measures a run where it stands; called on the first rank alone."""
+
+
+def train(loaded: Loaded, *, fresh: bool = False, evaluate: Evaluate | None = None) -> Ended:
+    """Carry out an experiment, or go on with it.
+
+    Args:
+        fresh: throw away the run that is in the folder.
+        evaluate: called before the first step, every `evaluate_every_n_steps`, and after the last one.
+
+    Raises:
+        UserError: the configuration, the data or the checkpoint does not allow it.
+        TrainingFailed: the numbers do not.
+    """
+    seed_everything(loaded.experiment.training.seed)
+    if claim_folder(loaded, fresh):
+        return "finished"
+    run = build(loaded)
+    position = run.module.position
+    logger.info("seed %d", run.experiment.training.seed)
+    logger.info("%s", run.trainables.description)
+    data = StepData(loaded, run.opened)
+    data.first_step = position.drawn
+    loop = RunLoop(run.module, run.folder, evaluate=None if evaluate is None else lambda: evaluate(run))
+    trainer = make_trainer(run.experiment, run.device, loop)
+    try:
+        trainer.fit(run.module, datamodule=data)
+    except TrainingFailed as error:
+        if is_first_rank():
+            write_status(run.folder, "failed", run.module.position.step, run.experiment.training.steps, str(error))
+        raise
+    return "interrupted" if loop.interrupted else "finished"
+
+
+def build(loaded: Loaded) -> Run:
+    """Load and prepare everything that a run needs, and put it where its newest checkpoint stands."""
+    experiment = loaded.experiment
+    device = device_for(experiment.strategy)
+    began = time.monotonic()
+    encodes = any(not entry.cache_latents for entry in experiment.data.datasets.values())
+    encoder = Encoder(
+        load_parts(experiment.model, device, vae_weights=True),
+        experiment.embodiments,
+        caption_dropout=experiment.data.caption_dropout,
+        seed=experiment.training.seed,
+    )
+    opened = open_datasets(loaded, encoder)
+    if not encodes and experiment.evaluation.closed_loop_episodes == 0:
+        encoder.parts.vae.to("cpu")  # every latent is cached, so the video tokenizer leaves the GPU
+    talks = any(isinstance(dataset, ConversationDataset) for dataset, _ in opened.values())
+    backbone = load_backbone(experiment.model, device, text_logits=talks or experiment.tuning.method == "full")
+    robots = list(experiment.embodiments.values())
+    trainables = make_trainable(backbone, experiment.tuning, robots, experiment.training.seed)
+    backbone.train()
+    module = PostTraining(experiment, backbone, trainables, encoder)
+    logger.info("loaded %s on %s in %.1f s", experiment.model.path, device, time.monotonic() - began)
+    run = Run(loaded, device, opened, encoder, backbone, trainables, module)
+    resume(run)
+    return run
+
+
+def resume(run: Run) -> None:
+    """Put the newest whole checkpoint's state in place, if there is one."""
+    found = list_checkpoints(run.folder / CHECKPOINTS)
+    if not found:
+        return
+    checkpoint = load_checkpoint(found[-1])
+    restore(run, checkpoint, found[-1])
+    logger.info("resumed at step %d from %s", checkpoint.position.step, found[-1].name)
+
+
+def restore(run: Run, checkpoint: Checkpoint, path: Path) -> None:
+    """Write a checkpoint's tensors into the run."""
+    parameters = run.trainables.parameters
+    check_names(path, checkpoint.trainables, parameters)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(checkpoint.trainables[name])
+        if run.module.average is not None:
+            for name, value in run.module.average.values.items():
+                value.copy_(checkpoint.average[name])
+    load_optimizer_tensors(run.module.optimizer, parameters, checkpoint.optimizer)
+    run.module.position = checkpoint.position
+
+
+def claim_folder(loaded: Loaded, fresh: bool) -> bool:
+    """Make or check the run's folder. Returns True where the run is already finished.
+
+    Raises:
+        UserError: the folder holds a run with another configuration; names the first key that differs.
+    """
+    folder, experiment = loaded.run_folder, loaded.experiment
+    kept = folder / EXPERIMENT
+    if fresh and is_first_rank():
+        shutil.rmtree(folder, ignore_errors=True)
+    if kept.is_file():
+        _refuse_changes(read_yaml(kept), experiment, folder)
+        status = read_status(folder)
+        if status is not None and status["state"] == "finished":
+            logger.info("%s is finished (%d steps); --fresh starts another", folder.name, status["step"])
+            return True
+    elif is_first_rank():
+        folder.mkdir(parents=True, exist_ok=True)
+        kept.write_text(to_yaml(experiment), encoding="utf-8")
+    return False
+
+
+def _refuse_changes(before: Mapping, experiment: Experiment, folder: Path) -> None:
+    old, new = flatten(before), flatten(to_plain(experiment))
+    for key in sorted(old.keys() | new.keys()):
+        free = any(key == name or key.startswith(f"{name}.") for name in FREE)
+        if not free and old.get(key) != new.get(key):
+            raise UserError(
+                f"{folder}: {key} is {new.get(key)!r}, but the run there was started with {old.get(key)!r}; "
+                f"set it back to go on, give another name, or use --fresh to start over"
+            )
+
+
+def make_trainer(experiment: Experiment, device: torch.device, loop: RunLoop) -> lightning.Trainer:
+    """Lightning's Trainer: processes, devices and hooks. What it would otherwise do by itself is turned off.
+
+    precision stays "32-true": the backbone has its own dtypes, and 'bf16-true' would cast rotary frequencies and the
+    timestep embedder, while 'bf16-mixed' refuses a fused optimizer with clipping.
+    """
+    return lightning.Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=experiment.strategy.devices if world_size() > 1 else 1,
+        num_nodes=node_count(),
+        strategy=make_strategy(experiment.strategy, device),
+        precision="32-true",
+        max_epochs=1,
+        max_steps=-1,
+        callbacks=[loop],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+    )

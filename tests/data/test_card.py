@@ -1,0 +1,56 @@
+"""Dataset cards: the least one, the spelling of keys, and every card that ships."""
+
+from pathlib import Path
+
+import pytest
+
+from cosmos3_train.config import UserError
+from cosmos3_train.data.card import load_card
+from cosmos3_train.flow.tasks import TASKS
+
+ROOT = Path(__file__).parents[2]
+
+
+def write(tmp_path, text):
+    path = tmp_path / "card.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_the_least_card(tmp_path):
+    card = load_card(write(tmp_path, "name: moves\nformat: lerobot_v3\n"))
+    assert card.embodiment is None and card.tasks == []
+    with pytest.raises(UserError, match="names no source; give --source"):
+        card.source_folder(tmp_path)
+
+
+def test_source_is_relative_to_the_project(tmp_path):
+    card = load_card(write(tmp_path, "name: moves\nformat: lerobot_v3\nsource: data/moves\n"))
+    assert card.source_folder(tmp_path) == tmp_path / "data" / "moves"
+    card = load_card(write(tmp_path, "name: moves\nformat: lerobot_v3\nsource: /elsewhere/moves\n"))
+    assert card.source_folder(tmp_path) == Path("/elsewhere/moves")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: moves\nformat: lerobot_v3\nlicense: MIT\n", "unknown key 'license'. Did you mean 'licence'"),
+        ("name: moves\n", "format has no value"),
+        ("format: lerobot_v3\n", "name has no value"),
+        ("name: moves\nformat: lerobot\n", "format is 'lerobot'. Did you mean 'lerobot_v3'"),
+        ("name: moves\nformat: lerobot_v3\nrate_hz: fast\n", "rate_hz"),
+        ("name: a/b\nformat: lerobot_v3\n", "name holds '/'"),
+        ("- name\n", "a mapping of keys is expected"),
+    ],
+)
+def test_wrong_cards(tmp_path, text, words):
+    with pytest.raises(UserError, match=words):
+        load_card(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "data").rglob("*.yaml")), ids=lambda path: path.name)
+def test_cards_that_ship(path):
+    card = load_card(path)
+    assert card.source_folder(ROOT).exists()
+    assert card.licence
+    assert all(task in TASKS for task in card.tasks)

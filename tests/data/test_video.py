@@ -1,0 +1,84 @@
+"""Frames by time, from files with sparse keyframes, and the canvas of several views."""
+
+import numpy as np
+import pytest
+import torch
+
+from cosmos3_train.config import UserError
+from cosmos3_train.data.video import OPEN_FILES, _open, compose, decode_frames
+from tests.data.logs import frame_number, numbered_frame, write_video
+
+
+def numbers(frames):
+    return [frame_number(frame.numpy()) for frame in frames]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    path = tmp_path_factory.mktemp("video") / "clip.mp4"
+    write_video(path, [numbered_frame(number) for number in range(60)], fps=10, keyframe_every=12)
+    return path
+
+
+@pytest.mark.parametrize("wanted", [[0], [59], [0, 1, 2], [11, 12, 13], [5, 9, 30], [47, 48, 59]])
+def test_the_right_frames(clip, wanted):
+    frames = decode_frames(clip, [number / 10 for number in wanted])
+    assert frames.dtype == torch.uint8
+    assert frames.shape == (len(wanted), 3, 96, 96)
+    assert numbers(frames) == wanted
+
+
+def test_times_as_float32_and_a_little_off(clip):
+    times = np.arange(20, 37, dtype=np.float32) / np.float32(10) + np.float32(0.02)
+    assert numbers(decode_frames(clip, times.astype(np.float64))) == list(range(20, 37))
+
+
+def test_backwards_and_forwards_on_one_open_file(clip):
+    for start in (50, 3, 29, 0, 43):
+        assert numbers(decode_frames(clip, [start / 10, (start + 1) / 10])) == [start, start + 1]
+
+
+def test_no_frame_at_that_time(clip):
+    with pytest.raises(UserError, match=r"clip\.mp4: no frame within half a frame period .* of 6\.1000 s"):
+        decode_frames(clip, [5.9, 6.1])
+
+
+def test_missing_corrupt_and_truncated(tmp_path, clip):
+    with pytest.raises(UserError, match=r"gone\.mp4: the video is missing"):
+        decode_frames(tmp_path / "gone.mp4", [0.0])
+    (tmp_path / "noise.mp4").write_bytes(bytes(range(256)) * 8)
+    with pytest.raises(UserError, match=r"noise\.mp4: not a readable video"):
+        decode_frames(tmp_path / "noise.mp4", [0.0])
+    (tmp_path / "half.mp4").write_bytes(clip.read_bytes()[:2000])
+    with pytest.raises(UserError, match=r"half\.mp4: "):
+        decode_frames(tmp_path / "half.mp4", [0.0])
+
+
+def test_damaged_in_the_middle(tmp_path, clip):
+    """The index is whole, the pictures are not: no frame may pass for the wanted one without an error."""
+    content = bytearray(clip.read_bytes())
+    start = content.find(b"mdat") + 4
+    content[start : start + 4000] = bytes(4000)
+    (tmp_path / "hurt.mp4").write_bytes(content)
+    with pytest.raises(UserError, match=r"hurt\.mp4: "):
+        decode_frames(tmp_path / "hurt.mp4", [0.0, 0.1, 0.2])
+
+
+def test_open_files_are_few(tmp_path):
+    for number in range(OPEN_FILES + 3):
+        path = tmp_path / f"{number}.mp4"
+        write_video(path, [numbered_frame(number)] * 2, fps=10)
+        assert numbers(decode_frames(path, [0.1])) == [number]
+    assert len(_open) <= OPEN_FILES
+
+
+def test_compose():
+    left, right = torch.zeros(2, 3, 4, 5, dtype=torch.uint8), torch.ones(2, 3, 4, 7, dtype=torch.uint8)
+    row = compose([left, right], "row")
+    assert row.shape == (2, 3, 4, 12)
+    assert row[..., :5].sum() == 0 and row[..., 5:].min() == 1
+    column = compose([left, left + 1], "column")
+    assert column.shape == (2, 3, 8, 5)
+    assert compose([left], "single") is left
+    with pytest.raises(UserError, match="differ in width"):
+        compose([left, right], "column")
