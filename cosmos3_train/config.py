@@ -155,6 +155,7 @@ class Model:
     path:                   a Cosmos 3 folder in the published diffusers layout, or its Hub id
     revision:               Hub revision; None takes the newest
     dtype:                  of the frozen weights and of the arithmetic; trainables are float32 masters either way
+    vae_dtype:              of the video tokenizer: trained and served in bf16, which is faster on a CPU too
     attention:              auto picks the fastest that works here and says which
     checkpoint_activations: recompute the generation tower's layers in backward: less memory, about a third slower
     """
@@ -162,6 +163,7 @@ class Model:
     path: str = MISSING
     revision: str | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    vae_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     attention: Literal["auto", "flash4", "flash3", "flash2", "sdpa"] = "auto"
     checkpoint_activations: bool = True
 

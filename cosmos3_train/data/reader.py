@@ -148,7 +148,7 @@ class PreparedDataset:
             size=(row["height"], row["width"]),
             action=self.normaliser.normalise(torch.tensor(row["action"])) if rules.has_robot else None,
             state=self.normaliser.normalise(torch.tensor(row["state"])) if with_state else None,
-            embodiment=self.embodiment.name if rules.has_robot else None,
+            embodiment=self.embodiment.name,
         )
 
 

@@ -55,7 +55,7 @@ def ensure_latents(dataset: PreparedDataset, encoder: Encoder, progress: bool = 
     if dataset.latent_cache is not None:
         if dataset.latent_cache.fingerprint != fingerprint:
             raise UserError(
-                f"{dataset.latent_cache.folder}: these latents were made by another video tokenizer or from other rows; "
+                f"{dataset.latent_cache.folder}: these latents are of another video tokenizer or of other rows; "
                 f"delete the folder, or set cache_latents to false"
             )
         return

@@ -13,13 +13,17 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from diffusers import Cosmos3OmniPipeline
+from PIL import Image
 from torch import Tensor
 
 from cosmos3_train.config import MAX_ACTION_WIDTH, Embodiment
 from cosmos3_train.flow.tasks import CONVERSATION, TASKS, action_given, sound_given, video_given
-from cosmos3_train.model.prompts import canvas, conversation, dropped_prompt, robot_prompt, video_prompt
+from cosmos3_train.model.prompts import canvas, conversation, dropped_prompt, robot_prompt, video_prompt, whole
 from cosmos3_train.runtime import draw
 from cosmos3_train.types import Sample, TokenSample
+
+Parts = Cosmos3OmniPipeline
+"""Upstream's pipeline without a transformer, as `loading.load_parts` makes it, for the floors that only pass it on."""
 
 VIDEO_TIER = 256
 """Tier of clips without an embodiment."""
@@ -62,12 +66,11 @@ class Encoder:
 
     def encode_frames(self, frames: Sequence[Tensor], embodiment: Embodiment | None) -> list[Tensor]:
         """Latents float32 [C, t, h, w] on the CPU of clips uint8 [T, 3, H, W], all of one size."""
-        prepared = torch.cat([self._prepare(clip, embodiment) for clip in frames])
+        prepared, sizes = zip(*(self._prepare(clip, embodiment) for clip in frames), strict=True)
         with torch.no_grad():
-            latents = self.parts._encode_video(prepared).float()
-        if embodiment is not None:
-            size = torch.tensor([0, 0, *self._content(frames[0], embodiment)], dtype=torch.float32)
-            latents = self.parts._remove_action_video_padding_from_latent(latents, size)
+            latents = self.parts._encode_video(torch.cat(prepared)).float()
+        if sizes[0] is not None:
+            latents = self.parts._remove_action_video_padding_from_latent(latents, sizes[0])
         return list(latents.cpu())
 
     # -------------------------------------------------------------------------------------------- details
@@ -123,23 +126,21 @@ class Encoder:
         frames = 4 * (latent.shape[1] - 1) + 1
         return video_prompt(self.parts, sample.caption, frames, canvas(sample.size, tier), sample.fps)
 
-    def _prepare(self, clip: Tensor, embodiment: Embodiment | None) -> Tensor:
-        """float [1, 3, T, H', W'] in [-1, 1] on the canvas."""
+    def _prepare(self, clip: Tensor, embodiment: Embodiment | None) -> tuple[Tensor, Tensor | None]:
+        """float [1, 3, T, H', W'] in [-1, 1] on the canvas; for a robot also upstream's (canvas, content) sizes."""
         device = self.parts.vae.device
-        values = clip.to(device).float() / 255
+        size = (clip.shape[-2], clip.shape[-1])
         if embodiment is None:
-            return _cover(values * 2 - 1, canvas((clip.shape[-2], clip.shape[-1]), VIDEO_TIER))
-        frames, _, _, _ = self.parts._prepare_action_video_conditioning(
-            values, embodiment.resolution_tier, clip.shape[0], device=device, dtype=torch.float32
+            return _cover(clip.to(device).float() / 255 * 2 - 1, canvas(size, VIDEO_TIER)), None
+        pixels: Any = clip.to(device).float() / 255
+        if whole(size) != size:
+            # Upstream first resizes such frames to whole latent cells: pictures smoothly, tensors to the nearest pixel.
+            # A robot is served pictures.
+            pixels = [Image.fromarray(frame.permute(1, 2, 0).cpu().numpy()) for frame in clip]
+        frames, sizes, _, _ = self.parts._prepare_action_video_conditioning(
+            pixels, embodiment.resolution_tier, clip.shape[0], device=device, dtype=torch.float32
         )
-        return frames
-
-    def _content(self, clip: Tensor, embodiment: Embodiment) -> tuple[int, int]:
-        """(H, W) of the frame on the canvas: its own size, reduced where it is larger than the canvas."""
-        height, width = clip.shape[-2], clip.shape[-1]
-        target_h, target_w = canvas((height, width), embodiment.resolution_tier)
-        scale = min(target_w / width, target_h / height, 1.0)
-        return max(1, int(scale * height + 0.5)), max(1, int(scale * width + 0.5))
+        return frames, sizes
 
 
 def action_fields(action: Tensor, state: Tensor | None, embodiment: Embodiment, task: str) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def model_folder(model: Model) -> Path:
             ) from error
     if not (folder / "transformer" / "config.json").is_file():
         raise UserError(
-            f"model.path is {model.path!r}: no transformer/config.json in it; a folder in the diffusers layout is needed"
+            f"model.path is {model.path!r}: no transformer/config.json in it; give a folder in the diffusers layout"
         )
     return folder
 
@@ -78,7 +78,7 @@ def load_backbone(model: Model, device: torch.device, *, text_logits: bool = Tru
         del backbone.lm_head
     fill_from_shards(backbone, folder, dtype, device)
     # inv_freq is a non-persistent buffer: no file holds it, and a strict load does not miss it.
-    backbone.rotary_emb = _rotary_embedding(backbone, config).to(device)
+    cast(Any, backbone).rotary_emb = _rotary_embedding(backbone, config).to(device)
     backbone.compute_dtype = dtype
     backbone.attention_backend = choose_backend(model.attention, device, dtype)
     backbone.requires_grad_(False)
@@ -96,15 +96,16 @@ def load_parts(model: Model, device: torch.device, *, vae_weights: bool = True) 
     folder = model_folder(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder / "text_tokenizer")
-        scheduler = UniPCMultistepScheduler.from_pretrained(folder, subfolder="scheduler")
+        scheduler: Any = UniPCMultistepScheduler.from_pretrained(folder, subfolder="scheduler")
+        vae: Any
         if vae_weights:
-            vae = AutoencoderKLWan.from_pretrained(
-                folder, subfolder="vae", torch_dtype=DTYPES[model.dtype], use_safetensors=True
-            )
+            dtype = DTYPES[model.vae_dtype]
+            vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=dtype, use_safetensors=True)
             vae.requires_grad_(False).to(device).eval()
         else:
+            config: Any = AutoencoderKLWan.load_config(folder, subfolder="vae")
             with init_empty_weights():
-                vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(folder, subfolder="vae"))
+                vae = AutoencoderKLWan.from_config(config)
     except (OSError, SafetensorError, json.JSONDecodeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

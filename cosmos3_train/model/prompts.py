@@ -23,7 +23,12 @@ from cosmos3_train.types import IGNORED_LABEL
 def canvas(size: tuple[int, int], tier: int) -> tuple[int, int]:
     """(H, W) of the canvas of a tier whose aspect ratio is nearest to the frame's (H, W), as upstream picks it."""
     ratios = _ACTION_RESOLUTION_BINS[str(tier)]
-    return VideoProcessor.classify_height_width_bin(size[0], size[1], ratios=cast(Any, ratios))
+    return VideoProcessor.classify_height_width_bin(*whole(size), ratios=cast(Any, ratios))
+
+
+def whole(size: tuple[int, int]) -> tuple[int, int]:
+    """(H, W) rounded down to whole latent cells of 16 pixels, to which upstream resizes frames before anything else."""
+    return size[0] - size[0] % 16, size[1] - size[1] % 16
 
 
 def robot_prompt(parts: Cosmos3OmniPipeline, instruction: str, embodiment: Embodiment, size: tuple[int, int]) -> Tensor:

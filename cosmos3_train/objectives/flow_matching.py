@@ -18,7 +18,7 @@ MODALITIES = ("video", "action", "sound")
 
 
 def noise_levels(sample: TokenSample, objective: Objective, seed: int) -> NoiseLevels:
-    """σ of a sample, a function of (seed, sample number); one for all modalities unless the objective asks otherwise."""
+    """σ of a sample, a function of (seed, sample number); one for all modalities unless configured otherwise."""
     if sample.task not in TASKS:
         return NoiseLevels(0.0, 0.0, 0.0)
     image = TASKS[sample.task].image

@@ -1,0 +1,1 @@
+"""Sampling, held-out metrics, closed loop, and the report."""

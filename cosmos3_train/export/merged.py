@@ -1,0 +1,176 @@
+"""A pipeline folder with the trained weights inside, which names upstream's classes only.
+
+Every tensor of the transformer is cast(W + s·B·A), computed in float32 from the base's file and cast to the dtype that
+it has there; DoRA by PEFT's formula; a robot's own rows of the action heads replaced; whole weights as trained. One
+shard is in memory at a time, shards and their index keep the base's names, and whatever did not change is the base's
+file itself: large ones hard-linked where the disk allows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import TrainableTokensWrapper
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cosmos3_train.config import UserError
+from cosmos3_train.data.files import write_whole
+from cosmos3_train.export.base_identity import identify_base, shard_files
+from cosmos3_train.export.folder import whole_folder
+from cosmos3_train.export.usage import Robot, merged_readme, write_robot_files
+from cosmos3_train.model.omni import Cosmos3PackedTransformer
+from cosmos3_train.model.trainable import ADAPTER
+
+Change = Callable[[Tensor], Tensor]
+"""From the base's tensor as it is on disk to the merged one in float32."""
+
+LINKED_BYTES = 1 << 20
+"""Files from this size on are hard-linked; smaller ones are copied, so that editing a config leaves the base alone."""
+
+
+def write_merged(
+    backbone: Cosmos3PackedTransformer,
+    base_folder: Path,
+    output: Path,
+    *,
+    run: str,
+    base_name: str | None = None,
+    robots: Sequence[Robot] = (),
+) -> Path:
+    """Write the merged pipeline, whole or not at all. Arguments as `adapter.write_adapter`'s.
+
+    Raises:
+        UserError: nothing was trained, the base's folder lacks files, `output` is something else's, no space.
+    """
+    changes = merged_changes(backbone)
+    base = identify_base(base_folder, base_name)
+    shards = shard_files(base_folder / "transformer")
+    _require_space(output, sum(shard.stat().st_size for shard in shards))
+    with whole_folder(output, {"form": "merged", "run": run, "base": base.plain()}) as new:
+        _take_components(base_folder, new)
+        for shard in shards:
+            _merge_shard(shard, new / "transformer" / shard.name, changes)
+        assert not changes, f"the base has no tensor for {sorted(changes)[:3]}"
+        write_robot_files(new, robots)
+        write_whole(new / "README.md", merged_readme(run, base, robots).encode())
+    return output
+
+
+def merged_changes(backbone: Cosmos3PackedTransformer) -> dict[str, Change]:
+    """What happens to each tensor that the run changed, by its name in the checkpoint.
+
+    Raises:
+        UserError: the run changed nothing.
+    """
+    changes: dict[str, Change] = {}
+    for name, module in backbone.named_modules():
+        if isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
+            changes[f"{name}.weight"] = _lora_change(module)
+        elif isinstance(module, TrainableTokensWrapper):
+            changes[f"{name}.weight"] = _rows_change(module)
+    if not changes:
+        changes = {name: _replacement(p) for name, p in backbone.named_parameters() if p.requires_grad}
+    if not changes:
+        raise UserError("export: the run trained nothing, so there is nothing to merge")
+    return changes
+
+
+def lora_delta(module: LoraLayer) -> Tensor:
+    """s·B·A, float32 [out, in] on the CPU, so that a merge gives the same bits wherever the run was."""
+    a, b = (
+        cast(nn.Linear, part[ADAPTER]).weight.detach().to("cpu", torch.float32)
+        for part in (module.lora_A, module.lora_B)
+    )
+    return (b @ a) * module.scaling[ADAPTER]
+
+
+def _lora_change(module: LoraLayer) -> Change:
+    def change(weight: Tensor) -> Tensor:
+        merged = weight.float() + lora_delta(module)
+        if ADAPTER in module.lora_magnitude_vector:
+            magnitude = cast(Tensor, module.lora_magnitude_vector[ADAPTER].weight).detach().to("cpu", torch.float32)
+            merged = (magnitude / torch.linalg.norm(merged, dim=1)).view(-1, 1) * merged
+        return merged
+
+    return change
+
+
+def _rows_change(module: TrainableTokensWrapper) -> Change:
+    def change(weight: Tensor) -> Tensor:
+        rows = torch.tensor(module.token_adapter.token_indices[ADAPTER])
+        trained = module.token_adapter.trainable_tokens_delta[ADAPTER].detach().to("cpu", torch.float32)
+        return weight.float().index_copy(0, rows, trained)
+
+    return change
+
+
+def _replacement(parameter: nn.Parameter) -> Change:
+    return lambda weight: parameter.detach().to("cpu", torch.float32).view_as(weight)
+
+
+def _merge_shard(source: Path, target: Path, changes: dict[str, Change]) -> None:
+    """Write one shard; the changes that it used are taken out of `changes`."""
+    with safe_open(source, framework="pt") as shard:
+        names, metadata = list(shard.keys()), shard.metadata()
+        if not any(name in changes for name in names):
+            _take(source, target)
+            return
+        tensors = {}
+        for name in names:
+            weight = shard.get_tensor(name)
+            change = changes.pop(name, None)
+            tensors[name] = weight if change is None else change(weight).to(weight.dtype).contiguous()
+    save_file(tensors, target, metadata=metadata or {"format": "pt"})
+
+
+def _take_components(base_folder: Path, new: Path) -> None:
+    """The pipeline's index, its licence and every component but the transformer's weights, byte for byte."""
+    try:
+        index = json.loads((base_folder / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{base_folder}/model_index.json cannot be read ({error}); fetch the base again") from None
+    for file in sorted(base_folder.iterdir()):
+        if file.is_file() and (file.name == "model_index.json" or file.name.upper().startswith(("LICENSE", "NOTICE"))):
+            _take(file, new / file.name)
+    components = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
+    for component in components:
+        folder = base_folder / component
+        if not folder.is_dir():
+            raise UserError(f"{folder}: missing, though model_index.json names it; fetch the base again")
+        for file in sorted(folder.rglob("*")):
+            if file.is_file() and not (component == "transformer" and file.suffix == ".safetensors"):
+                target = new / file.relative_to(base_folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _take(file, target)
+
+
+def _take(source: Path, target: Path) -> None:
+    source = source.resolve()  # the Hub's cache holds links
+    if source.stat().st_size >= LINKED_BYTES:
+        try:
+            os.link(source, target)
+            return
+        except OSError:
+            pass  # another disk, or one without hard links
+    shutil.copyfile(source, target)
+
+
+def _require_space(output: Path, needed: int) -> None:
+    place = output.resolve()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"{output}: a merged pipeline needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free there; free "
+            "some space or choose another output folder"
+        )

@@ -1,0 +1,144 @@
+"""The files of an export that tell its reader what it is and how to run it: card, statistics, robot module, README."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cosmos3_train.config import Embodiment, to_yaml
+from cosmos3_train.data.actions import Normaliser
+from cosmos3_train.data.files import write_whole
+from cosmos3_train.data.statistics import Statistics
+from cosmos3_train.export.base_identity import BaseIdentity
+from cosmos3_train.export.folder import write_json
+
+WEIGHT_NAME = "cosmos3_adapter.safetensors"
+ROBOT_MODULE = Path(__file__).with_name("robot.py")
+
+
+@dataclass(frozen=True)
+class Robot:
+    """A robot that the run trained: its card, the statistics of its log, an instruction to show in the usage text."""
+
+    embodiment: Embodiment
+    statistics: Statistics
+    instruction: str = ""
+
+
+def write_robot_files(folder: Path, robots: Sequence[Robot]) -> None:
+    """Card and statistics of each robot (the first under the plain names), and the module that serves them."""
+    for place, robot in enumerate(robots):
+        name = f".{robot.embodiment.name}" if place else ""
+        write_whole(folder / f"embodiment{name}.yaml", to_yaml(robot.embodiment).encode())
+        robot.statistics.save(folder / f"statistics{name}.json")
+    if robots:
+        write_json(folder / "robot.json", {robot.embodiment.name: robot_values(robot) for robot in robots})
+        shutil.copyfile(ROBOT_MODULE, folder / "robot.py")
+
+
+def robot_values(robot: Robot) -> dict[str, Any]:
+    """What robot.json says of a robot; a channel's own value is the model's times `scale` plus `offset`."""
+    card = robot.embodiment
+    normaliser = Normaliser(card, robot.statistics)
+    return {
+        "name": card.name,
+        "domain_id": card.domain_id,
+        "width": card.width,
+        "fps": card.control_hz,
+        "chunk": card.chunk,
+        "execute": card.execute,
+        "resolution_tier": card.resolution_tier,
+        "view_point": card.view_point,
+        "cameras": list(card.cameras),
+        "layout": card.layout,
+        "state_row": card.state_row,
+        "channels": [{"name": channel.name, "unit": channel.unit} for channel in card.action],
+        "scale": normaliser.scale.tolist(),
+        "offset": normaliser.offset.tolist(),
+    }
+
+
+def adapter_readme(run: str, base: BaseIdentity, robots: Sequence[Robot]) -> str:
+    """README.md of an adapter folder."""
+    load = f"""import torch
+from diffusers import Cosmos3OmniPipeline
+
+base = "{base.name}"  # Hub id or folder of the checkpoint that the adapter was trained on
+pipe = Cosmos3OmniPipeline.from_pretrained(base, torch_dtype=torch.bfloat16, enable_safety_checker=False)
+pipe.transformer.load_lora_adapter(".", weight_name="{WEIGHT_NAME}")
+pipe.to("cuda")"""
+    twin = """from diffusers import Cosmos3OmniTransformer
+from peft import PeftModel
+
+transformer = Cosmos3OmniTransformer.from_pretrained(base, subfolder="transformer", torch_dtype=torch.bfloat16)
+transformer = PeftModel.from_pretrained(transformer, "peft")"""
+    return "\n".join(
+        [
+            f"# Adapter of run `{run}`",
+            "",
+            f"Trained on `{base.name}` (weights {base.weights}). Run this in the adapter's folder, with diffusers and "
+            "peft installed:",
+            "",
+            *_code(load),
+            *_robot_text(robots),
+            "The same adapter in PEFT's own form is in `peft/`:",
+            "",
+            *_code(twin),
+            "`verification.json` says how far upstream's numbers with this adapter are from the trained model's.",
+            "",
+        ]
+    )
+
+
+def merged_readme(run: str, base: BaseIdentity, robots: Sequence[Robot]) -> str:
+    """README.md of a merged pipeline folder."""
+    load = """import torch
+from diffusers import Cosmos3OmniPipeline
+
+pipe = Cosmos3OmniPipeline.from_pretrained(".", torch_dtype=torch.bfloat16, enable_safety_checker=False)
+pipe.to("cuda")"""
+    return "\n".join(
+        [
+            f"# Pipeline of run `{run}`",
+            "",
+            f"`{base.name}` (weights {base.weights}) with what the run trained merged into it. Run this in its folder:",
+            "",
+            *_code(load),
+            *_robot_text(robots),
+            "`verification.json` says what storing the merged weights in the base's dtype costs.",
+            "",
+        ]
+    )
+
+
+def _robot_text(robots: Sequence[Robot]) -> list[str]:
+    if not robots:
+        return []
+    robot = robots[0]
+    card = robot.embodiment
+    units = ", ".join(f"{channel.name} [{channel.unit or '-'}]" for channel in card.action)
+    if card.state_row:
+        return [
+            f"Robot `{card.name}` has a state row, which diffusers' action pipeline cannot serve: `robot.register()` "
+            "says so, and cosmos3_train's own sampler runs it.",
+            "",
+        ]
+    which = f', name="{card.name}"' if len(robots) > 1 else ""
+    instruction = robot.instruction or "what to do"
+    code = f"""import robot
+
+frame = ...  # PIL image or uint8 [H, W, 3] of {" + ".join(card.cameras)}, native size
+actions = robot.act(pipe, frame, {instruction!r}{which})"""
+    return [
+        *_code(code),
+        f"`actions` is float32 [{card.chunk}, {card.width}] at {card.control_hz:g} Hz: {units}. Carry out the first "
+        f"{card.execute}, then look again.",
+        "",
+    ]
+
+
+def _code(text: str) -> list[str]:
+    return ["```python", *text.splitlines(), "```", ""]

@@ -1,0 +1,150 @@
+"""What is measured of a run while it trains: held-out loss, action error in the robot's units, closed loop.
+
+Every evaluation is written to `evaluations/step_NNNNNN.json`, films beside it; the report reads them. Closed loop is
+run at the first and the last evaluation only, from the same seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from cosmos3_train.config import Dataset, Evaluation
+from cosmos3_train.data.mixture import Mixture
+from cosmos3_train.data.reader import PreparedDataset
+from cosmos3_train.evaluation.closed_loop import Episode, mean_coverage, rollout, standard_error, still_coverage
+from cosmos3_train.evaluation.heldout import ActionError, HeldoutLoss, action_error, action_task, heldout_loss
+from cosmos3_train.evaluation.pictures import draw_film
+from cosmos3_train.evaluation.sampling import RobotSampler
+from cosmos3_train.model.encoders import Encoder
+from cosmos3_train.training.run import Run
+
+logger = logging.getLogger(__name__)
+
+EVALUATIONS = "evaluations"
+FILMED = 2
+"""Episodes of an evaluation that are filmed: the first seeds."""
+
+
+def measure(run: Run) -> dict[str, float]:
+    """Evaluate a run where it stands, write what was found, and return it as flat metrics."""
+    config, step = run.experiment.evaluation, run.module.position.step
+    border = step in (0, run.experiment.training.steps)
+    encoder = Encoder(run.encoder.parts, run.experiment.embodiments, seed=run.experiment.training.seed)
+    found: dict[str, Any] = {"step": step}
+    metrics: dict[str, float] = {}
+    loss = _heldout_loss(run, encoder, config)
+    if loss is not None:
+        found["loss"] = asdict(loss)
+        metrics |= loss.metrics()
+    robots = {name: pair for name, pair in run.opened.items() if isinstance(pair[0], PreparedDataset)}
+    for name, (dataset, entry) in robots.items():
+        assert isinstance(dataset, PreparedDataset)
+        prefix = "heldout" if len(robots) == 1 else f"heldout/{name}"
+        error = _action_error(run, encoder, dataset, entry, config)
+        if error is not None:
+            found.setdefault("action", {})[name] = asdict(error) | {"error": error.error, "constant": error.constant}
+            metrics |= error.metrics(prefix)
+        if border and config.closed_loop_episodes and dataset.embodiment.simulator:
+            closed = _closed_loop(run, encoder, dataset, config, step)
+            found.setdefault("closed_loop", {})[name] = closed
+            metrics |= {f"closed_loop/{name}/coverage": closed["coverage"]}
+    path = run.folder / EVALUATIONS / f"step_{step:06d}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    shown = {k: v for k, v in metrics.items() if "/band_" not in k}
+    logger.info("step %d: %s", step, ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
+    return metrics
+
+
+def read_evaluation(folder: Path, step: int) -> dict[str, Any] | None:
+    """What `measure` wrote at a step, None where it was not measured then."""
+    path = folder / EVALUATIONS / f"step_{step:06d}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def loss_of(found: Mapping[str, Any] | None) -> HeldoutLoss | None:
+    """The held-out loss of an evaluation that was read back."""
+    return HeldoutLoss(**found["loss"]) if found and "loss" in found else None
+
+
+def episodes_of(closed: Mapping[str, Any], which: str = "episodes") -> list[Episode]:
+    """The episodes of a closed loop that was read back, without their films."""
+    return [Episode(**row) for row in closed[which]]
+
+
+def film_path(folder: Path, name: str, step: int, seed: int) -> Path:
+    """Where the film strip of an episode lies."""
+    return folder / EVALUATIONS / f"{name}_step_{step:06d}_seed_{seed}.png"
+
+
+# ------------------------------------------------------------------------------------------------ details
+
+
+def _heldout_loss(run: Run, encoder: Encoder, config: Evaluation) -> HeldoutLoss | None:
+    """On the same windows every time: the first samples of the held-out split in an order of its own."""
+    with_heldout = {name: pair for name, pair in run.opened.items() if pair[0].count("heldout")}
+    if not with_heldout or not config.heldout_samples:
+        return None
+    mixture = Mixture(with_heldout, run.experiment.training.seed, split="heldout")
+    count = min(config.heldout_samples, mixture.windows)
+    samples = encoder.encode([mixture.sample(number) for number in range(count)])
+    return heldout_loss(
+        run.backbone,
+        samples,
+        run.experiment.objective,
+        run.experiment.training.seed,
+        tokens_per_pack=run.experiment.training.tokens_per_micro_batch,
+    )
+
+
+def _action_error(
+    run: Run, encoder: Encoder, dataset: PreparedDataset, entry: Dataset, config: Evaluation
+) -> ActionError | None:
+    task = action_task(entry.tasks)
+    if task is None or not config.action_samples or not dataset.count("heldout"):
+        return None
+    return action_error(
+        run.backbone,
+        encoder,
+        dataset,
+        task,
+        windows=config.action_samples,
+        steps=config.solver_steps,
+        seed=run.experiment.training.seed,
+        tokens_per_pack=run.experiment.training.tokens_per_micro_batch,
+    )
+
+
+def _closed_loop(run: Run, encoder: Encoder, dataset: PreparedDataset, config: Evaluation, step: int) -> dict[str, Any]:
+    simulator = dataset.embodiment.simulator
+    assert simulator is not None
+    seeds = range(config.closed_loop_first_seed, config.closed_loop_first_seed + config.closed_loop_episodes)
+    policy = RobotSampler(run.backbone, encoder, dataset.embodiment, dataset.normaliser, config.solver_steps)
+    instruction = dataset.row(0)["instruction"]
+    episodes = rollout(policy, simulator, seeds, instruction, record=set(seeds[:FILMED]))
+    for episode in episodes:
+        if episode.frames:
+            draw_film(
+                film_path(run.folder, dataset.name, step, episode.seed),
+                episode,
+                title=f"seed {episode.seed}, largest coverage {episode.max_coverage:.2f}",
+            )
+    found = {
+        "simulator": simulator,
+        "coverage": mean_coverage(episodes),
+        "standard_error": standard_error(episodes),
+        "episodes": [_without_film(e) for e in episodes],
+    }
+    if step == 0 or not config.before:
+        still = still_coverage(simulator, seeds, dataset.embodiment)
+        found |= {"still": [_without_film(e) for e in still], "still_coverage": mean_coverage(still)}
+    return found
+
+
+def _without_film(episode: Episode) -> dict[str, Any]:
+    return asdict(replace(episode, frames=[], times=[]))

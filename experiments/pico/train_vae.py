@@ -1,0 +1,359 @@
+"""Train Cosmos3-Pico's VAE: an `AutoencoderKLWan` with Wan 2.2's contract (48 channels, 4 x 16 x 16), tiny.
+
+    python experiments/pico/train_vae.py --output DIR --minutes 5 --seed 0 --workers 16 [--states FILE.npz]
+
+Notable choices. Half of the clips are drawn beforehand by the simulator's own camera (pusht_bank.py), half on the
+training device as they are needed, in other looks and sizes (pusht_scenes.py). Sizes are set by
+encoding on a CPU: no residual block in the encoder's wide stages, bf16 weights. The two mid-block attentions are
+held at zero, so the codec is local: the latent of the content does not depend on the canvas around it, and
+training may use a smaller canvas than the pipeline's 256 x 256. Single frames first, then clips: a step on stills
+costs a twentieth of one on clips, and most of what is to be learnt is in them. Decoding sees the cropped latent only,
+as in deployment. The schedule runs on the clock: a run is reproducible in its data, not in its number of steps.
+Writes DIR/vae (diffusers layout, bf16), DIR/vae_report.json and DIR/vae_reconstructions.png.
+"""
+
+import argparse
+import copy
+import json
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+from PIL import Image
+from pusht_bank import Bank, make_banks
+from pusht_scenes import (
+    PALETTE,
+    Clips,
+    disguise,
+    moves_camera,
+    pad_canvas,
+    palettes,
+    random_poses,
+    render,
+)
+from torch import Tensor, nn
+
+logger = logging.getLogger("train_vae")
+
+SPATIAL, TEMPORAL, CHANNELS = 16, 4, 48
+CLIP_FRAMES = (1, 5, 17)
+STILL_SHARE = 0.5  # of the time, spent on single frames before clips come in
+CLIPS_AFTERWARDS = (0.3, 0.2, 0.5)  # shares of the lengths from then on
+CONTENT_SIZES = (
+    (96, 96),
+    (96, 128),
+    (128, 96),
+    (64, 64),
+    (144, 144),
+)  # height, width; the first is PushT's own
+KL_WEIGHT = 1e-5
+PLAIN = 0.4  # share of made-up clips that keep PushT's own look
+REPORT_EVERY_SECONDS = 20
+
+
+def build_vae() -> AutoencoderKLWan:
+    """The untrained codec, its attentions silenced and frozen."""
+    vae = AutoencoderKLWan(
+        base_dim=64,
+        decoder_base_dim=48,
+        z_dim=CHANNELS,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=0,  # encoder: strided convolutions, then the mid block; decoder: one block a stage
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * CHANNELS,
+        latents_std=[1.0] * CHANNELS,
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_temporal=TEMPORAL,
+        scale_factor_spatial=SPATIAL,
+    )
+    for name, parameter in vae.named_parameters():
+        if ".attentions." in name:
+            parameter.requires_grad_(False)
+            if ".proj." in name:
+                nn.init.zeros_(parameter)
+    return vae
+
+
+def encode_content(vae: AutoencoderKLWan, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance, each [B, 48, t, h, w], of the content's latent: padded canvas in, crop out."""
+    height, width = pixels.shape[-2] // SPATIAL, pixels.shape[-1] // SPATIAL
+    (posterior,) = vae.encode(pad_canvas(pixels), return_dict=False)
+    return posterior.mean[..., :height, :width], posterior.logvar[..., :height, :width]
+
+
+def decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """Upstream's chunked decode without its final clamp, under which saturated pixels get no gradient."""
+    vae.clear_cache()
+    hidden = vae.post_quant_conv(latents)
+    chunks = []
+    for index in range(latents.shape[2]):
+        vae._conv_idx = [0]
+        chunk = hidden[:, :, index : index + 1]
+        chunks.append(vae.decoder(chunk, feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=index == 0))
+    vae.clear_cache()
+    return unpatchify(torch.cat(chunks, 2), patch_size=2)
+
+
+def bank_clips(bank: Bank, chosen: Tensor, frames: int, first: int = 0) -> Clips:
+    """`frames` frames from `first` on of the chosen clips [B] of a bank, as the camera drew them."""
+    device = bank.pixels.device
+    poses = bank.poses[chosen, first : first + frames]
+    own = torch.tensor(PALETTE, device=device, dtype=torch.float32).expand(len(chosen), -1, -1)
+    pixels = bank.pixels[chosen, first : first + frames].permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
+    return Clips(pixels, render(poses, own).weight)
+
+
+def training_clips(
+    bank: Bank, generator: torch.Generator, draws: np.random.Generator, batch: int, frames: int, size: tuple[int, int]
+) -> Clips:
+    """One training batch, all clips of one length and size: as a camera drew them, or made up, some disguised."""
+    height, width = size
+    if draws.random() < 0.6 and size == CONTENT_SIZES[0]:
+        chosen = torch.randint(len(bank.poses), (batch,), generator=generator, device=generator.device)
+        clips = bank_clips(bank, chosen, frames, first=int(draws.integers(CLIP_FRAMES[-1] - frames + 1)))
+        return moves_camera(clips) if draws.random() < 0.35 else clips
+    palette = palettes(batch, generator, PLAIN)
+    clips = render(random_poses(batch, frames, generator), palette, height, width)
+    return disguise(clips, generator, PLAIN)
+
+
+def losses(vae: AutoencoderKLWan, clips: Clips) -> tuple[Tensor, Tensor]:
+    """(reconstruction, KL): weighted mean absolute plus squared error, and nats per latent element."""
+    mean, logvar = encode_content(vae, clips.pixels)
+    mean, logvar = mean.float(), logvar.float()
+    latents = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+    error = (decode_unclamped(vae, latents).float() - clips.pixels).abs()
+    weight = clips.weight / clips.weight.mean()
+    reconstruction = (weight * (error + 2.0 * error.square())).mean()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return reconstruction, kl
+
+
+def held_out_clips(held_out: Bank) -> dict[str, Clips]:
+    """All clips of the held-out bank under each contract's camera."""
+    own = bank_clips(held_out, torch.arange(len(held_out.poses), device=held_out.poses.device), CLIP_FRAMES[-1])
+    return {"pusht": own, "pusht_moves": moves_camera(own)}
+
+
+@torch.no_grad()
+def psnr(vae: AutoencoderKLWan, clips: Clips) -> dict[str, float]:
+    """dB over whole frames, over what moves, and of the worst frame, through canvas, crop and decode."""
+    weights = next(vae.parameters())
+    mean, _ = encode_content(vae, clips.pixels.to(weights.dtype))
+    error = (vae.decode(mean, return_dict=False)[0].float() - clips.pixels).square()
+    moving = (clips.weight > 1).expand_as(error)
+    per_frame = error.mean((1, 3, 4)).clamp(min=1e-10)
+
+    def decibel(mse: Tensor) -> float:
+        return round(float(10 * torch.log10(4.0 / mse)), 3)
+
+    return {
+        "frames": decibel(error.mean()),
+        "moving": decibel(error[moving].mean()),
+        "worst_frame": decibel(per_frame.max()),
+    }
+
+
+def learning_rate(progress: float, step: int, peak: float) -> float:
+    """Learning rate: 100 steps of warm-up, then a cosine over the run's share of time, to 1 % of the peak."""
+    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return peak * min(1.0, (step + 1) / 100) * (0.01 + 0.99 * cosine)
+
+
+class Steps:
+    """Optimizer steps, one CUDA graph a shape: the codec is so small that launching its kernels would be the cost."""
+
+    def __init__(self, vae: AutoencoderKLWan, average: AutoencoderKLWan, peak: float) -> None:
+        self.vae = vae
+        self.trained = [p for p in vae.parameters() if p.requires_grad]
+        self.averaged = [a for a, p in zip(average.parameters(), vae.parameters(), strict=True) if p.requires_grad]
+        self.device = self.trained[0].device
+        self.graphed = self.device.type == "cuda"
+        self.rate = torch.tensor(peak, device=self.device)
+        self.keep = torch.tensor(0.0, device=self.device)
+        rate = self.rate if self.graphed else peak
+        self.optimizer = torch.optim.AdamW(
+            self.trained, lr=rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=self.graphed, capturable=self.graphed
+        )
+        self.graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Clips, Tensor]] = {}
+
+    def __call__(self, clips: Clips, rate: float, keep: float) -> Tensor:
+        """One step on a batch; returns (reconstruction, KL, gradient norm) without waiting for them."""
+        self.rate.fill_(rate)
+        self.keep.fill_(1 - keep)
+        if not self.graphed:
+            self.optimizer.param_groups[0]["lr"] = rate
+            return self._step(clips)
+        shape = tuple(clips.pixels.shape)
+        if shape not in self.graphs:
+            self.graphs[shape] = self._capture(clips)
+        graph, buffers, out = self.graphs[shape]
+        buffers.pixels.copy_(clips.pixels)
+        buffers.weight.copy_(clips.weight)
+        graph.replay()
+        return out
+
+    def _capture(self, clips: Clips) -> tuple[torch.cuda.CUDAGraph, Clips, Tensor]:
+        buffers = Clips(clips.pixels.clone(), clips.weight.clone())
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                self._step(buffers)
+        torch.cuda.current_stream().wait_stream(aside)
+        self.optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = self._step(buffers)
+        return graph, buffers, out
+
+    def _step(self, clips: Clips) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.graphed, cache_enabled=False):
+            reconstruction, kl = losses(self.vae, clips)
+        (reconstruction + KL_WEIGHT * kl).backward()
+        norm = nn.utils.clip_grad_norm_(self.trained, 1.0, foreach=True)
+        self.optimizer.step()
+        with torch.no_grad():
+            for average, parameter in zip(self.averaged, self.trained, strict=True):
+                average.lerp_(parameter, self.keep)  # with a tensor: a graph would freeze a number
+        return torch.stack((reconstruction.detach(), kl.detach(), norm.detach()))
+
+
+def train(
+    args: argparse.Namespace, bank: Bank, held_out: dict[str, Clips], device: torch.device
+) -> tuple[AutoencoderKLWan, dict[str, Any]]:
+    """Run the clock down; returns the averaged codec (fp32) and what the run was."""
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    generator = torch.Generator(device).manual_seed(args.seed)
+    draws = np.random.default_rng(args.seed)
+    vae = build_vae().train()
+    nn.Module.to(vae, device=device)  # upstream's own is decorated out of its type
+    average = copy.deepcopy(vae).eval()
+    make_step = Steps(vae, average, args.lr)
+    started = reported = time.monotonic()
+    seconds, step, frames_seen = args.minutes * 60, 0, 0
+    while (elapsed := time.monotonic() - started) < seconds:
+        frames, size, batch = 1, CONTENT_SIZES[0], 4 * args.clips_per_step
+        if elapsed / seconds > STILL_SHARE:
+            frames = int(draws.choice(CLIP_FRAMES, p=CLIPS_AFTERWARDS))
+            batch = batch if frames == 1 else args.clips_per_step
+        if frames == 1 and draws.random() < 0.15:
+            size = CONTENT_SIZES[int(draws.integers(len(CONTENT_SIZES)))]
+        clips = training_clips(bank, generator, draws, batch, frames, size)
+        keep = min(0.999, (1 + step) / (10 + step))
+        seen = make_step(clips, learning_rate(elapsed / seconds, step, args.lr), keep)
+        step, frames_seen = step + 1, frames_seen + batch * frames
+        if time.monotonic() - reported > REPORT_EVERY_SECONDS:
+            reconstruction, kl, norm = seen.tolist()
+            reported = time.monotonic()
+            if not math.isfinite(norm):
+                raise FloatingPointError(f"gradient norm {norm} at step {step}: lower --lr")
+            logger.info(
+                "%5.0f s  step %d  loss %.4f  kl %.2f  frames/s %.0f  psnr %s",
+                elapsed,
+                step,
+                reconstruction,
+                kl,
+                frames_seen / (reported - started),
+                psnr(average, held_out["pusht"]),
+            )
+    seconds = round(time.monotonic() - started, 1)
+    return average, {"steps": step, "frames": frames_seen, "seconds": seconds}
+
+
+@torch.no_grad()
+def write_statistics(vae: AutoencoderKLWan, bank: Bank, clips: int) -> dict[str, float]:
+    """Put the latents' mean and std per channel, over the content of both cameras, into the config.
+
+    A channel that the codec hardly uses would be blown up into noise: its std is held at 5 % of the median.
+    """
+    latents = []
+    for index, chosen in enumerate(torch.arange(clips, device=bank.poses.device).split(16)):
+        seen = bank_clips(bank, chosen, CLIP_FRAMES[-1])
+        mean, _ = encode_content(vae, (moves_camera(seen) if index % 4 == 3 else seen).pixels)
+        latents.append(mean.float().transpose(0, 1).flatten(1))
+    stacked = torch.cat(latents, 1)
+    mean, std = stacked.mean(1), stacked.std(1)
+    floor = 0.05 * std.median()
+    vae.register_to_config(
+        latents_mean=[round(value, 6) for value in mean.tolist()],
+        latents_std=[round(value, 6) for value in std.clamp(min=floor).tolist()],
+    )
+    return {
+        "std_min": float(std.min()),
+        "std_max": float(std.max()),
+        "channels_held_at_floor": int((std < floor).sum()),
+    }
+
+
+@torch.no_grad()
+def draw_reconstructions(vae: AutoencoderKLWan, clips: dict[str, Clips], path: Path) -> None:
+    """Pairs of rows, original above reconstruction, for each contract; 3 x enlarged."""
+    rows = []
+    for contract in clips.values():
+        pixels = contract.pixels[:4]
+        mean, _ = encode_content(vae, pixels.to(vae.dtype))
+        decoded = vae.decode(mean, return_dict=False)[0].float()
+        for video in (pixels, decoded):
+            shown = video[:, :, (0, 8, 16)].permute(0, 2, 3, 4, 1).flatten(0, 1)
+            rows.append(torch.cat(list(shown), 1))
+    image = ((torch.cat(rows) + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()
+    picture = Image.fromarray(image)
+    picture.resize((picture.width * 3, picture.height * 3), Image.Resampling.NEAREST).save(path)
+
+
+def main() -> None:
+    """Train, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder to write vae/ and the report into")
+    parser.add_argument("--minutes", type=float, default=5.0, help="training time; the schedule follows it")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument(
+        "--clips-per-step", type=int, default=24, help="clips in an optimizer step; four times as many single frames"
+    )
+    parser.add_argument("--bank-clips", type=int, default=4000, help="clips of the simulator's camera, 470 kB each")
+    parser.add_argument("--held-out-clips", type=int, default=32, help="clips that PSNR is measured on")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw the bank")
+    parser.add_argument("--states", type=Path, help="npz of recorded PushT poses; without it motion is made up")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    args.output.mkdir(parents=True, exist_ok=True)
+    banks = make_banks(args.states, args.bank_clips, args.held_out_clips, args.seed, args.workers)
+    logger.info("drew %d + %d clips, seed %d", *(len(bank.poses) for bank in banks), args.seed)
+    device = torch.device(args.device)
+    bank, kept = (part.to(device) for part in banks)
+    held_out = held_out_clips(kept)
+    vae, report = train(args, bank, held_out, device)
+    report["latents"] = write_statistics(vae, bank, min(256, 8 * args.held_out_clips, args.bank_clips))
+    nn.Module.to(vae, dtype=torch.bfloat16)  # upstream's own is decorated out of its type
+    vae.save_pretrained(args.output / "vae", safe_serialization=True)
+    report["psnr_bf16"] = {name: psnr(vae, of) for name, of in held_out.items()}
+    draw_reconstructions(vae, held_out, args.output / "vae_reconstructions.png")
+    nn.Module.to(vae, dtype=torch.float32)  # the saved, rounded weights, computed in fp32
+    report["psnr_fp32"] = {name: psnr(vae, of) for name, of in held_out.items()}
+    report |= {
+        "seed": args.seed,
+        "states": args.states.name if args.states else None,
+        "device": device.type,
+        "parameters": sum(p.numel() for p in vae.parameters()),
+        "bytes": sum(f.stat().st_size for f in (args.output / "vae").iterdir()),
+    }
+    (args.output / "vae_report.json").write_text(json.dumps(report, indent=2) + "\n")
+    logger.info("%s", json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The two logs that ship: small, whole, of the seeds their cards state; and the expert that makes them."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import av
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CARDS = sorted((REPOSITORY / "data/pusht").glob("*.yaml"))
+FIELDS = {
+    "name", "format", "source", "licence", "size", "layout", "columns", "rate_hz", "tasks", "embodiment",
+    "known_faults", "how_made",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def make_episodes() -> Iterator[ModuleType]:
+    """The script as a module; its folder stays importable, as it is when the script runs."""
+    sys.path.insert(0, str(REPOSITORY / "data/pusht"))
+    yield importlib.import_module("make_episodes")
+    sys.path.remove(str(REPOSITORY / "data/pusht"))
+
+
+def test_both_cards_are_there() -> None:
+    assert [card.name for card in CARDS] == ["log.yaml", "moves_log.yaml"]
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.stem)
+def test_a_shipped_log_is_small_and_whole(card: Path) -> None:
+    fields = yaml.safe_load(card.read_text())
+    assert set(fields) == FIELDS
+    root = REPOSITORY / fields["source"]
+    assert sum(f.stat().st_size for f in root.rglob("*") if f.is_file()) <= 4_000_000
+    rows = pq.read_table(root / "data/chunk-000/file-000.parquet")
+    assert set(fields["columns"]) == {"observation.images.top", "observation.state", "action"}
+    with av.open(str(root / "videos/observation.images.top/chunk-000/file-000.mp4")) as container:
+        assert container.streams.video[0].average_rate == fields["rate_hz"]
+        assert sum(1 for _ in container.decode(video=0)) == rows.num_rows
+    action, state = (np.stack(rows[name].to_pylist()) for name in ("action", "observation.state"))
+    largest = 512 if fields["embodiment"] == "pusht" else 100
+    assert np.isfinite(action).all() and np.abs(action).max() <= largest
+    assert state.min() >= 0 and state.max() <= largest
+    lead = np.linalg.norm(action - state, axis=1) / 5.12 if largest == 512 else np.linalg.norm(action, axis=1)
+    assert lead.max() < 10, "the target stays within 10 cm of the agent"
+
+
+def test_the_expert_solves_fresh_starts_under_both_contracts(make_episodes: ModuleType) -> None:
+    for contract in make_episodes.CONTRACTS:
+        coverage = [make_episodes.plan_episode(contract, seed).max_coverage for seed in (2, 3, 4)]
+        assert min(coverage) > 0.9
+
+
+def test_evaluation_seeds_never_make_data(make_episodes: ModuleType) -> None:
+    for seed in (90_000, 100_000, 100_049, -1):
+        with pytest.raises(AssertionError, match="seed"):
+            make_episodes.plan_episode("pusht", seed)
+
+
+def test_stored_poses_draw_the_same_pictures(make_episodes: ModuleType, tmp_path: Path) -> None:
+    episodes = [make_episodes.plan_episode("pusht_moves", seed) for seed in (21, 24)]
+    file = tmp_path / "states.npz"
+    make_episodes.save_states("pusht_moves", episodes, file)
+    for kept, (stored, pictures) in zip(episodes, make_episodes.stored_episodes("pusht_moves", file), strict=True):
+        assert stored.seed == kept.seed
+        np.testing.assert_array_equal(stored.action, kept.action)
+        np.testing.assert_array_equal(pictures, make_episodes.draw("pusht_moves", kept))
+    with pytest.raises(ValueError, match="contract"):
+        next(make_episodes.stored_episodes("pusht", file))

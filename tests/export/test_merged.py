@@ -1,0 +1,105 @@
+"""A merged pipeline holds cast(W + s·B·A) bit for bit, and upstream loads it as a plain checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import Cosmos3OmniPipeline
+from safetensors.torch import load_file
+
+from cosmos3_train.config import Tuning, UserError
+from cosmos3_train.export.merged import write_merged
+from cosmos3_train.export.verify import verify_merged
+from tests.export.trained import DOMAIN, PICO, robot, token_samples, trained_pico
+
+BOTH = ["understanding", "generation"]
+
+
+def transformer_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for shard in sorted((folder / "transformer").glob("*.safetensors")):
+        found |= load_file(shard)
+    return found
+
+
+def expected_tensors(backbone, tuning: Tuning) -> dict[str, torch.Tensor]:
+    """The merge written out anew, from the trained parameters by their names."""
+    trained = {name: p.detach() for name, p in backbone.named_parameters() if p.requires_grad}
+    scale = tuning.alpha / (tuning.rank**0.5 if tuning.rslora else tuning.rank)
+    found = transformer_tensors(PICO)
+    for name, b in trained.items():
+        stem, _, rest = name.partition(".lora_B.")
+        if not rest:
+            continue
+        merged = found[f"{stem}.weight"].float() + (b @ trained[f"{stem}.lora_A.default.weight"]) * scale
+        if tuning.dora:
+            magnitude = trained[f"{stem}.lora_magnitude_vector.default.weight"]
+            merged = (magnitude / torch.linalg.norm(merged, dim=1))[:, None] * merged
+        found[f"{stem}.weight"] = merged.to(found[f"{stem}.weight"].dtype)
+    for name, rows in trained.items():
+        stem, _, rest = name.partition(".token_adapter.")
+        if rest:
+            found[f"{stem}.weight"] = found[f"{stem}.weight"].clone()
+            found[f"{stem}.weight"][DOMAIN] = rows[0].to(found[f"{stem}.weight"].dtype)
+    return found
+
+
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        Tuning(method="hybrid", rank=4, alpha=10.0, rslora=True, dropout=0.1),
+        Tuning(method="hybrid", rank=4, alpha=6.0, dora=True, towers=BOTH),
+    ],
+    ids=["rsLoRA", "DoRA"],
+)
+def test_merged_weights_bit_for_bit(tuning, tmp_path):
+    backbone = trained_pico(tuning)
+    folder = write_merged(backbone, PICO, tmp_path / "merged", run="a", robots=[robot()])
+    merged, expected, base = transformer_tensors(folder), expected_tensors(backbone, tuning), transformer_tensors(PICO)
+    assert merged.keys() == expected.keys()
+    for name, value in expected.items():
+        assert merged[name].dtype == base[name].dtype
+        assert torch.equal(merged[name], value), name
+    changed = {name for name, value in merged.items() if not torch.equal(value, base[name])}
+    assert sum("lora_B" in name for name, _ in backbone.named_parameters()) == len(changed) - 4
+    rows = merged["action_proj_in.fc.weight"] != base["action_proj_in.fc.weight"]
+    assert rows.any(dim=1).nonzero().flatten().tolist() == [DOMAIN]
+
+
+def test_upstream_loads_it_and_the_cast_costs_little(tmp_path):
+    backbone = trained_pico(Tuning(method="hybrid", rank=4, alpha=10.0, rslora=True))
+    folder = write_merged(backbone, PICO, tmp_path / "merged", run="a", robots=[robot()])
+    report = verify_merged(folder, PICO, backbone, token_samples())
+    assert 0 < report.relative_difference <= 1e-2  # Pico is stored in bfloat16
+    assert report.change > 3 * report.relative_difference
+    pipe = Cosmos3OmniPipeline.from_pretrained(folder, enable_safety_checker=False)
+    assert type(pipe.transformer).__name__ == "Cosmos3OmniTransformer"
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["transformer"] == ["diffusers", "Cosmos3OmniTransformer"]
+    for file in PICO.rglob("*"):
+        if file.is_file() and file.suffix != ".safetensors" and file.name != "README.md":
+            assert (folder / file.relative_to(PICO)).read_bytes() == file.read_bytes()
+    vae = "vae/diffusion_pytorch_model.safetensors"
+    assert (folder / vae).read_bytes() == (PICO / vae).read_bytes()
+
+
+def test_whole_weights_are_written_as_trained(tmp_path):
+    backbone = trained_pico(Tuning(method="tower", towers=["generation"]), step=0.01)
+    folder = write_merged(backbone, PICO, tmp_path / "merged", run="a")
+    merged, base = transformer_tensors(folder), transformer_tensors(PICO)
+    trained = {name: p.detach() for name, p in backbone.named_parameters() if p.requires_grad}
+    assert len(trained) > 50
+    for name, value in merged.items():
+        wanted = trained[name].to(base[name].dtype) if name in trained else base[name]
+        assert torch.equal(value, wanted), name
+
+
+def test_nothing_trained_is_refused_and_nothing_is_left(tmp_path):
+    backbone = trained_pico(Tuning(method="tower"))
+    backbone.requires_grad_(False)
+    with pytest.raises(UserError, match="trained nothing"):
+        write_merged(backbone, PICO, tmp_path / "merged", run="a")
+    assert list(tmp_path.iterdir()) == []
