@@ -9,10 +9,11 @@ sdpa    torch's scaled_dot_product_attention, sample by sample: CPU, float32, an
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 from collections.abc import Callable
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -113,21 +114,26 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal: 
 
 
 def _flash2(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal: bool) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen
 
-    out = varlen_attn(
-        q,
-        k,
-        v,
-        queries.offsets,
-        keys.offsets,
-        queries.longest,
-        keys.longest,
-        window_size=(-1, 0) if causal else (-1, -1),
-        enable_gqa=q.shape[1] != k.shape[1],
+    attn: Callable[..., Any] = varlen.varlen_attn
+    known = _parameters(attn)
+    # torch has changed how it is told: causality by a flag, then by a window; grouped heads by hand, then by a flag.
+    options: dict[str, Any] = (
+        {"window_size": (-1, 0) if causal else (-1, -1)} if "window_size" in known else {"is_causal": causal}
     )
-    assert isinstance(out, Tensor)
-    return out
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in known:
+            options["enable_gqa"] = True
+        else:
+            repeats = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+    return attn(q, k, v, queries.offsets, keys.offsets, queries.longest, keys.longest, **options)
+
+
+@cache
+def _parameters(function: Callable) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def _flash3(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal: bool) -> Tensor:

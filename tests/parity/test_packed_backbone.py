@@ -54,14 +54,15 @@ def unpacked(samples, packed, velocities):
         generated = ~sample.video_given
         if packed.video_target is not None and generated.any():
             shape = (48, int(generated.sum()), *sample.video.shape[2:])
-            video[:, generated] = unpatchify(velocities.video[packed.video_target.sample == place], shape, 2)
+            rows = velocities.video[packed.video_target.sample == place].float()
+            video[:, generated] = unpatchify(rows, shape, 2)
         sound = action = None
         if sample.sound is not None:
             sound = torch.zeros(sample.sound.shape)
-            sound[~sample.sound_given] = velocities.sound[packed.sound_target.sample == place]
+            sound[~sample.sound_given] = velocities.sound[packed.sound_target.sample == place].float()
         if sample.action is not None:
             action = torch.zeros(sample.action.shape)
-            action[~sample.action_given] = velocities.action[packed.action_target.sample == place]
+            action[~sample.action_given] = velocities.action[packed.action_target.sample == place].float()
         results.append((video, sound, action))
     return results
 
@@ -96,8 +97,18 @@ def test_state_row_equals_upstream_with_the_state_at_the_first_frame():
 @pytest.mark.parametrize("config", [TINY, EDGE], ids=["qwen", "edge"])
 def test_lora_gradients_of_both_towers_equal_upstreams(config, checkpointed):
     ours, theirs = models(config)
-    targets = ["to_q", "to_k", "to_v", "to_out", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
-               "up_proj", "down_proj"]
+    targets = [
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+        "up_proj",
+        "down_proj",
+    ]
     for model in (ours, theirs):
         model.requires_grad_(False)
         model.add_adapter(LoraConfig(r=3, lora_alpha=5, target_modules=targets))
@@ -174,3 +185,38 @@ def test_positions_and_levels_below_float32_are_refused():
     with pytest.raises(AssertionError, match="noise levels were cast"):
         ours(replace(packed, levels=packed.levels.bfloat16()))
     assert float(torch.tensor(15001.0).bfloat16()) == 14976.0
+
+
+@pytest.mark.parametrize("config", [TINY, EDGE], ids=["qwen", "edge"])
+def test_bf16_error_is_at_most_a_fifth_above_upstreams(config):
+    ours, theirs = models(config)
+    samples = [make_sample(task, number) for number, task in enumerate(TASKS)]
+    sigmas = [0.2 + 0.05 * place for place in range(len(samples))]
+    parts = [noise_it(s, sigma) for s, sigma in zip(samples, sigmas, strict=True)]
+    with torch.no_grad():
+        exact = [upstream_velocities(theirs, s, p[1], p[2]) for s, p in zip(samples, parts, strict=True)]
+        for model in (ours, theirs):
+            in_bf16(model)
+        ours.compute_dtype = torch.bfloat16
+        packed, _, velocities = packed_velocities(ours, samples, sigmas)
+        mine = unpacked(samples, packed, velocities)
+        rounded = [upstream_velocities(theirs, s, halved(p[1]), p[2]) for s, p in zip(samples, parts, strict=True)]
+    for place, name in enumerate(("video", "sound", "action")):
+        assert error_of(mine, exact, place) <= 1.2 * error_of(rounded, exact, place), name
+
+
+def in_bf16(model: torch.nn.Module) -> None:
+    """As a checkpoint is loaded in bf16: the timestep embedder and the rotary frequencies stay float32."""
+    for name, parameter in model.named_parameters():
+        if not name.startswith("time_embedder."):
+            parameter.data = parameter.data.bfloat16()
+
+
+def halved(values):
+    return type(values)(*(None if x is None else x.bfloat16() for x in vars(values).values()))
+
+
+def error_of(velocities, exact, place: int) -> float:
+    """‖ours − exact‖ / ‖exact‖ over all samples that have the modality."""
+    pairs = [(v[place].float(), e[place]) for v, e in zip(velocities, exact, strict=True) if e[place] is not None]
+    return float(sum((a - b).square().sum() for a, b in pairs).sqrt() / sum(b.square().sum() for _, b in pairs).sqrt())

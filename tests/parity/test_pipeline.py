@@ -168,9 +168,13 @@ def test_a_pack_samples_what_the_pipeline_samples_one_by_one(pipe, ours, tasks, 
         if tasks:
             samples = [robot_sample(tasks[0], CARD, number) for number in range(2)]
         else:  # one pack of everything: tasks, robots and picture sizes mixed
-            rows = [("policy", "umi", (96, 96)), ("inverse_dynamics", "pusht", (96, 96)),
-                    ("policy", "pusht", (64, 112)), ("forward_dynamics", "umi", (96, 96)),
-                    ("policy", "pusht", (96, 96))]
+            rows = [
+                ("policy", "umi", (96, 96)),
+                ("inverse_dynamics", "pusht", (96, 96)),
+                ("policy", "pusht", (64, 112)),
+                ("forward_dynamics", "umi", (96, 96)),
+                ("policy", "pusht", (96, 96)),
+            ]
             samples = [robot_sample(task, cards[name], n, size) for n, (task, name, size) in enumerate(rows)]
         assert compare(pipe, ours, samples, cards) <= 1e-5
     finally:
@@ -183,7 +187,11 @@ def test_guidance_equals_the_pipelines(pipe, ours):
 
 def test_native_flow_schedule_equals_the_pipelines(pipe, ours):
     native = Cosmos3OmniPipeline(
-        pipe.transformer, pipe.text_tokenizer, pipe.vae, copy.deepcopy(pipe.scheduler), enable_safety_checker=False,
+        pipe.transformer,
+        pipe.text_tokenizer,
+        pipe.vae,
+        copy.deepcopy(pipe.scheduler),
+        enable_safety_checker=False,
         use_native_flow_schedule=True,
     )
     native.set_progress_bar_config(disable=True)
@@ -203,8 +211,18 @@ def test_the_shipped_folder_samples_alike_in_both():
 def test_the_robots_sampler_equals_the_pipeline_and_knows_its_units(pipe, ours, state_row):
     """Encoding one picture, and repeating the instruction's keys and values, changes nothing."""
     card = robot(state_row=state_row, state_key="state" if state_row else None)
-    moments = Moments(count=2, mean=[0.0, 0.0], std=[1.0, 1.0], min=[0.0, -2.0], max=[512.0, 6.0],
-                      q01=[0.0, -2.0], q10=[0.0, 0.0], q50=[0.0, 0.0], q90=[0.0, 0.0], q99=[512.0, 6.0])
+    moments = Moments(
+        count=2,
+        mean=[0.0, 0.0],
+        std=[1.0, 1.0],
+        min=[0.0, -2.0],
+        max=[512.0, 6.0],
+        q01=[0.0, -2.0],
+        q10=[0.0, 0.0],
+        q50=[0.0, 0.0],
+        q90=[0.0, 0.0],
+        q99=[512.0, 6.0],
+    )
     normaliser = Normaliser(card, Statistics("d", "pusht", "f", moments))
     policy = RobotSampler(ours, Encoder(pipe, {"pusht": card}), card, normaliser, STEPS)
     samples = [replace(robot_sample("policy", card, 2 * n), state=torch.tensor([0.1, -0.3])) for n in range(3)]
@@ -233,7 +251,8 @@ def test_one_picture_has_the_latent_of_the_pipelines_first_frame(pipe, size):
     frames = clip(size)
     alone = encoder.encode_frames([frames[:1]], CARD)[0]
     theirs = pipe.prepare_latents(
-        action=condition(replace(robot_sample("policy", CARD, 0), frames=frames), CARD), device="cpu",
+        action=condition(replace(robot_sample("policy", CARD, 0), frames=frames), CARD),
+        device="cpu",
         dtype=torch.float32,
     )
     assert alone.shape[1] == 1
