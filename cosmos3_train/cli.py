@@ -1,76 +1,131 @@
-"""The command line. It alone chains the floors: prepare, train, evaluate, export, check, show.
+"""The command line. It alone, with its commands, chains the floors: prepare, check, train, evaluate, export, show.
 
-Exit codes: 0 finished, 2 the user's mistake (one line on standard error), 75 interrupted and to be run again, 1 else.
+Exit codes: 0 finished, 2 the user's mistake (one line on standard error), 75 interrupted and to be run again, 130
+stopped by Ctrl-C or a closed pipe (nothing is said), 1 else.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from cosmos3_train.config import Loaded, UserError, flatten, load_experiment, to_plain
+from cosmos3_train.commands.console import QUIET, USER_ERROR, say_error
+from cosmos3_train.config import Loaded, UserError, load_experiment
 from cosmos3_train.runtime import offline_hub, set_up_logging
 
-INTERRUPTED = 75
-"""BSD's 'temporary failure, try again', which batch systems read as a request to run the command again."""
+BEGAN = time.monotonic()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `cosmos3`."""
     set_up_logging()
     offline_hub()
-    options = _parser().parse_args(arguments)
+    options = parse(arguments)
     try:
         code = options.command(options)
+        sys.stdout.flush()
     except UserError as error:
-        say(f"error: {error}", sys.stderr)
-        code = 2
+        say_error(error)
+        code = USER_ERROR
+    except KeyboardInterrupt:
+        code = QUIET
+    except BrokenPipeError:
+        # Whoever read our output is gone; the interpreter's own flush at exit must not complain about it either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = QUIET
     sys.exit(code)
 
 
-def say(text: str, to=None) -> None:
-    """A line for the user, on standard output unless told otherwise."""
-    print(text, file=to or sys.stdout, flush=True)
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of a line; key=value pairs may stand before and after flags. Exits with 2 where the line is wrong."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    strays = [word for word in rest if word.startswith("-") or "=" not in word]
+    if strays or (rest and "overrides" not in options):
+        parser.error(f"unrecognized arguments: {' '.join(strays or rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
-def train(options: argparse.Namespace) -> int:
-    """cosmos3 train EXPERIMENT [key=value ...]"""
+# ------------------------------------------------------------------------------------------------ commands
+
+
+def _train(options: argparse.Namespace) -> int:
     loaded = _load(options)  # before the heavy imports: a misspelt key is told at once
-    from cosmos3_train.training.run import TrainingFailed
-    from cosmos3_train.training.run import train as carry_out
+    from cosmos3_train.commands import train
 
-    try:
-        ended = carry_out(loaded, fresh=options.fresh)
-    except TrainingFailed as error:
-        say(f"error: {error}", sys.stderr)
-        return 1
-    return INTERRUPTED if ended == "interrupted" else 0
+    return train.run(loaded, fresh=options.fresh, began=BEGAN)
 
 
-def show(options: argparse.Namespace) -> int:
-    """cosmos3 show EXPERIMENT [key=value ...]: every resolved value and the layer that set it."""
+def _check(options: argparse.Namespace) -> int:
     loaded = _load(options)
-    values = flatten(to_plain(loaded.experiment))
-    width = min(56, max(len(key) for key in values))
-    for key, value in values.items():
-        say(f"{key:<{width}}  {value!s:<28}  # {loaded.origin.get(key, 'schema')}")
-    return 0
+    from cosmos3_train.commands import check
+
+    return check.run(loaded)
+
+
+def _show(options: argparse.Namespace) -> int:
+    from cosmos3_train.commands import show
+
+    return show.run(_load(options))
+
+
+def _export(options: argparse.Namespace) -> int:
+    from cosmos3_train.commands import export
+
+    return export.run(options.run, options.to, options.output)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from cosmos3_train.commands import evaluate
+
+    return evaluate.run(options.run, options.on, options.embodiment, options.episodes)
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from cosmos3_train.commands import prepare
+
+    return prepare.run(
+        options.card,
+        options.embodiment,
+        options.source,
+        options.output,
+        workers=options.workers,
+        stride=options.stride,
+        heldout=options.heldout,
+        fresh=options.fresh,
+        cache=options.cache,
+        model=options.model,
+    )
 
 
 def _load(options: argparse.Namespace) -> Loaded:
     return load_experiment(options.experiment, options.overrides)
 
 
+# ------------------------------------------------------------------------------------------------ the line
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="cosmos3", description="Post-train Cosmos 3 for one robot; deploy it in diffusers."
-    )
+    words = "Post-train Cosmos 3 for one robot; deploy it in diffusers."
+    parser = argparse.ArgumentParser(prog="cosmos3", description=words)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_experiments(commands)
+    _add_results(commands)
+    _add_prepare(commands)
+    return parser
+
+
+def _add_experiments(commands: argparse._SubParsersAction) -> None:
     for name, function, words in (
-        ("train", train, "carry out an experiment, or go on with it"),
-        ("show", show, "print every resolved value and the layer that set it"),
+        ("train", _train, "carry out an experiment, or go on with it; export and report its result"),
+        ("check", _check, "look for mistakes in config, data, model and disk, in seconds and without a GPU"),
+        ("show", _show, "print every resolved value and the layer that set it"),
     ):
         command = commands.add_parser(name, help=words, description=words)
         command.add_argument("experiment", type=Path, metavar="EXPERIMENT", help="a file under experiments/")
@@ -80,7 +135,42 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=function)
         if name == "train":
             command.add_argument("--fresh", action="store_true", help="throw away the run of that name and start over")
-    return parser
+
+
+def _add_results(commands: argparse._SubParsersAction) -> None:
+    words = "write the newest checkpoint of a run as an adapter or a merged pipeline, and verify it"
+    export = commands.add_parser("export", help=words, description=words)
+    export.add_argument("run", metavar="RUN", help="a run's name, or its folder")
+    export.add_argument("--to", required=True, choices=("adapter", "merged"), help="form of the result")
+    export.add_argument("--output", type=Path, metavar="DIR", help="folder to make (runs/NAME/export/FORM)")
+    export.set_defaults(command=_export)
+    words = "measure a run or a pipeline folder on a dataset: held-out loss, action error, closed loop"
+    evaluate = commands.add_parser("evaluate", help=words, description=words)
+    evaluate.add_argument("run", metavar="RUN|FOLDER", help="a run's name or folder, or a pipeline folder")
+    evaluate.add_argument("--on", required=True, type=Path, metavar="DATASET_CARD", help="a dataset card")
+    evaluate.add_argument("--embodiment", metavar="NAME", help="embodiment card (the dataset card's)")
+    evaluate.add_argument(
+        "--episodes", type=int, metavar="N", help="closed-loop episodes (the run's, or 20; 0 for none)"
+    )
+    evaluate.set_defaults(command=_evaluate)
+
+
+def _add_prepare(commands: argparse._SubParsersAction) -> None:
+    words = "turn a LeRobot v3 log into prepared rows"
+    prepare = commands.add_parser("prepare", help=words, description=words)
+    prepare.add_argument("card", type=Path, metavar="DATASET_CARD")
+    prepare.add_argument("--embodiment", metavar="NAME", help="embodiment card (the dataset card's)")
+    prepare.add_argument("--source", type=Path, metavar="DIR", help="the log's folder (the dataset card's)")
+    prepare.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
+    prepare.add_argument("--workers", type=int, default=1, metavar="N", help="processes (1)")
+    prepare.add_argument("--stride", type=int, default=1, metavar="N", help="frames between window starts (1)")
+    prepare.add_argument(
+        "--heldout", type=float, default=0.05, metavar="FRACTION", help="share of episodes that never trains (0.05)"
+    )
+    prepare.add_argument("--fresh", action="store_true", help="replace a folder that was prepared otherwise")
+    prepare.add_argument("--cache", choices=("latents",), help="also encode every window, once")
+    prepare.add_argument("--model", metavar="PART", help="whose video tokenizer: a file under configs/model/")
+    prepare.set_defaults(command=_prepare)
 
 
 if __name__ == "__main__":

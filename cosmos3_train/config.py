@@ -21,7 +21,7 @@ from typing import Any, Literal, NoReturn
 
 import yaml
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 KINDS = ("model", "data", "objective", "tuning", "strategy")
 """The kinds of part, each a folder under `configs/` and a node of `Experiment`. Embodiment cards come by name."""
@@ -177,7 +177,7 @@ class Dataset:
     source:     folder of the log; None takes the card's
     embodiment: embodiment card by name (a file under configs/embodiment/), None for conversations and plain video
     weight:     share of the samples drawn, relative to the other entries
-    tasks:      rows of the mask table and their relative weights
+    tasks:      rows of the mask table and their relative weights; none named: policy alone
     cache_latents: encode every window once, while preparing, instead of at every step
     """
 
@@ -186,8 +186,12 @@ class Dataset:
     source: str | None = None
     embodiment: str | None = None
     weight: float = 1.0
-    tasks: dict[str, float] = field(default_factory=lambda: {"policy": 1.0})
+    tasks: dict[str, float] = field(default_factory=dict)
     cache_latents: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.tasks:  # not the field's default, for layers merge: "policy" would stay beside the tasks named
+            object.__setattr__(self, "tasks", {"policy": 1.0})
 
 
 @dataclass(frozen=True)
@@ -466,7 +470,7 @@ def to_yaml(record: Any) -> str:
 
 def to_plain(record: Any) -> dict[str, Any]:
     """A dataclass of this module as plain dicts and lists."""
-    plain = OmegaConf.to_container(OmegaConf.structured(record), throw_on_missing=False)
+    plain = _without_tuples(OmegaConf.to_container(OmegaConf.structured(record), throw_on_missing=False))
     assert isinstance(plain, dict)
     return typing.cast(dict[str, Any], plain)
 
@@ -535,19 +539,30 @@ def check_keys(schema: Any, content: Mapping[str, Any], where: str, prefix: str 
         if inner is None or value is None:
             continue
         kind, element = inner
-        if kind == "node" and isinstance(value, Mapping):
-            check_keys(element, value, where, f"{name}.")
-        elif kind == "dict" and isinstance(value, Mapping):
-            for item, nested in value.items():
-                if isinstance(nested, Mapping):
-                    check_keys(element, nested, where, f"{name}.{item}.")
-        elif kind == "list" and isinstance(value, list):
-            for index, nested in enumerate(value):
-                if isinstance(nested, Mapping):
-                    check_keys(element, nested, where, f"{name}[{index}].")
+        nested: dict[str, Any]
+        if kind == "list" and isinstance(value, list):
+            nested = {f"{name}[{place}]": item for place, item in enumerate(value)}
+        elif kind != "list" and isinstance(value, Mapping):
+            nested = {name: value} if kind == "node" else {f"{name}.{item}": entry for item, entry in value.items()}
+        else:
+            expected = "a list of mappings" if kind == "list" else "a mapping of keys"
+            _fail(f"{where}: {name} is {value!r}; {expected} is expected there")
+        for place, item in nested.items():
+            if not isinstance(item, Mapping):
+                _fail(f"{where}: {place} is {item!r}; a mapping of keys is expected there")
+            check_keys(element, item, where, f"{place}.")
 
 
 # ------------------------------------------------------------------------------------------------ details
+
+
+def _without_tuples(content: Any) -> Any:
+    """YAML has no tuples: what is written as one is read back as a list, and would differ from itself."""
+    if isinstance(content, dict):
+        return {key: _without_tuples(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_without_tuples(value) for value in content]
+    return content
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -623,30 +638,25 @@ def _embodiment_layers(layers: list[tuple[str, dict]], root: Path) -> list[tuple
 def _merge(schema: type, contents: list[dict]) -> Any:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), *(OmegaConf.create(c) for c in contents))
-        record = OmegaConf.to_object(merged)
+        return OmegaConf.to_object(merged)
+    except MissingMandatoryValue as error:
+        _fail(f"{error.full_key} has no value; set it in the experiment, a part, or on the command line")
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", "") or ""
         reason = str(error).splitlines()[0]
+        key = getattr(error, "full_key", "") or _culprit(schema, contents)
         _fail(f"{key}: {reason}" if key else reason)
-    missing = _missing_keys(record)
-    if missing:
-        _fail(f"{missing[0]} has no value; set it in the experiment, a part, or on the command line")
-    return record
 
 
-def _missing_keys(record: Any, prefix: str = "") -> list[str]:
-    found = []
-    for key in dataclasses.fields(record):
-        value, name = getattr(record, key.name), f"{prefix}{key.name}"
-        if isinstance(value, str) and value == MISSING:
-            found.append(name)
-        elif dataclasses.is_dataclass(value):
-            found += _missing_keys(value, f"{name}.")
-        elif isinstance(value, dict):
-            for item, nested in value.items():
-                if dataclasses.is_dataclass(nested):
-                    found += _missing_keys(nested, f"{name}.{item}.")
-    return found
+def _culprit(schema: type, contents: list[dict]) -> str:
+    """The first key whose value the schema does not take by itself, '' where they only fail together."""
+    for key, value in (pair for content in contents for pair in flatten(content).items()):
+        alone = OmegaConf.create()
+        OmegaConf.update(alone, key, value, force_add=True)
+        try:
+            OmegaConf.merge(OmegaConf.structured(schema), alone)
+        except OmegaConfBaseException:
+            return key
+    return ""
 
 
 def _check_references(experiment: Experiment, where: str) -> None:

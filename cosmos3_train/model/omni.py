@@ -104,13 +104,21 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
 
     attention_backend: Backend = "sdpa"
     understanding_trains: bool = True
-    compute_dtype: torch.dtype = torch.float32
-    """What the streams run in: the dtype of the frozen weights, while trainables are float32 masters."""
+    _compute_dtype: torch.dtype | None = None
 
     @functools.wraps(Cosmos3OmniTransformer.__init__)  # upstream reads the signature to know a config's keys
     def __init__(self, *arguments, **named) -> None:
         super().__init__(*arguments, **named)
         self.use_packed_layers()
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the streams run in: that of the weights as loaded; set it before trainables become float32 masters."""
+        return self._compute_dtype or self.embed_tokens.weight.dtype
+
+    @compute_dtype.setter
+    def compute_dtype(self, dtype: torch.dtype) -> None:
+        self._compute_dtype = dtype
 
     def use_packed_layers(self) -> None:
         """Give upstream's layers and action heads the packed forward."""

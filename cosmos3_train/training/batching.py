@@ -1,12 +1,74 @@
-"""Cutting a rank's share of a step into packs under the token budget."""
+"""From a step's samples to packs with their noise and targets: CPU work, done in the loader's workers where it can be.
+
+It can be where no sample needs the video tokenizer on the device, that is where latents are cached. The result is the
+same either way: every draw is a function of the seed and the sample's number.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from cosmos3_train.config import UserError
+from torch.utils.data import Dataset
+
+from cosmos3_train.config import Objective, UserError
+from cosmos3_train.data.mixture import StepDataset
+from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.packing import Layout
-from cosmos3_train.types import TokenSample
+from cosmos3_train.objectives import flow_matching, next_token
+from cosmos3_train.types import PackedSequence, StepBatch, TokenSample
+
+TEXT = "text"
+LOSSES: tuple[str, ...] = (*flow_matching.MODALITIES, TEXT)
+
+
+class PackedStep:
+    """One rank's share of a step, packed. Opaque like `StepBatch`, so that nothing casts positions or noise levels.
+
+    packs:  on the CPU
+    counts: what this rank's samples add to the step's denominators, by loss
+    """
+
+    __slots__ = ("counts", "packs", "step")
+
+    def __init__(self, step: int, packs: list[PackedSequence], counts: dict[str, int]) -> None:
+        self.step = step
+        self.packs = packs
+        self.counts = counts
+
+
+@dataclass(frozen=True)
+class Packer:
+    """Encodes, cuts and packs a step's samples."""
+
+    encoder: Encoder
+    layout: Layout
+    objective: Objective
+    budget: int
+    seed: int
+
+    def __call__(self, batch: StepBatch) -> PackedStep:
+        samples = self.encoder.encode(batch.samples)
+        packs = [
+            flow_matching.noisy_pack(members, self.layout, self.objective, self.seed)
+            for members in split_into_packs(samples, self.layout, self.budget)
+        ]
+        counts = flow_matching.counts(samples, self.objective)
+        counts[TEXT] = next_token.labelled_tokens(samples)
+        return PackedStep(batch.step, packs, counts)
+
+
+class PackedSteps(Dataset[PackedStep]):
+    """Steps packed where they are read."""
+
+    def __init__(self, steps: StepDataset, packer: Packer) -> None:
+        self.steps, self.packer = steps, packer
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, step: int) -> PackedStep:
+        return self.packer(self.steps[step])
 
 
 def split_into_packs(samples: Sequence[TokenSample], layout: Layout, budget: int) -> list[list[TokenSample]]:

@@ -57,7 +57,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     name = f"step_{checkpoint.position.step:06d}"
     target, partial = folder / name, folder / f".{name}.partial"
     if (target / STATE).is_file():
-        return target  # a step's checkpoint is the same whenever it is made
+        return target  # made before: what was drawn since was left out, and is drawn and left out again
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
@@ -73,10 +73,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
             _flush(file)
         partial.replace(target)
         _flush(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # a full disk is the latter where safetensors meets it
         shutil.rmtree(partial, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         raise UserError(
-            f"{target}: the checkpoint could not be written ({error.strerror}); free some space and run "
+            f"{target}: the checkpoint could not be written ({reason}); free some space and run "
             f"the same command again, which goes on from the last whole checkpoint"
         ) from error
     for old in list_checkpoints(folder)[:-keep]:
@@ -86,7 +87,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if (path / STATE).is_file())
+    found = {path.name.removeprefix("step_"): path for path in folder.glob("step_*") if (path / STATE).is_file()}
+    # By number: as text, step 1000000 would come before step 999999.
+    return [found[step] for step in sorted((step for step in found if step.isdigit()), key=int)]
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -21,7 +21,7 @@ from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.model.caches import ensure_latents
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.runtime import is_first_rank, rank, world_size
-from cosmos3_train.types import StepBatch
+from cosmos3_train.training.batching import PackedSteps, Packer
 
 logger = logging.getLogger(__name__)
 
@@ -32,19 +32,26 @@ Opened = dict[str, tuple[PreparedDataset | ConversationDataset, config.Dataset]]
 
 
 class StepData(lightning.LightningDataModule):
-    """Loads whole steps: one item is this rank's share of one optimizer step."""
+    """Loads whole steps: one item is this rank's share of one optimizer step.
 
-    def __init__(self, loaded: Loaded, opened: Opened) -> None:
+    With every latent cached the workers also pack, and the training process only moves tensors to the device.
+    """
+
+    def __init__(self, loaded: Loaded, opened: Opened, packer: Packer) -> None:
         super().__init__()
+        self.packer = packer
+        self.packs_in_workers = all(
+            isinstance(dataset, ConversationDataset) or entry.cache_latents for dataset, entry in opened.values()
+        )
         self.experiment = loaded.experiment
         self.mixture = Mixture(opened, self.experiment.training.seed)
         self.first_step = 0
 
-    def train_dataloader(self) -> DataLoader[StepBatch]:
+    def train_dataloader(self) -> DataLoader:
         training, data = self.experiment.training, self.experiment.data
-        dataset = StepDataset(self.mixture, training.samples_per_step, rank(), world_size(), ENDLESS)
+        steps = StepDataset(self.mixture, training.samples_per_step, rank(), world_size(), ENDLESS)
         return DataLoader(
-            dataset,
+            PackedSteps(steps, self.packer) if self.packs_in_workers else steps,
             batch_size=None,
             sampler=_StepsFrom(self.first_step),
             num_workers=data.workers,
@@ -103,7 +110,7 @@ def open_dataset(
             )
         dataset = PreparedDataset(prepared, embodiment, loaded.root / entry.source if entry.source else None)
         if entry.cache_latents and encoder is not None:
-            ensure_latents(dataset, encoder)
+            ensure_latents(dataset, encoder, data.workers)
             dataset = PreparedDataset(prepared, embodiment, loaded.root / entry.source if entry.source else None)
     return dataset
 

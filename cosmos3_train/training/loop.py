@@ -21,6 +21,9 @@ from cosmos3_train.training.strategy import any_rank
 
 logger = logging.getLogger(__name__)
 
+EVALUATED = "evaluated"
+"""Written last of an evaluation's metrics, so that a resumed run knows which evaluations it has."""
+
 
 class RunLoop(lightning.Callback):
     """The hooks of a run. `interrupted` says whether a signal ended it."""
@@ -46,11 +49,9 @@ class RunLoop(lightning.Callback):
         if is_first_rank():
             self._metrics = Metrics(self.folder, self.module.experiment, step)
             write_status(self.folder, "running", step, self.training.steps)
-        if step == 0 and self.module.experiment.evaluation.before:
+        if self._evaluation_due(step):  # unless it was made already: a run may stop between a checkpoint and the next
             self._evaluate()
         self._bar = Bar(self.training.steps, step, is_first_rank())
-        if step >= self.training.steps:  # killed after the last checkpoint, before the run had ended
-            self._evaluate()
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -58,17 +59,16 @@ class RunLoop(lightning.Callback):
         training, step = self.training, self.module.position.step
         assert self._bar is not None
         self._bar.advance(step, self.module.report.tokens)
-        last = step >= training.steps
-        if self.module.report.skipped:
-            self._write(step, {"skipped": self.module.position.skipped})
-        if last or step % training.log_every_n_steps == 0:
+        last, made = step >= training.steps, not self.module.report.skipped
+        if not made:  # told with the step that it was on the way to, whose rows a resumed run drops and makes again
+            self._write(step + 1, {"skipped": self.module.position.skipped})
+        if last or (made and step % training.log_every_n_steps == 0):
             self._log(step)
         self.interrupted = not last and any_rank(self._asked_to_stop, self.module.device)
-        due = training.checkpoint_every_n_steps and step % training.checkpoint_every_n_steps == 0
+        due = made and training.checkpoint_every_n_steps and step % training.checkpoint_every_n_steps == 0
         if last or self.interrupted or due:
             self._save(trainer)
-        due = training.evaluate_every_n_steps and step % training.evaluate_every_n_steps == 0
-        if last or (due and not self.interrupted):
+        if made and self._evaluation_due(step) and not self.interrupted:
             self._evaluate()
         if last or self.interrupted:
             trainer.should_stop = True
@@ -106,8 +106,15 @@ class RunLoop(lightning.Callback):
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self._write(step, values)
 
+    def _evaluation_due(self, step: int) -> bool:
+        if step == 0:
+            return self.module.experiment.evaluation.before
+        every = self.training.evaluate_every_n_steps
+        return step >= self.training.steps or (every > 0 and step % every == 0)
+
     def _evaluate(self) -> None:
-        if self.evaluate is None or not is_first_rank():
+        step = self.module.position.step
+        if self.evaluate is None or self._metrics is None or self._metrics.has(step, EVALUATED):
             return
         self.module.backbone.eval()
         average = self.module.average
@@ -117,7 +124,7 @@ class RunLoop(lightning.Callback):
             with average.in_place_of(self.module.trainables.parameters):
                 values = self.evaluate()
         self.module.backbone.train()
-        self._write(self.module.position.step, values)
+        self._write(step, {**values, EVALUATED: 1.0})
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         if self._metrics is not None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import lightning
@@ -18,23 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from cosmos3_train.config import Experiment
-from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
-from cosmos3_train.model.packing import Layout
 from cosmos3_train.model.trainable import Trainables
 from cosmos3_train.objectives import flow_matching, next_token
 from cosmos3_train.runtime import fold, rank
-from cosmos3_train.training.batching import split_into_packs
+from cosmos3_train.training.batching import LOSSES, TEXT, PackedStep, Packer
 from cosmos3_train.training.checkpoints import Position
 from cosmos3_train.training.ema import Average
 from cosmos3_train.training.optimizer import clip_gradients, make_optimizer, set_learning_rate
 from cosmos3_train.training.strategy import assert_same_on_all_ranks, sum_gradients, summed
-from cosmos3_train.types import PackedSequence, StepBatch, TokenSample
+from cosmos3_train.types import PackedSequence, StepBatch
 
 logger = logging.getLogger(__name__)
-
-TEXT = "text"
-LOSSES: tuple[str, ...] = (*flow_matching.MODALITIES, TEXT)
 
 
 class TrainingFailed(RuntimeError):
@@ -60,19 +54,18 @@ class PostTraining(lightning.LightningModule):
     Args:
         experiment: the run's configuration.
         backbone: with its trainables injected.
-        encoder: turns samples into token samples; not a submodule, so nothing casts or saves it.
+        packer: turns samples into packs; what it holds is no submodule, so nothing casts or saves it.
     """
 
     def __init__(
-        self, experiment: Experiment, backbone: Cosmos3PackedTransformer, trainables: Trainables, encoder: Encoder
+        self, experiment: Experiment, backbone: Cosmos3PackedTransformer, trainables: Trainables, packer: Packer
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.backbone = backbone
         self.trainables = trainables
-        self.encoder = encoder
+        self.packer = packer
         self.experiment = experiment
-        self.layout = Layout.of(backbone.config)
         self.optimizer = make_optimizer(trainables, experiment.optimizer)
         decay = experiment.training.ema_decay
         self.average = Average(trainables.parameters, decay) if decay else None
@@ -83,32 +76,24 @@ class PostTraining(lightning.LightningModule):
 
     # -------------------------------------------------------------------------------------------- the step
 
-    def training_step(self, batch: StepBatch, batch_idx: int) -> None:
+    def training_step(self, batch: StepBatch | PackedStep, batch_idx: int) -> None:
         """One optimizer step on this rank's share of the step's samples."""
         assert batch.step == self.position.drawn, "the loader and the run disagree about where they are"
         torch.manual_seed(fold(self.experiment.training.seed, "dropout", batch.step, rank()))
-        samples = self.encoder.encode(batch.samples)
-        counts = self._step_counts(samples)
+        step = self.packer(batch) if isinstance(batch, StepBatch) else batch
+        counts = self._step_counts(step)
         sums = dict.fromkeys(LOSSES, torch.zeros((), device=self.device))
-        tokens, packs = 0, split_into_packs(samples, self.layout, self.experiment.training.tokens_per_micro_batch)
-        for members in packs:
-            pack = self.noisy_pack(members)
-            losses = self.pack_losses(pack)
+        for pack in step.packs:
+            losses = self.pack_losses(pack.to(self.device))
             self.manual_backward(self._weighted(losses, counts))
             sums = {name: sums[name] + losses[name].detach() if name in losses else sums[name] for name in LOSSES}
-            tokens += pack.tokens
         self._descend(batch.step)
-        self.report = replace(self.report, tokens=tokens, packs=len(packs))
+        self.report = replace(self.report, tokens=sum(p.tokens for p in step.packs), packs=len(step.packs))
         self._sums, self._counts = sums, counts
 
-    def on_train_batch_start(self, batch: StepBatch, batch_idx: int) -> int | None:
+    def on_train_batch_start(self, batch: StepBatch | PackedStep, batch_idx: int) -> int | None:
         """End the epoch, and so the run, once its steps are made."""
         return -1 if self.position.step >= self.experiment.training.steps else None
-
-    def noisy_pack(self, samples: Sequence[TokenSample]) -> PackedSequence:
-        """Samples with their noise, on the device."""
-        seed = self.experiment.training.seed
-        return flow_matching.noisy_pack(samples, self.layout, self.experiment.objective, seed).to(self.device)
 
     def pack_losses(self, pack: PackedSequence) -> dict[str, Tensor]:
         """Summed losses of a pack by modality, float32 scalars with gradient."""
@@ -136,11 +121,9 @@ class PostTraining(lightning.LightningModule):
         objective = self.experiment.objective
         return {"video": objective.video, "action": objective.action, "sound": objective.sound, TEXT: objective.text}
 
-    def _step_counts(self, samples: Sequence[TokenSample]) -> dict[str, int]:
+    def _step_counts(self, step: PackedStep) -> dict[str, int]:
         """The denominators of the whole step: samples of each modality and labelled tokens, over all ranks."""
-        own = flow_matching.counts(samples, self.experiment.objective)
-        own[TEXT] = next_token.labelled_tokens(samples)
-        totals = summed(torch.tensor([own[name] for name in LOSSES], dtype=torch.float64, device=self.device))
+        totals = summed(torch.tensor([step.counts[n] for n in LOSSES], dtype=torch.float64, device=self.device))
         return {name: int(total) for name, total in zip(LOSSES, totals.tolist(), strict=True)}
 
     def _weighted(self, losses: dict[str, Tensor], counts: dict[str, int]) -> Tensor:

@@ -6,13 +6,14 @@ import csv
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 from tqdm import tqdm
 
-from cosmos3_train.config import Experiment, to_plain
+from cosmos3_train.config import Experiment, UserError, to_plain
 
 State = Literal["running", "interrupted", "finished", "failed"]
 
@@ -22,19 +23,24 @@ class Metrics:
 
     def __init__(self, folder: Path, experiment: Experiment, resumed_at: int) -> None:
         self.path = folder / "metrics.csv"
-        _keep_rows_until(self.path, resumed_at)
+        with _one_line_if_the_disk_is_full(self.path):
+            self._kept = _keep_rows_until(self.path, resumed_at)
         self._wandb = _start_wandb(folder, experiment) if experiment.logging.wandb else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append the values of a step."""
-        new = not self.path.exists()
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(("step", "metric", "value"))
-            writer.writerows((step, name, repr(float(value))) for name, value in values.items())
+        """Append the values of a step: all of them in one write, which a kill does not cut.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        with _one_line_if_the_disk_is_full(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows((step, name, repr(float(value))) for name, value in values.items())
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
+
+    def has(self, step: int, name: str) -> bool:
+        """Whether the metric of a step was there when the run was resumed."""
+        return (step, name) in self._kept
 
     def close(self) -> None:
         if self._wandb is not None:
@@ -72,8 +78,9 @@ def write_status(folder: Path, state: State, step: int, steps: int, reason: str 
     if reason:
         content["reason"] = reason
     beside = folder / ".status.json.partial"
-    beside.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    os.replace(beside, folder / "status.json")  # noqa: PTH105
+    with _one_line_if_the_disk_is_full(folder / "status.json"):
+        beside.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        os.replace(beside, folder / "status.json")  # noqa: PTH105
 
 
 def read_status(folder: Path) -> dict | None:
@@ -82,16 +89,28 @@ def read_status(folder: Path) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _keep_rows_until(path: Path, step: int) -> None:
-    """Drop rows of steps that a resumed run will make again."""
-    if not path.is_file():
-        return
-    with path.open(newline="", encoding="utf-8") as file:
-        header, *rows = csv.reader(file)
+def _keep_rows_until(path: Path, step: int) -> set[tuple[int, str]]:
+    """Drop rows of steps that a resumed run will make again; returns what is left, by step and metric."""
+    rows: list[list[str]] = []
+    if path.is_file():
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.reader(file) if len(row) == 3 and row[0].isdigit() and int(row[0]) <= step]
     beside = path.with_suffix(".partial")
     with beside.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *(row for row in rows if len(row) == 3 and int(row[0]) <= step)])
+        csv.writer(file).writerows([("step", "metric", "value"), *rows])
     beside.replace(path)
+    return {(int(row[0]), row[1]) for row in rows}
+
+
+@contextmanager
+def _one_line_if_the_disk_is_full(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: could not be written ({error.strerror}); free some space and run the same command again, which "
+            f"goes on from the last whole checkpoint"
+        ) from error
 
 
 def _start_wandb(folder: Path, experiment: Experiment):

@@ -23,8 +23,10 @@ from cosmos3_train.data.conversations import ConversationDataset
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.loading import load_backbone, load_parts
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
+from cosmos3_train.model.packing import Layout
 from cosmos3_train.model.trainable import Trainables, make_trainable
 from cosmos3_train.runtime import is_first_rank, node_count, seed_everything, world_size
+from cosmos3_train.training.batching import Packer
 from cosmos3_train.training.checkpoints import Checkpoint, check_names, list_checkpoints, load_checkpoint
 from cosmos3_train.training.datamodule import Opened, StepData, open_datasets
 from cosmos3_train.training.loop import RunLoop
@@ -83,13 +85,19 @@ class Run:
 Evaluate = Callable[[Run], Mapping[str, float]]
 """Measures a run where it stands; called on the first rank alone."""
 
+Deliver = Callable[[Run], None]
+"""Takes a run that has just finished; called on the first rank alone, with the run on its device again."""
 
-def train(loaded: Loaded, *, fresh: bool = False, evaluate: Evaluate | None = None) -> Ended:
+
+def train(
+    loaded: Loaded, *, fresh: bool = False, evaluate: Evaluate | None = None, deliver: Deliver | None = None
+) -> Ended:
     """Carry out an experiment, or go on with it.
 
     Args:
         fresh: throw away the run that is in the folder.
         evaluate: called before the first step, every `evaluate_every_n_steps`, and after the last one.
+        deliver: called once the run has made its last step; not for a run that was finished before.
 
     Raises:
         UserError: the configuration, the data or the checkpoint does not allow it.
@@ -102,7 +110,7 @@ def train(loaded: Loaded, *, fresh: bool = False, evaluate: Evaluate | None = No
     position = run.module.position
     logger.info("seed %d", run.experiment.training.seed)
     logger.info("%s", run.trainables.description)
-    data = StepData(loaded, run.opened)
+    data = StepData(loaded, run.opened, run.module.packer)
     data.first_step = position.drawn
     loop = RunLoop(run.module, run.folder, evaluate=None if evaluate is None else lambda: evaluate(run))
     trainer = make_trainer(run.experiment, run.device, loop)
@@ -112,7 +120,12 @@ def train(loaded: Loaded, *, fresh: bool = False, evaluate: Evaluate | None = No
         if is_first_rank():
             write_status(run.folder, "failed", run.module.position.step, run.experiment.training.steps, str(error))
         raise
-    return "interrupted" if loop.interrupted else "finished"
+    if loop.interrupted:
+        return "interrupted"
+    if deliver is not None and is_first_rank():
+        run.module.to(run.device)  # Lightning's teardown has moved it to the CPU
+        deliver(run)
+    return "finished"
 
 
 def build(loaded: Loaded) -> Run:
@@ -135,7 +148,14 @@ def build(loaded: Loaded) -> Run:
     robots = list(experiment.embodiments.values())
     trainables = make_trainable(backbone, experiment.tuning, robots, experiment.training.seed)
     backbone.train()
-    module = PostTraining(experiment, backbone, trainables, encoder)
+    packer = Packer(
+        encoder,
+        Layout.of(backbone.config),
+        experiment.objective,
+        experiment.training.tokens_per_micro_batch,
+        experiment.training.seed,
+    )
+    module = PostTraining(experiment, backbone, trainables, packer)
     logger.info("loaded %s on %s in %.1f s", experiment.model.path, device, time.monotonic() - began)
     run = Run(loaded, device, opened, encoder, backbone, trainables, module)
     resume(run)
@@ -174,17 +194,20 @@ def claim_folder(loaded: Loaded, fresh: bool) -> bool:
     """
     folder, experiment = loaded.run_folder, loaded.experiment
     kept = folder / EXPERIMENT
-    if fresh and is_first_rank():
-        shutil.rmtree(folder, ignore_errors=True)
-    if kept.is_file():
+    if fresh:
+        if is_first_rank():
+            shutil.rmtree(folder, ignore_errors=True)
+    elif kept.is_file():
         _refuse_changes(read_yaml(kept), experiment, folder)
         status = read_status(folder)
         if status is not None and status["state"] == "finished":
             logger.info("%s is finished (%d steps); --fresh starts another", folder.name, status["step"])
             return True
-    elif is_first_rank():
+    if is_first_rank() and not kept.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        kept.write_text(to_yaml(experiment), encoding="utf-8")
+        beside = kept.with_suffix(".partial")  # so that neither a kill nor another rank meets half a file
+        beside.write_text(to_yaml(experiment), encoding="utf-8")
+        beside.replace(kept)
     return False
 
 

@@ -1,0 +1,133 @@
+"""cosmos3 check EXPERIMENT: what would go wrong, said in seconds, without a GPU and without reading a weight.
+
+Every check ends in rows of a table (what was looked at, what was found) or in a problem; all problems are told, not the
+first alone. A model that is not on this disk is no problem: what needs it is left out, and the table says so.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from cosmos3_train.commands.check_data import CheckedData, check_dataset
+from cosmos3_train.commands.check_model import CheckedModel, check_model, fetched, longest_sample
+from cosmos3_train.commands.console import FINISHED, USER_ERROR, say, say_error, say_table
+from cosmos3_train.commands.delivery import refuse_form
+from cosmos3_train.config import Dataset, Loaded, UserError
+from cosmos3_train.evaluation.closed_loop import make_simulator
+
+LATENT_BYTES = 48 * 2
+"""Of one cell of a cached latent: 48 channels in bf16."""
+
+
+@dataclass
+class Findings:
+    """rows: (what, found) of the table;  problems: one line each"""
+
+    rows: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[UserError] = field(default_factory=list)
+
+    def look(self, check: Callable[[], None]) -> None:
+        """Run a check; what it raises is a problem among others."""
+        try:
+            check()
+        except UserError as error:
+            self.problems.append(error)
+
+
+def run(loaded: Loaded) -> int:
+    """Check everything that can be checked here. Exit code 2 where there is a problem."""
+    experiment, findings = loaded.experiment, Findings()
+    findings.rows.append(("experiment", f"{experiment.name}: every key and value is of the schema"))
+    findings.look(lambda: refuse_form(experiment, experiment.export))
+    data: dict[str, CheckedData] = {}
+
+    def look_at_data(name: str, entry: Dataset) -> None:
+        data[name] = check_dataset(loaded, name, entry)
+        findings.rows.extend(data[name].rows)
+
+    for name, entry in experiment.data.datasets.items():
+        findings.look(lambda name=name, entry=entry: look_at_data(name, entry))
+    if not experiment.data.datasets:
+        findings.problems.append(UserError("data.datasets is empty; name at least one dataset"))
+    findings.look(lambda: _check_simulators(loaded, findings))
+    model = _look_at_model(loaded, data, findings)
+    findings.look(lambda: _check_disk(loaded, data, model, findings))
+    say_table(findings.rows, widest=40)
+    for problem in findings.problems:
+        say_error(problem)
+    if findings.problems:
+        return USER_ERROR
+    say(f"nothing wrong was found; cosmos3 train writes to {loaded.run_folder}")
+    return FINISHED
+
+
+def _look_at_model(loaded: Loaded, data: dict[str, CheckedData], findings: Findings) -> CheckedModel | None:
+    experiment = loaded.experiment
+    found: list[CheckedModel] = []
+
+    def look() -> None:
+        folder = fetched(experiment.model)
+        if folder is None:
+            findings.rows.append(("model", f"model not fetched: hf download {experiment.model.path}"))
+            findings.rows.append(("trains, tokens", "not checked without the model"))
+            return
+        checked = check_model(folder, experiment)
+        found.append(checked)
+        findings.rows.extend(checked.rows)
+        row = longest_sample(folder, checked.layout, experiment, data)
+        findings.rows.append(("longest sample", row))
+
+    findings.look(look)
+    return found[0] if found else None
+
+
+def _check_simulators(loaded: Loaded, findings: Findings) -> None:
+    evaluation = loaded.experiment.evaluation
+    if evaluation.closed_loop_episodes == 0:
+        return
+    for card in loaded.experiment.embodiments.values():
+        if card.simulator:
+            make_simulator(card.simulator, card)
+            seeds = f"{evaluation.closed_loop_episodes} episodes, seeds from {evaluation.closed_loop_first_seed}"
+            findings.rows.append(("closed loop", f"{card.simulator}: {seeds}"))
+
+
+def _check_disk(loaded: Loaded, data: dict[str, CheckedData], model: CheckedModel | None, findings: Findings) -> None:
+    """Checkpoints and export of what trains, and latents that are not cached yet.
+
+    Raises:
+        UserError: more than is free.
+    """
+    experiment, needed, words = loaded.experiment, 0, []
+    if model is not None:
+        # float32: weights, two moments and the average; one checkpoint more than are kept while it is written.
+        one = model.trained * 4 * (3 + int(experiment.training.ema_decay > 0))
+        copies = experiment.training.keep_checkpoints + 1
+        exports = {"none": 0, "adapter": 8 * model.trained, "merged": model.stored_bytes}[experiment.export]
+        needed += one * copies + exports
+        words += [f"{_size(one)} a checkpoint", f"{_size(exports)} the export"]
+    latents = sum(
+        checked.windows * math.prod(checked.latent) * LATENT_BYTES
+        for name, checked in data.items()
+        if experiment.data.datasets[name].cache_latents and not checked.cached and checked.latent is not None
+    )
+    if latents:
+        needed += latents
+        words.append(f"{_size(latents)} cached latents")
+    place = loaded.run_folder
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise UserError(
+            f"{loaded.run_folder}: the run needs about {_size(needed)} of disk ({', '.join(words)}) and {_size(free)} "
+            "are free; free some space, or lower training.keep_checkpoints"
+        )
+    findings.rows.append(("disk", f"about {_size(needed)} of {_size(free)} free ({', '.join(words) or 'no estimate'})"))
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,254 @@
+"""cosmos3 evaluate RUN|FOLDER --on DATASET_CARD: what a run, or any pipeline folder, is worth on a dataset.
+
+Held-out loss by noise band, action error beside the two policies without a model, closed loop where the embodiment
+names a simulator, and a report of it. Actions are de-normalised by the statistics that the model was trained with,
+where they are known: those of the run's own log of that robot, or the ones in the pipeline's folder.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from cosmos3_train import config
+from cosmos3_train.commands.console import FINISHED, say
+from cosmos3_train.commands.delivery import device_name
+from cosmos3_train.commands.runs import find_run, run_folder, trained
+from cosmos3_train.config import Embodiment, Experiment, Loaded, Strategy, UserError, load_embodiment, project_root
+from cosmos3_train.data.actions import Normaliser
+from cosmos3_train.data.card import DatasetCard, load_card
+from cosmos3_train.data.conversations import ConversationDataset
+from cosmos3_train.data.mixture import Mixture
+from cosmos3_train.data.reader import PreparedDataset
+from cosmos3_train.data.statistics import FILE, Statistics
+from cosmos3_train.evaluation.closed_loop import mean_coverage, rollout, standard_error, still_coverage
+from cosmos3_train.evaluation.heldout import ActionError, HeldoutLoss, action_error, action_task, heldout_loss
+from cosmos3_train.evaluation.pictures import draw_coverage, draw_film, draw_loss_by_band
+from cosmos3_train.evaluation.report import Number, Picture, write_report
+from cosmos3_train.evaluation.sampling import RobotSampler
+from cosmos3_train.model.encoders import Encoder
+from cosmos3_train.model.loading import load_backbone, load_parts
+from cosmos3_train.model.omni import Cosmos3PackedTransformer
+from cosmos3_train.training.datamodule import open_dataset
+from cosmos3_train.training.run import build
+from cosmos3_train.training.strategy import device_for
+
+EPISODES = 20
+FILMED = 2
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a backbone with its parts, and the experiment whose settings hold.
+
+    title: for the report;  output: where it goes;  statistics: with which the robot was trained, None where unknown
+    """
+
+    title: str
+    output: Path
+    loaded: Loaded
+    device: torch.device
+    backbone: Cosmos3PackedTransformer
+    encoder: Encoder
+    statistics: Statistics | None
+
+
+def run(name_or_path: str, card_path: Path, embodiment: str | None, episodes: int | None) -> int:
+    """Measure, report, and say what was found.
+
+    Args:
+        embodiment: card by name or file; None takes the dataset card's.
+        episodes: of the closed loop; None takes the run's, or 20.
+
+    Raises:
+        UserError: no such run or folder, or the data does not allow it.
+    """
+    began = time.monotonic()
+    card = load_card(card_path)
+    root = project_root(card_path)
+    name = embodiment or card.embodiment
+    robot = load_embodiment(name, root) if name and card.format != "conversations" else None
+    if run_folder(name_or_path) is None and Path(name_or_path).is_dir():
+        return _measure(_folder_subject(Path(name_or_path), card, card_path, robot, root), robot, episodes, began)
+    loaded = find_run(name_or_path)
+    built = build(loaded)
+    with trained(built):
+        step = built.module.position.step
+        subject = Subject(
+            title=f"Run {loaded.experiment.name} at step {step} on {card.name}",
+            output=loaded.run_folder / "evaluations" / f"{card.name}_step_{step:06d}",
+            loaded=_with_dataset(loaded, card, card_path, robot),
+            device=built.device,
+            backbone=built.backbone,
+            encoder=_encoder(built.encoder, robot, loaded.experiment),
+            statistics=_statistics_of_run(built.opened, robot),
+        )
+        return _measure(subject, robot, episodes, began)
+
+
+# ------------------------------------------------------------------------------------------------ what is measured
+
+
+def _folder_subject(folder: Path, card: DatasetCard, card_path: Path, robot: Embodiment | None, root: Path) -> Subject:
+    """A pipeline folder, merged or published."""
+    if not (folder / "transformer" / "config.json").is_file():
+        raise UserError(f"{folder}: neither a run (experiment.yaml) nor a pipeline folder (transformer/config.json)")
+    device = device_for(Strategy())
+    dtype = "float32" if device.type == "cpu" else "bfloat16"
+    model = config.Model(path=str(folder), dtype=dtype, checkpoint_activations=False)
+    experiment = Experiment(name=folder.resolve().name, model=model, embodiments={robot.name: robot} if robot else {})
+    encoder = Encoder(load_parts(model, device), experiment.embodiments)
+    statistics = None
+    if robot is not None and (folder / FILE).is_file():
+        statistics = Statistics.load(folder / FILE, embodiment=robot.name)
+    return Subject(
+        title=f"{folder.resolve().name} on {card.name}",
+        output=folder.resolve().parent / f"{folder.resolve().name}_evaluations" / card.name,
+        loaded=_with_dataset(Loaded(experiment, {}, root), card, card_path, robot),
+        device=device,
+        backbone=load_backbone(model, device),
+        encoder=encoder,
+        statistics=statistics,
+    )
+
+
+def _encoder(trained_with: Encoder, robot: Embodiment | None, experiment: Experiment) -> Encoder:
+    cards = experiment.embodiments | ({robot.name: robot} if robot else {})
+    trained_with.parts.vae.to(device_for(experiment.strategy))
+    return Encoder(trained_with.parts, cards, seed=experiment.training.seed)
+
+
+def _with_dataset(loaded: Loaded, card: DatasetCard, card_path: Path, robot: Embodiment | None) -> Loaded:
+    """The experiment with that dataset alone: the run's own entry where it has it, so that held-out stays held out."""
+    experiment, wanted = loaded.experiment, card_path.resolve()
+    own = [
+        entry
+        for entry in experiment.data.datasets.values()
+        if entry.card and (loaded.root / entry.card).resolve() == wanted
+        if robot is None or entry.embodiment == robot.name
+    ]
+    entry = config.Dataset(
+        prepared=f"prepared/evaluate_{card.name}_{robot.name}" if robot else f"prepared/{card.name}",
+        card=str(wanted),
+        embodiment=robot.name if robot else None,
+    )
+    entry = replace(own[0], cache_latents=False) if own else entry
+    data = replace(experiment.data, datasets={card.name: entry})
+    return replace(loaded, experiment=replace(experiment, data=data, embodiments={robot.name: robot} if robot else {}))
+
+
+def _statistics_of_run(opened, robot: Embodiment | None) -> Statistics | None:
+    for dataset, _ in opened.values():
+        if robot is not None and isinstance(dataset, PreparedDataset) and dataset.embodiment.name == robot.name:
+            return dataset.statistics
+    return None
+
+
+# ------------------------------------------------------------------------------------------------ measuring
+
+
+def _measure(subject: Subject, robot: Embodiment | None, episodes: int | None, began: float) -> int:
+    experiment = subject.loaded.experiment
+    (name, entry), *_ = experiment.data.datasets.items()
+    dataset = open_dataset(subject.loaded, name, entry, None)
+    loss, error = _loss(subject, dataset, entry), None
+    pictures, numbers, facts = [], {}, _facts(subject, dataset)
+    if loss is not None:
+        numbers |= loss.metrics()
+        if loss.by_band:
+            path = draw_loss_by_band(subject.output / "loss_by_band.png", loss)
+            pictures.append(Picture(path, f"Loss on {loss.samples} held-out samples at each noise level."))
+    if isinstance(dataset, PreparedDataset):
+        if subject.statistics is not None:
+            dataset.statistics = subject.statistics
+            dataset.normaliser = Normaliser(dataset.embodiment, subject.statistics)
+        error = _action_error(subject, dataset, entry)
+    if error is not None:
+        numbers |= error.metrics() | {f"action_error_{name}": e.overall for name, e in error.rmse.items()}
+        facts |= {"held-out windows of the action error": error.windows, "task": error.task}
+    count = episodes if episodes is not None else experiment.evaluation.closed_loop_episodes or EPISODES
+    if isinstance(dataset, PreparedDataset) and dataset.embodiment.simulator and count:
+        numbers |= _closed_loop(subject, dataset, count, pictures)
+        facts["closed-loop episodes"] = count
+        facts["seeds from"] = experiment.evaluation.closed_loop_first_seed
+    numbers["seconds"] = time.monotonic() - began
+    page = write_report(subject.output, numbers, pictures, title=subject.title, facts=facts)
+    say(subject.title)
+    for key in (
+        "heldout/loss",
+        "action_error_model",
+        "action_error_mean",
+        "action_error_hold",
+        "coverage",
+        "coverage_still",
+    ):
+        if key in numbers:
+            say(f"  {key}: {numbers[key]:.4g}")
+    say(f"  report: {page}")
+    return FINISHED
+
+
+def _loss(
+    subject: Subject, dataset: PreparedDataset | ConversationDataset, entry: config.Dataset
+) -> HeldoutLoss | None:
+    experiment = subject.loaded.experiment
+    if not dataset.count("heldout") or not experiment.evaluation.heldout_samples:
+        return None
+    mixture = Mixture({dataset.name: (dataset, entry)}, experiment.training.seed, split="heldout")
+    count = min(experiment.evaluation.heldout_samples, mixture.windows)
+    samples = subject.encoder.encode([mixture.sample(number) for number in range(count)])
+    budget = experiment.training.tokens_per_micro_batch
+    return heldout_loss(
+        subject.backbone, samples, experiment.objective, experiment.training.seed, tokens_per_pack=budget
+    )
+
+
+def _action_error(subject: Subject, dataset: PreparedDataset, entry: config.Dataset) -> ActionError | None:
+    experiment, task = subject.loaded.experiment, action_task(entry.tasks)
+    if task is None or not dataset.count("heldout") or not experiment.evaluation.action_samples:
+        return None
+    return action_error(
+        subject.backbone,
+        subject.encoder,
+        dataset,
+        task,
+        windows=experiment.evaluation.action_samples,
+        steps=experiment.evaluation.solver_steps,
+        seed=experiment.training.seed,
+        tokens_per_pack=experiment.training.tokens_per_micro_batch,
+    )
+
+
+def _closed_loop(subject: Subject, dataset: PreparedDataset, count: int, pictures: list[Picture]) -> dict[str, float]:
+    evaluation, robot = subject.loaded.experiment.evaluation, dataset.embodiment
+    assert robot.simulator is not None
+    seeds = range(evaluation.closed_loop_first_seed, evaluation.closed_loop_first_seed + count)
+    policy = RobotSampler(subject.backbone, subject.encoder, robot, dataset.normaliser, evaluation.solver_steps)
+    found = rollout(policy, robot.simulator, seeds, dataset.row(0)["instruction"], record=set(seeds[:FILMED]))
+    still = still_coverage(robot.simulator, seeds, robot)
+    path = draw_coverage(subject.output / "coverage.png", found, still=still)
+    pictures.append(Picture(path, f"The largest coverage of each of {count} episodes."))
+    for episode in found[:FILMED]:
+        path = draw_film(subject.output / f"seed_{episode.seed}.png", episode)
+        pictures.append(Picture(path, f"What the policy saw in episode {episode.seed}."))
+    return {
+        "coverage": mean_coverage(found),
+        "coverage_standard_error": standard_error(found),
+        "coverage_still": mean_coverage(still),
+    }
+
+
+def _facts(subject: Subject, dataset: PreparedDataset | ConversationDataset) -> dict[str, Number]:
+    experiment = subject.loaded.experiment
+    return {
+        "model": experiment.model.path,
+        "dataset": dataset.name,
+        "held-out windows": dataset.count("heldout"),
+        "normalised by": "the statistics it was trained with" if subject.statistics else "the dataset's own statistics",
+        "solver steps": experiment.evaluation.solver_steps,
+        "seed": experiment.training.seed,
+        "device": device_name(subject.device),
+    }

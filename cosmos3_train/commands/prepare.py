@@ -1,0 +1,95 @@
+"""cosmos3 prepare DATASET_CARD: a log becomes prepared rows, once; with --cache latents its windows are encoded too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cosmos3_train.commands.console import FINISHED, say
+from cosmos3_train.config import (
+    Embodiment,
+    Model,
+    Strategy,
+    UserError,
+    find_part,
+    from_plain,
+    load_embodiment,
+    project_root,
+    read_yaml,
+)
+
+
+def run(
+    card_path: Path,
+    embodiment: str | None,
+    source: Path | None,
+    output: Path,
+    *,
+    workers: int,
+    stride: int,
+    heldout: float,
+    fresh: bool,
+    cache: str | None,
+    model: str | None,
+) -> int:
+    """Prepare, and say what came of it.
+
+    Args:
+        embodiment: name or file of the embodiment card; None takes the dataset card's.
+        source: the log's folder; None takes the dataset card's.
+        cache: "latents" also encodes every window with the video tokenizer of `model`, a part's name or a file.
+
+    Raises:
+        UserError: the log, a card or the disk does not allow it.
+    """
+    if cache is not None and model is None:
+        raise UserError("--cache latents needs --model PART, such as --model cosmos3_nano (a file in configs/model/)")
+    from cosmos3_train.data.card import load_card  # the data floor brings pyarrow and torch
+    from cosmos3_train.data.prepare import prepare
+
+    card = load_card(card_path)
+    root = project_root(card_path)
+    name = embodiment or card.embodiment
+    if name is None:
+        raise UserError(f"{card_path}: the dataset card names no embodiment; give --embodiment NAME")
+    robot = load_embodiment(name, root)
+    part = None if model is None else read_model(model, root)
+    summary = prepare(
+        card,
+        robot,
+        source if source is not None else card.source_folder(root),
+        output,
+        window_stride=stride,
+        heldout_fraction=heldout,
+        workers=workers,
+        fresh=fresh,
+    )
+    state = "was prepared already" if summary.reused else f"prepared in {summary.seconds:.1f} s"
+    say(f"{summary.folder}: {state}")
+    for split, windows in summary.windows.items():
+        say(f"  {split}: {windows:,} windows of {summary.episodes[split]:,} episodes")
+    for reason, count in summary.dropped.items():
+        if count:
+            say(f"  left out: {count:,} × {reason}")
+    say(f"  picture of the normalised actions: {summary.folder / 'statistics.png'}")
+    if part is not None:
+        _cache_latents(output, robot, part, source, workers)
+        say(f"  latents of {part.path}: {output / 'caches' / 'latents'}")
+    return FINISHED
+
+
+def read_model(name_or_path: str, root: Path) -> Model:
+    """A model part, by name (configs/model/NAME.yaml) or by path."""
+    path = Path(name_or_path)
+    path = path if path.suffix in (".yaml", ".yml") else find_part(root, "model", name_or_path)
+    return from_plain(Model, read_yaml(path), str(path))
+
+
+def _cache_latents(folder: Path, robot: Embodiment, model: Model, source: Path | None, workers: int) -> None:
+    from cosmos3_train.data.reader import PreparedDataset
+    from cosmos3_train.model.caches import ensure_latents
+    from cosmos3_train.model.encoders import Encoder
+    from cosmos3_train.model.loading import load_parts
+    from cosmos3_train.training.strategy import device_for
+
+    encoder = Encoder(load_parts(model, device_for(Strategy())), {robot.name: robot})
+    ensure_latents(PreparedDataset(folder, robot, source), encoder, workers)

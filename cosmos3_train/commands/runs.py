@@ -1,0 +1,58 @@
+"""Finding a run again: its folder by name or path, its experiment as it was started, its trained weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cosmos3_train.config import Experiment, Loaded, Strategy, UserError, from_plain, nearest, project_root, read_yaml
+
+if TYPE_CHECKING:
+    from cosmos3_train.training.run import Run
+
+EXPERIMENT = "experiment.yaml"
+
+
+def find_run(name_or_path: str) -> Loaded:
+    """The experiment of a run that was started, to be carried out by this process alone.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    folder = run_folder(name_or_path)
+    if folder is None:
+        runs = project_root(Path.cwd() / "x") / "runs"
+        known = [path.parent.name for path in runs.glob(f"*/{EXPERIMENT}")]
+        raise UserError(
+            f"{name_or_path}: no run of that name or folder ({EXPERIMENT} is missing).{nearest(name_or_path, known)}"
+        )
+    path = folder / EXPERIMENT
+    experiment = from_plain(Experiment, read_yaml(path), str(path))
+    alone = replace(experiment, strategy=Strategy(accelerator=experiment.strategy.accelerator))
+    loaded = Loaded(experiment=alone, origin={}, root=project_root(path))
+    if loaded.run_folder.resolve() != folder.resolve():
+        raise UserError(
+            f"{path}: its name is {experiment.name!r}, so it must lie in runs/{experiment.name}; move it there"
+        )
+    return loaded
+
+
+def run_folder(name_or_path: str) -> Path | None:
+    """The folder of a run, given as a path or as a name under runs/; None where there is none."""
+    root = project_root(Path.cwd() / "x")
+    for folder in (Path(name_or_path), root / "runs" / name_or_path):
+        if (folder / EXPERIMENT).is_file():
+            return folder
+    return None
+
+
+@contextmanager
+def trained(run: Run) -> Iterator[None]:
+    """Within the block the run holds the weights that are evaluated and exported: the average, where it keeps one."""
+    average = run.module.average
+    run.backbone.eval()
+    with nullcontext() if average is None else average.in_place_of(run.trainables.parameters):
+        yield

@@ -1,0 +1,97 @@
+"""cosmos3 train EXPERIMENT: the run, then its export, verified, then its report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cosmos3_train.commands.console import FAILED, FINISHED, INTERRUPTED, QUIET, say, say_error
+from cosmos3_train.config import Loaded
+from cosmos3_train.runtime import is_first_rank
+
+if TYPE_CHECKING:
+    from cosmos3_train.training.run import Run
+
+REPORT = "report.html"
+
+
+def run(loaded: Loaded, *, fresh: bool, began: float) -> int:
+    """Carry out an experiment, or go on with it, and hand over its result.
+
+    Args:
+        began: `time.monotonic()` at which the command began.
+
+    Raises:
+        UserError: the configuration, the data or a checkpoint does not allow it.
+    """
+    from cosmos3_train.commands.delivery import refuse_form
+    from cosmos3_train.export.verify import VerificationError
+    from cosmos3_train.training.measures import measure
+    from cosmos3_train.training.run import TrainingFailed, build, train
+
+    refuse_form(loaded.experiment, loaded.experiment.export)
+    # Lightning advertises and announces devices that we name ourselves; its warnings still come through.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    try:
+        ended = train(loaded, fresh=fresh, evaluate=measure, deliver=lambda run: _deliver(run, began))
+        if ended == "interrupted":
+            return INTERRUPTED
+        if is_first_rank():
+            if not (loaded.run_folder / REPORT).is_file():  # killed between the last step and the report
+                _deliver(build(loaded), began)
+            _summary(loaded)
+    except (TrainingFailed, VerificationError) as error:
+        say_error(error)
+        return FAILED
+    except SystemExit as stopped:  # how Lightning passes Ctrl-C on
+        if isinstance(stopped.__context__, KeyboardInterrupt):
+            return QUIET
+        raise
+    return FINISHED
+
+
+def _deliver(run: Run, began: float) -> None:
+    from cosmos3_train.commands.delivery import export, report
+
+    form = run.experiment.export
+    verified = None if form == "none" else export(run, form)[1]
+    report(run, verified, time.monotonic() - began)
+
+
+def _summary(loaded: Loaded) -> None:
+    """The headline numbers, and where everything lies."""
+    folder, form = loaded.run_folder, loaded.experiment.export
+    numbers = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    say()
+    say(f"{loaded.experiment.name}: finished")
+    _line(numbers, "action error, held-out", "action_error_before", "action_error_after", "action_error_constant")
+    _line(numbers, "coverage, closed loop", "coverage_before", "coverage_after", "coverage_still")
+    _line(numbers, "loss, held-out", "heldout_loss_before", "heldout_loss_after")
+    if numbers.get("export_relative_difference") is not None:
+        say(f"  export differs by {numbers['export_relative_difference']:.1e} from the trained model, loaded upstream")
+    say(f"  report  {_near(folder / REPORT)}")
+    if form != "none":
+        say(f"  {form:<7} {_near(folder / 'export' / form)}")
+
+
+def _line(numbers: Mapping[str, Any], title: str, *keys: str) -> None:
+    words = {"constant": "without a model", "still": "standing still"}
+    parts = []
+    for key in keys:
+        if numbers.get(key) is not None:
+            when = key.rpartition("_")[2]
+            parts.append(f"{words.get(when, when)} {numbers[key]:.4g}")
+    if parts:
+        say(f"  {title}: {', '.join(parts)}")
+
+
+def _near(path: Path) -> Path:
+    """The path as seen from here, where it is below."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path

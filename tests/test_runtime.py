@@ -1,0 +1,82 @@
+"""Random draws are functions of their place, the same on every machine; ranks come from whichever launcher is there."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import torch
+
+from cosmos3_train import runtime
+
+
+def test_a_fold_is_the_same_everywhere_and_depends_on_every_argument():
+    assert runtime.fold(0, "noise", 3) == 6347807290990278987
+    places = [(0,), (1,), (0, "a"), (0, "b"), (0, "a", 1), (0, "a", "1"), (0, 1, "a"), (0, "a1")]
+    assert len({runtime.fold(*place) for place in places}) == len(places)
+    assert all(0 <= runtime.fold(*place) < 2**63 for place in places)
+
+
+def test_a_draw_depends_on_its_place_and_on_nothing_else():
+    def numbers(*place: int | str) -> torch.Tensor:
+        return torch.randn(4, generator=runtime.draw(*place))
+
+    first = numbers(0, "noise", 3)
+    torch.manual_seed(1)
+    torch.rand(100)
+    assert torch.equal(numbers(0, "noise", 3), first)
+    assert not torch.equal(numbers(0, "noise", 4), first)
+    assert not torch.equal(numbers(1, "noise", 3), first)
+    state = torch.get_rng_state()
+    numbers(5, "x")
+    assert torch.equal(torch.get_rng_state(), state), "the global generator is left alone"
+
+
+def test_seeding_everything():
+    runtime.seed_everything(2**40 + 1)
+    one = (torch.rand(3), np.random.rand(3))
+    runtime.seed_everything(2**40 + 1)
+    assert torch.equal(one[0], torch.rand(3)) and (one[1] == np.random.rand(3)).all()
+
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "4"}
+
+
+def place() -> tuple[int, ...]:
+    return (
+        runtime.rank(), runtime.world_size(), runtime.local_rank(), runtime.local_world_size(), runtime.node_count()
+    )  # fmt: skip
+
+
+def test_ranks_of_torchrun_of_slurm_and_of_neither(monkeypatch):
+    for name in (*TORCHRUN, *SLURM):
+        monkeypatch.delenv(name, raising=False)
+    assert place() == (0, 1, 0, 1, 1)
+    assert runtime.is_first_rank() and not runtime.launched()
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    assert place() == (5, 8, 1, 4, 2)
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+        monkeypatch.setenv(next(k for k in SLURM if SLURM[k] == value), "99")
+    assert place() == (5, 8, 1, 4, 2), "torchrun's own say goes before Slurm's"
+    assert runtime.launched() and not runtime.is_first_rank()
+
+
+def test_other_ranks_only_warn(monkeypatch):
+    root = logging.getLogger("cosmos3_train")
+    before, level, propagate = list(root.handlers), root.level, root.propagate
+    try:
+        monkeypatch.setenv("RANK", "1")
+        runtime.set_up_logging()
+        runtime.set_up_logging()
+        assert root.level == logging.WARNING
+        assert len(root.handlers) == max(1, len(before)), "safe to call twice"
+        monkeypatch.setenv("RANK", "0")
+        runtime.set_up_logging()
+        assert root.level == logging.INFO
+    finally:
+        root.handlers[:] = before
+        root.setLevel(level)
+        root.propagate = propagate
