@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from diffusers import AutoencoderKLWan
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -87,8 +88,9 @@ def ensure_latents(dataset: PreparedDataset, encoder: Encoder, workers: int = 0,
         (partial / "card.json").write_text(json.dumps(card, indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-    except OSError as error:
-        raise UserError(f"{partial}: the latents could not be written ({error.strerror}); free some space") from error
+    except (OSError, SafetensorError) as error:
+        # safetensors has an error of its own for a full disk
+        raise UserError(f"{partial}: the latents could not be written ({error}); free some space") from error
     for stale in folder.parent.glob("latents.partial-*"):
         shutil.rmtree(stale, ignore_errors=True)
 

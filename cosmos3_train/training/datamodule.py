@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +57,13 @@ class StepData(lightning.LightningDataModule):
             sampler=_StepsFrom(self.first_step),
             num_workers=data.workers,
             persistent_workers=data.workers > 0,
+            worker_init_fn=_ignore_sigterm,
         )
+
+
+def _ignore_sigterm(worker: int) -> None:
+    """Batch systems signal every process of a job; the workers must outlive it, for the run finishes its step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _StepsFrom(Sampler[int]):

@@ -302,7 +302,6 @@ def test_a_run_of_bad_gradients_ends_the_run_with_its_reason(tmp_path):
     assert start.keys() == build(loaded).trainables.parameters.keys()
 
 
-@pytest.mark.xfail(strict=True, reason="the loader's workers die of the signal; they are to ignore it")
 def test_a_signal_to_the_whole_group_reaches_the_workers_too_and_does_no_harm(project):
     """Slurm and a terminal signal every process of a job; a worker that died of it would take the run with it."""
     loaded = load(project, "name=group", "training.evaluate_every_n_steps=1", "data.workers=2")

@@ -1,0 +1,395 @@
+"""The schema of an experiment. A default is written once: here, with its unit.
+
+Nothing here knows a tensor or a file. Errors are `UserError`s: one line that names the key, the value and the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal, NoReturn
+
+from omegaconf import MISSING
+
+KINDS = ("model", "data", "objective", "tuning", "strategy")
+"""The kinds of part, each a folder under `configs/` and a node of `Experiment`. Embodiment cards come by name."""
+
+TIERS = (256, 480, 704, 720)
+VIEW_POINTS = ("ego_view", "third_person_view", "wrist_view", "concat_view")
+MAX_ACTION_WIDTH = 64
+DOMAINS = 32
+
+
+class UserError(ValueError):
+    """The user's mistake: one line with the key, the value and the remedy. The command line exits with 2."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """' Did you mean X?' for the known name closest to `name`, or ' Known: …' when none is close."""
+    names = sorted(set(known))
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if close:
+        return f" Did you mean {close[0]!r}?"
+    return f" Known: {', '.join(names[:24])}{' …' if len(names) > 24 else ''}." if names else ""
+
+
+def fail(message: str) -> NoReturn:
+    """Raise `UserError`."""
+    raise UserError(message)
+
+
+# ------------------------------------------------------------------------------------------------ embodiment
+
+
+@dataclass(frozen=True)
+class Channel:
+    """One action channel, in the robot's own units.
+
+    low, high: the range outside which a value is an error, in `unit`; None leaves that side open
+    relative:  the value is a change, not a place (drives the "hold" baseline: hold is zero for a change)
+    rotation:  part of a rotation given by the first two columns of its matrix
+    """
+
+    name: str = MISSING
+    meaning: str = ""
+    unit: str = ""
+    frame: str = ""
+    low: float | None = None
+    high: float | None = None
+    relative: bool = False
+    rotation: bool = False
+
+
+@dataclass(frozen=True)
+class Embodiment:
+    """A robot's action and camera contract: everything that the model must know about it (an embodiment card).
+
+    domain_id:       slot of the action heads, 0 .. 31. Upstream's registered ids are kept; a new robot takes a free one
+    shares_domain:   the embodiment that already has this slot, where two share it on purpose
+    initialise_from: domain whose rows a fresh slot starts from; None draws them anew
+    control_hz:      actions a second
+    chunk:           action rows a window, a multiple of 4 (a window has chunk + 1 frames)
+    action_key, state_key: columns of the log
+    action:          its channels in order; at most 64
+    state_row:       whether row 0 of the action stream is the robot's state (in the action's own units), given
+    cameras:         columns of the log with its views, in the order of `layout`
+    layout:          "single", or "row" (side by side), or "column" (one below the other)
+    resolution_tier: 256, 480, 704 or 720: frames are padded, never enlarged, to the tier's canvas
+    view_point:      one of upstream's four labels, which fills the caption's framing sentence
+    normaliser:      quantile: q01..q99 to [-1, 1]; minmax: min..max to [-1, 1]; meanstd; none
+    execute:         actions of a chunk that are carried out before the next look, in closed loop
+    simulator:       name of the simulator for the closed loop; None without one
+    """
+
+    name: str = MISSING
+    domain_id: int = MISSING
+    control_hz: float = MISSING
+    chunk: int = MISSING
+    action: list[Channel] = MISSING
+    cameras: list[str] = MISSING
+    shares_domain: str | None = None
+    initialise_from: int | None = None
+    action_key: str = "action"
+    state_key: str | None = None
+    state_row: bool = False
+    layout: Literal["single", "row", "column"] = "single"
+    resolution_tier: int = 256
+    view_point: str = "ego_view"
+    normaliser: Literal["quantile", "minmax", "meanstd", "none"] = "quantile"
+    execute: int = 8
+    simulator: str | None = None
+
+    def __post_init__(self) -> None:
+        where = f"embodiment {self.name!r}"
+        if not 0 <= self.domain_id < DOMAINS:
+            fail(f"{where}: domain_id is {self.domain_id}; the action heads have slots 0 to {DOMAINS - 1}")
+        if not 1 <= len(self.action) <= MAX_ACTION_WIDTH:
+            fail(f"{where}: action has {len(self.action)} channels; a robot has 1 to {MAX_ACTION_WIDTH}")
+        if self.chunk < 4 or self.chunk % 4:
+            fail(f"{where}: chunk is {self.chunk}; it is a multiple of 4 (chunk + 1 frames a window)")
+        if self.control_hz <= 0:
+            fail(f"{where}: control_hz is {self.control_hz}; it is a rate in Hz, above 0")
+        if self.resolution_tier not in TIERS:
+            fail(f"{where}: resolution_tier is {self.resolution_tier}; it is one of {', '.join(map(str, TIERS))}")
+        if self.view_point not in VIEW_POINTS:
+            fail(f"{where}: view_point is {self.view_point!r}.{nearest(self.view_point, VIEW_POINTS)}")
+        if not self.cameras:
+            fail(f"{where}: cameras is empty; name at least one camera column of the log")
+        if self.layout == "single" and len(self.cameras) > 1:
+            fail(f"{where}: layout is 'single' but there are {len(self.cameras)} cameras; use 'row' or 'column'")
+        if self.state_row and self.state_key is None:
+            fail(f"{where}: state_row is true but state_key is empty; name the state column of the log")
+        if not 1 <= self.execute <= self.chunk:
+            fail(f"{where}: execute is {self.execute}; it is 1 to chunk ({self.chunk})")
+
+    @property
+    def width(self) -> int:
+        """How many action channels the robot has."""
+        return len(self.action)
+
+    @property
+    def rows(self) -> int:
+        """Action rows of a window: the chunk, and the state row where there is one."""
+        return self.chunk + int(self.state_row)
+
+    @property
+    def frames(self) -> int:
+        """Pixel frames of a window."""
+        return self.chunk + 1
+
+
+# ------------------------------------------------------------------------------------------------ experiment
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which checkpoint, and how it runs.
+
+    path:                   a Cosmos 3 folder in the published diffusers layout, or its Hub id
+    revision:               Hub revision; None takes the newest
+    dtype:                  of the frozen weights and of the arithmetic; trainables are float32 masters either way
+    vae_dtype:              of the video tokenizer: trained and served in bf16, which is faster on a CPU too
+    attention:              auto picks the fastest that works here and says which
+    checkpoint_activations: recompute the generation tower's layers in backward: less memory, about a third slower
+    """
+
+    path: str = MISSING
+    revision: str | None = None
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    vae_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    attention: Literal["auto", "flash4", "flash3", "flash2", "sdpa"] = "auto"
+    checkpoint_activations: bool = True
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One entry of the mixture.
+
+    card:       dataset card; with it, a missing prepared folder is made before the run
+    prepared:   folder of prepared rows (`cosmos3 prepare`)
+    source:     folder of the log; None takes the card's
+    embodiment: embodiment card by name (a file under configs/embodiment/), None for conversations and plain video
+    weight:     share of the samples drawn, relative to the other entries
+    tasks:      rows of the mask table and their relative weights; none named: policy alone
+    cache_latents: encode every window once, while preparing, instead of at every step
+    """
+
+    prepared: str = MISSING
+    card: str | None = None
+    source: str | None = None
+    embodiment: str | None = None
+    weight: float = 1.0
+    tasks: dict[str, float] = field(default_factory=dict)
+    cache_latents: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.tasks:  # not the field's default, for layers merge: "policy" would stay beside the tasks named
+            object.__setattr__(self, "tasks", {"policy": 1.0})
+
+
+@dataclass(frozen=True)
+class Data:
+    """The mixture and how it is read.
+
+    workers:          processes that read and decode, a rank
+    caption_dropout:  probability that a sample's caption is emptied (trains guidance)
+    window_stride:    steps between the starts of neighbouring windows, while preparing
+    heldout_fraction: share of episodes, chosen by hash, that never trains
+    """
+
+    datasets: dict[str, Dataset] = field(default_factory=dict)
+    workers: int = 2
+    caption_dropout: float = 0.1
+    window_stride: int = 1
+    heldout_fraction: float = 0.05
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: a weighted sum of the losses of each modality, each a mean over the step's samples.
+
+    video, action, sound: weights of the denoising losses (10, 10 and 2 as the checkpoints were trained)
+    text:                 weight of the next-token loss on labelled text
+    mean_over:            elements of a sample's mean: all, as published, or only the generated ones
+    shift:                of σ by resolution tier
+    image_levels, video_levels: the base distribution of σ
+    independent_action, independent_sound: draw a σ of their own instead of the video's
+    logits_chunk:         labelled tokens whose logits exist at a time (a 152k vocabulary: 1024 tokens are 0.6 GB)
+    """
+
+    video: float = 10.0
+    action: float = 10.0
+    sound: float = 2.0
+    text: float = 1.0
+    mean_over: Literal["all", "generated"] = "all"
+    shift: dict[int, float] = field(default_factory=lambda: {256: 3.0, 480: 5.0, 704: 10.0, 720: 10.0})
+    image_levels: Literal["logit_normal", "mode", "uniform"] = "logit_normal"
+    video_levels: Literal["logit_normal", "mode", "uniform"] = "mode"
+    independent_action: bool = False
+    independent_sound: bool = False
+    logits_chunk: int = 1024
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What trains.
+
+    method:   lora; hybrid: LoRA and the robot's own rows of the action heads; tower: every weight of `towers`;
+              full: every weight
+    towers:   understanding, generation
+    modules:  attention, mlp: the projections that get LoRA
+    rank, alpha, dropout: of LoRA (its update is scaled by alpha / rank)
+    rslora:   scale by alpha / √rank instead;  dora: decompose into magnitude and direction (slower)
+    learning_rate_multipliers: pattern (shell-style, over parameter names) → factor of the learning rate
+    """
+
+    method: Literal["lora", "hybrid", "tower", "full"] = "lora"
+    towers: list[str] = field(default_factory=lambda: ["generation"])
+    modules: list[str] = field(default_factory=lambda: ["attention", "mlp"])
+    rank: int = 32
+    alpha: float = 32.0
+    dropout: float = 0.0
+    rslora: bool = False
+    dora: bool = False
+    learning_rate_multipliers: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key, values, known in (
+            ("towers", self.towers, ("understanding", "generation")),
+            ("modules", self.modules, ("attention", "mlp")),
+        ):
+            for value in values:
+                if value not in known:
+                    fail(f"tuning.{key}: {value!r} is unknown.{nearest(value, known)}")
+            if not values:
+                fail(f"tuning.{key} is empty; choose among {', '.join(known)}")
+        if self.rank < 1:
+            fail(f"tuning.rank is {self.rank}; it is at least 1")
+        if not 0 <= self.dropout < 1:
+            fail(f"tuning.dropout is {self.dropout}; it is a probability below 1")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Fused AdamW and its schedule.
+
+    learning_rate: peak;  betas, eps, weight_decay: AdamW's
+    schedule:      after the warmup: cosine or linear to `final_fraction` of the peak at the last step, or constant
+    warmup_steps:  steps of linear rise from 0
+    clip:          largest norm of the whole gradient; 0 never clips
+    patience:      consecutive steps with a non-finite gradient after which the run is aborted
+    """
+
+    learning_rate: float = 2e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 50
+    final_fraction: float = 0.0
+    clip: float = 1.0
+    patience: int = 20
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long, how much at a time, and what is written on the way.
+
+    steps:                    optimizer steps
+    samples_per_step:         samples of one optimizer step over all ranks; a step's samples are a function of the seed
+                              and the step alone, however they are split into micro-batches
+    tokens_per_micro_batch:   token budget of one forward, both streams together; a rank's share of a step is cut into
+                              as few packs as fit
+    seed:                     of everything that is drawn
+    ema_decay:                of the average of the trainables (0: none); it is what is evaluated and exported
+    *_every_n_steps:          0 turns it off
+    keep_checkpoints:         how many of the newest to keep
+    """
+
+    steps: int = 1000
+    samples_per_step: int = 32
+    tokens_per_micro_batch: int = 16384
+    seed: int = 0
+    ema_decay: float = 0.0
+    log_every_n_steps: int = 10
+    evaluate_every_n_steps: int = 200
+    checkpoint_every_n_steps: int = 200
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "samples_per_step", "tokens_per_micro_batch", "log_every_n_steps", "keep_checkpoints"):
+            if getattr(self, key) < 1:
+                fail(f"training.{key} is {getattr(self, key)}; it is at least 1")
+        if not 0 <= self.ema_decay < 1:
+            fail(f"training.ema_decay is {self.ema_decay}; it is 0 (none) to below 1")
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How the run is spread.
+
+    name:        single, or ddp (every rank holds the model, gradients are averaged)
+    devices:     processes on this machine; under torchrun it must equal what torchrun started
+    accelerator: auto takes a GPU where there is one
+    """
+
+    name: Literal["single", "ddp"] = "single"
+    devices: int = 1
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured on held-out episodes, and in closed loop.
+
+    heldout_samples:  windows of the held-out episodes that every evaluation looks at (the same ones)
+    action_samples:   of those, how many have their actions sampled in full, for the action error
+    solver_steps:     steps of the sampler
+    closed_loop_episodes, closed_loop_first_seed: rollouts, before and after training (0: none)
+    before:           also measure the untrained model, so that the report can compare
+    """
+
+    heldout_samples: int = 64
+    action_samples: int = 32
+    solver_steps: int = 10
+    closed_loop_episodes: int = 0
+    closed_loop_first_seed: int = 100000
+    before: bool = True
+
+
+@dataclass(frozen=True)
+class Logging:
+    """Where numbers go besides metrics.csv, which is always written.
+
+    wandb:   also send them to Weights & Biases;  project: its project;  offline: write its files, send nothing
+    """
+
+    wandb: bool = False
+    project: str = "cosmos3_train"
+    offline: bool = False
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A run: parts plus differences. `question`, `hardware` and `duration` are for the reader of the ledger.
+
+    export: form of the result written and verified when training ends; none leaves it to `cosmos3 export`
+    """
+
+    name: str = MISSING
+    question: str = ""
+    hardware: str = ""
+    duration: str = ""
+    parts: dict[str, str] = field(default_factory=dict)
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    embodiments: dict[str, Embodiment] = field(default_factory=dict)
+    objective: Objective = field(default_factory=Objective)
+    tuning: Tuning = field(default_factory=Tuning)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    training: Training = field(default_factory=Training)
+    strategy: Strategy = field(default_factory=Strategy)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    logging: Logging = field(default_factory=Logging)
+    export: Literal["none", "adapter", "merged"] = "adapter"

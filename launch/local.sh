@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# One machine, one process a device: launch/local.sh EXPERIMENT [key=value ...] [--fresh]
+# All visible GPUs, or PROCESSES of them; without a GPU, PROCESSES processes on the CPU. Topology only: everything else
+# is in the experiment.
+set -euo pipefail
+
+if [ $# -lt 1 ]; then
+    echo "usage: [PROCESSES=N] launch/local.sh EXPERIMENT [key=value ...] [--fresh]" >&2
+    exit 2
+fi
+experiment=$1
+shift
+
+python=(python)
+if ! python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("cosmos3_train") is None)' 2>/dev/null; then
+    python=(uv run python)
+fi
+processes=${PROCESSES:-$("${python[@]}" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+
+exec "${python[@]}" -m torch.distributed.run --standalone --nproc-per-node "$processes" \
+    -m cosmos3_train.cli train "$experiment" strategy.name=ddp "strategy.devices=$processes" "$@"

@@ -1,0 +1,129 @@
+"""Commands as a user types them: what they leave behind, and how mistakes are told."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from cosmos3_train.commands import train
+from tests.commands.tiny import QUICK
+
+HYBRID = ("experiments/nano_policy_hybrid.yaml", "data.datasets.pusht_moves.cache_latents=false")
+ROWS = "data.datasets.pusht_moves.prepared=prepared/quick_pusht_moves"
+
+
+def test_a_run_is_exported_and_reported_and_said_to_be_finished(cosmos3, project, tiny_model, capsys):
+    line = (*HYBRID, *QUICK, ROWS, f"model.path={tiny_model}", "name=delivered", "training.ema_decay=0.5")
+    assert cosmos3("train", *line) == 0
+    run = project / "runs" / "delivered"
+    numbers = json.loads((run / "report.json").read_text())
+    assert numbers["export_relative_difference"] <= 1e-5
+    assert {"action_error_before", "action_error_after", "action_error_constant", "seconds"} <= numbers.keys()
+    assert (run / "export" / "adapter" / "cosmos3_adapter.safetensors").is_file()
+    capsys.readouterr()
+    before = (run / "report.json").read_bytes()
+    assert cosmos3("train", *line) == 0
+    assert "runs/delivered/report.html" in capsys.readouterr().out
+    assert (run / "report.json").read_bytes() == before
+    assert cosmos3("check", *line, "data.window_stride=39") == 2  # the run would refuse its prepared folder
+    assert "window_stride 40" in capsys.readouterr().err
+
+
+def test_a_report_that_a_kill_prevented_is_made_by_the_same_command(cosmos3, project, tiny_model):
+    line = (*HYBRID, *QUICK, ROWS, f"model.path={tiny_model}", "name=killed", "export=none")
+    assert cosmos3("train", *line) == 0
+    (project / "runs" / "killed" / "report.html").unlink()
+    assert cosmos3("train", *line) == 0
+    assert (project / "runs" / "killed" / "report.html").is_file()
+
+
+def test_evaluate_measures_a_run_with_the_statistics_it_was_trained_with(cosmos3, project, tiny_model, capsys):
+    line = (*HYBRID, *QUICK, ROWS, f"model.path={tiny_model}", "name=measured", "export=none")
+    assert cosmos3("train", *line) == 0
+    capsys.readouterr()
+    assert cosmos3("evaluate", "measured", "--on", "data/pusht/moves_log.yaml", "--episodes", "0") == 0
+    assert "action_error_model" in capsys.readouterr().out
+    folder = project / "runs" / "measured" / "evaluations" / "pusht_moves_step_000002"
+    found, report = (json.loads((path / "report.json").read_text()) for path in (folder, project / "runs" / "measured"))
+    assert found["action_error_model"] == pytest.approx(report["action_error_after"], rel=1e-6)
+    assert found["facts"]["normalised by"] == "the statistics it was trained with"
+
+
+def test_prepare_says_what_it_made_and_does_it_once(cosmos3, tmp_path, capsys):
+    line = ("prepare", "data/pusht/log.yaml", "--output", str(tmp_path / "rows"), "--stride", "20")
+    assert cosmos3(*line) == 0
+    assert "train: " in capsys.readouterr().out
+    assert cosmos3(*line) == 0
+    assert "was prepared already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        (("train", "experiments/quickstart.yaml", "trainning.steps=2"), ["trainning", "Did you mean 'training'"]),
+        (("train", "experiments/quikstart.yaml"), ["quikstart.yaml", "Did you mean 'quickstart'"]),
+        (("train", *HYBRID, "tuning.method=full"), ["export", "merged"]),
+        (("export", "no_such_run", "--to", "merged"), ["no_such_run", "no run"]),
+        (("evaluate", "configs", "--on", "data/pusht/log.yaml"), ["configs", "neither a run"]),
+        (("prepare", "data/pusht/log.yaml", "--output", "x", "--embodiment", "pusht_move"), ["pusht_moves"]),
+        (("prepare", "data/pusht/log.yaml", "--output", "x", "--embodiment", "pusht_moves"), ["control_hz"]),
+        (("prepare", "data/pusht/log.yaml", "--output", "x", "--cache", "latents"), ["--model"]),
+        (
+            ("check", *HYBRID, "model.path=data/cosmos3_pico", "tuning.learning_rate_multipliers={'lyers*': 2.0}"),
+            ["lyers"],
+        ),
+        (("check", *HYBRID, "model.path=data/cosmos3_pico", "training.tokens_per_micro_batch=50"), ["raise it to"]),
+        (("check", *HYBRID, "data.datasets.pusht_moves.source=nowhere"), ["nowhere", "no such folder"]),
+        (("check", *HYBRID, "model.path=data/cosmos3_pic"), ["Did you mean 'data/cosmos3_pico'"]),
+        (("check", *HYBRID, "tuning.method=lora", "model.path=data/cosmos3_pico"), ["domain 24", "hybrid"]),
+    ],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, tuple) else "",
+)
+def test_a_mistake_is_one_line_and_code_2(line, words, cosmos3, project, capsys):
+    assert cosmos3(*line) == 2
+    errors = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error: ")]
+    assert len(errors) == 1
+    assert all(word in errors[0] for word in words), errors[0]
+    assert not (project / "x").exists()
+
+
+def test_check_tells_every_problem(cosmos3, capsys):
+    line = ("data.datasets.pusht_moves.source=nowhere", "model.path=data/cosmos3_pico", "tuning.method=lora")
+    assert cosmos3("check", *HYBRID, *line) == 2
+    assert capsys.readouterr().err.count("error: ") == 2
+
+
+def test_show_names_the_layer_of_each_value(cosmos3, capsys):
+    assert cosmos3("show", *HYBRID, "training.seed=5") == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert lines["training.seed"].endswith("# command line")
+    assert lines["tuning.method"].endswith("# configs/tuning/hybrid.yaml")
+    assert lines["embodiments.pusht_moves.control_hz"].endswith("# configs/embodiment/pusht_moves.yaml")
+    assert "#" not in lines["optimizer.eps"]
+
+
+def test_pairs_may_stand_after_flags_and_strays_are_refused(cosmos3, capsys):
+    assert cosmos3("train", *HYBRID, "--fresh", "trainning.steps=2") == 2
+    assert "trainning" in capsys.readouterr().err
+    assert cosmos3("train", *HYBRID, "--frsh") == 2
+    assert "--frsh" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_quiet(cosmos3, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "run", stop)
+    assert cosmos3("train", *HYBRID) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_a_closed_pipe_is_quiet(project):
+    line = f"{sys.executable} -m cosmos3_train.cli show experiments/nano_policy_hybrid.yaml | head -n 1"
+    script = f"set -o pipefail; {line}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], cwd=project, capture_output=True, text=True, timeout=60)
+    assert done.stderr == "" and done.stdout.startswith("# ")
+    assert done.returncode in (0, 130)  # 0 where all of it fitted into the pipe before head was done

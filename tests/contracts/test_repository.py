@@ -1,0 +1,125 @@
+"""Floors, every YAML, and the README: what a change in one place easily breaks in another."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from cosmos3_train import cli
+from cosmos3_train.config import KINDS, Embodiment, Experiment, check_keys, load_embodiment, load_experiment, read_yaml
+from cosmos3_train.data.card import load_card
+
+ROOT = Path(__file__).parents[2]
+EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
+PARTS = sorted((ROOT / "configs").glob("*/*.yaml"))
+CARDS = sorted((ROOT / "data").glob("*/*.yaml"))
+TEXTS = (ROOT / "README.md", ROOT / "launch" / "README.md", ROOT / "experiments" / "README.md")
+
+
+def test_imports_go_down_floors_only():
+    linter = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([linter], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_experiments_load_and_say_what_they_are(path):
+    experiment = load_experiment(path).experiment
+    assert experiment.name == path.stem
+    head = path.read_text().splitlines()[0]
+    assert head.startswith("# Question:"), "an experiment begins with the question that it answers"
+
+
+@pytest.mark.parametrize("path", PARTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_parts_are_of_the_schema(path):
+    kind = path.parent.name
+    if kind == "embodiment":
+        assert isinstance(load_embodiment(path, ROOT), Embodiment)
+        assert read_yaml(path)["name"] == path.stem
+    else:
+        assert kind in KINDS
+        check_keys(Experiment, {kind: read_yaml(path)}, str(path))
+
+
+@pytest.mark.parametrize("path", CARDS, ids=lambda path: path.stem)
+def test_dataset_cards_load_and_their_sources_exist(path):
+    card = load_card(path)
+    assert card.source_folder(ROOT).exists()
+    assert card.licence and card.how_made and card.known_faults
+
+
+@pytest.mark.parametrize("path", PARTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_part_is_used_by_an_experiment_or_named_in_the_readme(path):
+    kind, name = path.parent.name, path.stem
+    used = set()
+    for file in EXPERIMENTS:
+        experiment = load_experiment(file).experiment
+        used |= {(kind, name) for kind, name in experiment.parts.items()}
+        used |= {("embodiment", name) for name in experiment.embodiments}
+    assert (kind, name) in used or f"`{name}`" in (ROOT / "README.md").read_text()
+
+
+def test_every_experiment_is_in_the_ledgers_list():
+    ledger = (ROOT / "experiments" / "README.md").read_text()
+    assert [path.stem for path in EXPERIMENTS if f"`{path.stem}`" not in ledger] == []
+
+
+def shell_lines(text: str) -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
+    joined = "\n".join(blocks).replace("\\\n", " ")
+    return [line.strip() for line in joined.splitlines() if line.strip() and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_command_lines_of_the_texts_are_real(text):
+    for line in shell_lines(text.read_text()):
+        words = shlex.split(line, comments=True)
+        for number, word in enumerate(words):
+            if word == "cosmos3":
+                cli.parse(words[number + 1 :])
+        for word in words:
+            if word.startswith(("experiments/", "data/", "configs/", "launch/", ".ci/")):
+                assert (ROOT / word).exists(), f"{line}: {word} is not there"
+
+
+def test_the_readme_has_command_lines_for_every_command():
+    words = {
+        word for line in shell_lines((ROOT / "README.md").read_text()) for word in re.findall(r"cosmos3 (\w+)", line)
+    }
+    assert words == {"train", "evaluate", "export", "prepare", "check", "show"}
+
+
+def test_the_readmes_tree_names_real_files():
+    text = (ROOT / "README.md").read_text()
+    tree = re.findall(r"```text\n(.*?)```", text, flags=re.DOTALL)[0]
+    folder = ROOT
+    seen = 0
+    for line in tree.splitlines():
+        name = line.split()[0] if line.split() else ""
+        if not name:
+            continue
+        path = (ROOT if not line.startswith(" ") else folder) / name
+        assert path.exists(), f"README.md's tree: {name}"
+        seen += 1
+        if not line.startswith(" "):
+            folder = path
+    assert seen > 20
+
+
+def test_nothing_reads_the_environment_but_runtime():
+    for path in (ROOT / "cosmos3_train").rglob("*.py"):
+        if path.name != "runtime.py":
+            assert not re.search(r"os\.environ|os\.getenv", path.read_text()), path
+
+
+def test_direct_dependencies_have_exact_versions_in_the_constraints():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    constrained = {re.split(r"[=<>]", line)[0] for line in project["tool"]["uv"]["constraint-dependencies"]}
+    direct = {re.split(r"[=<>;\[]", line)[0] for line in project["project"]["dependencies"]}
+    assert direct <= constrained
