@@ -19,23 +19,23 @@ logger = logging.getLogger("cosmos3_train")
 
 
 def rank() -> int:
-    """This process's global rank, from torchrun's or Slurm's environment (0 where neither started it)."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    """This process's global rank, from torchrun's environment (0 where it did not start it)."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
     """How many processes take part in the run (1 where no launcher started it)."""
-    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:
     """This process's place on its machine, which is the GPU it uses."""
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def local_world_size() -> int:
     """How many processes of the run share this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "1")))
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def node_count() -> int:

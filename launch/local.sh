@@ -12,7 +12,7 @@ experiment=$1
 shift
 
 python=(python)
-if ! python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("cosmos3_train") is None)' 2>/dev/null; then
+if ! python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("lightning") is None)' 2>/dev/null; then
     python=(uv run python)
 fi
 processes=${PROCESSES:-$("${python[@]}" -c 'import torch; print(max(1, torch.cuda.device_count()))')}

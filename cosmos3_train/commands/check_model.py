@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from cosmos3_train.commands.check_data import CheckedData
 from cosmos3_train.config import Experiment, Model, UserError, nearest
-from cosmos3_train.export.base_identity import shard_files
+from cosmos3_train.model.base_identity import shard_files
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.loading import load_parts, model_folder
 from cosmos3_train.model.omni import Cosmos3PackedTransformer

@@ -70,10 +70,19 @@ def run(name_or_path: str, card_path: Path, embodiment: str | None, episodes: in
     card = load_card(card_path)
     root = project_root(card_path)
     name = embodiment or card.embodiment
-    robot = load_embodiment(name, root) if name and card.format != "conversations" else None
-    if run_folder(name_or_path) is None and Path(name_or_path).is_dir():
+    robot = None
+    of_run = run_folder(name_or_path) is not None
+    if (
+        name
+        and card.format != "conversations"
+        and not (of_run and name in find_run(name_or_path).experiment.embodiments)
+    ):
+        robot = load_embodiment(name, root)
+    if not of_run and Path(name_or_path).is_dir():
         return _measure(_folder_subject(Path(name_or_path), card, card_path, robot, root), robot, episodes, began)
     loaded = find_run(name_or_path)
+    if name in loaded.experiment.embodiments:
+        robot = loaded.experiment.embodiments[name]  # the run's own card, whatever the file says by now
     built = build(loaded)
     with trained(built):
         step = built.module.position.step
@@ -154,6 +163,9 @@ def _measure(subject: Subject, robot: Embodiment | None, episodes: int | None, b
     experiment = subject.loaded.experiment
     (name, entry), *_ = experiment.data.datasets.items()
     dataset = open_dataset(subject.loaded, name, entry, None)
+    if isinstance(dataset, PreparedDataset) and subject.statistics is not None:
+        dataset.statistics = subject.statistics  # before anything is measured: all of it on the scale of the training
+        dataset.normaliser = Normaliser(dataset.embodiment, subject.statistics)
     loss, error = _loss(subject, dataset, entry), None
     pictures, numbers, facts = [], {}, _facts(subject, dataset)
     if loss is not None:
@@ -162,9 +174,6 @@ def _measure(subject: Subject, robot: Embodiment | None, episodes: int | None, b
             path = draw_loss_by_band(subject.output / "loss_by_band.png", loss)
             pictures.append(Picture(path, f"Loss on {loss.samples} held-out samples at each noise level."))
     if isinstance(dataset, PreparedDataset):
-        if subject.statistics is not None:
-            dataset.statistics = subject.statistics
-            dataset.normaliser = Normaliser(dataset.embodiment, subject.statistics)
         error = _action_error(subject, dataset, entry)
     if error is not None:
         numbers |= error.metrics() | {f"action_error_{name}": e.overall for name, e in error.rmse.items()}

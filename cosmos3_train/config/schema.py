@@ -6,6 +6,7 @@ Nothing here knows a tensor or a file. Errors are `UserError`s: one line that na
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NoReturn
@@ -393,3 +394,7 @@ class Experiment:
     evaluation: Evaluation = field(default_factory=Evaluation)
     logging: Logging = field(default_factory=Logging)
     export: Literal["none", "adapter", "merged"] = "adapter"
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            fail(f"name is {self.name!r}; it is a folder under runs/: letters, digits, '.', '_' and '-', no path")

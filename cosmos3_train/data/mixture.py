@@ -8,7 +8,6 @@ change what is seen.
 
 from __future__ import annotations
 
-import logging
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,12 +20,9 @@ from cosmos3_train import config
 from cosmos3_train.config import UserError, nearest
 from cosmos3_train.data.conversations import ConversationDataset
 from cosmos3_train.data.reader import PreparedDataset
-from cosmos3_train.data.statistics import Statistics
 from cosmos3_train.flow.tasks import CONVERSATION, TASKS
 from cosmos3_train.runtime import fold
 from cosmos3_train.types import Sample, StepBatch
-
-logger = logging.getLogger(__name__)
 
 ROUND = 4096
 """Slots of a round: a dataset's share is a multiple of 1/4096, and at least one slot."""
@@ -71,7 +67,6 @@ class Mixture:
         self.seed, self.split = seed, split
         self._entries = {name: _entry(name, dataset, entry, split) for name, (dataset, entry) in entries.items()}
         self._names = list(entries)
-        _warn_of_two_scales(self._entries)
         slots = _slots([entries[name][1].weight for name in self._names], ROUND)
         self._slots = slots
         self._before = np.zeros((ROUND + 1, len(self._names)), dtype=np.int64)
@@ -184,19 +179,6 @@ def _slots(weights: list[float], length: int) -> np.ndarray:
         slots[place] = int(np.argmin(deadline))
         taken[slots[place]] += 1
     return slots
-
-
-def _warn_of_two_scales(entries: Mapping[str, _Entry]) -> None:
-    """A robot's actions are de-normalised by one file when it is deployed; two datasets of it have one file each."""
-    seen: dict[str, tuple[str, Statistics]] = {}
-    for name, entry in entries.items():
-        if isinstance(entry.dataset, PreparedDataset):
-            first, statistics = seen.setdefault(entry.dataset.embodiment.name, (name, entry.dataset.statistics))
-            if statistics.action != entry.dataset.statistics.action:
-                logger.warning(
-                    "data.datasets.%s and %s share embodiment %r but each is normalised by its own statistics",
-                    first, name, entry.dataset.embodiment.name,
-                )  # fmt: skip
 
 
 def _entry(name: str, dataset: PreparedDataset | ConversationDataset, entry: config.Dataset, split: str) -> _Entry:

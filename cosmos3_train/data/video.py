@@ -55,8 +55,9 @@ def decode_frames(path: str | Path, timestamps: Sequence[float] | np.ndarray) ->
     for time, frame in zip(times, found, strict=True):
         if frame is None:
             raise UserError(f"{path}: no frame within half a frame period ({period / 2:.4f} s) of {time:.4f} s")
-    stacked = np.stack([frame for frame in found if frame is not None])
-    return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
+    # In numpy: torch's own copy runs on OpenMP threads, which a forked reader of a process that used them never gets.
+    stacked = np.stack([frame.transpose(2, 0, 1) for frame in found if frame is not None])
+    return torch.from_numpy(stacked)
 
 
 def compose(views: Sequence[Tensor], layout: Literal["single", "row", "column"]) -> Tensor:

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from cosmos3_train.config import UserError
 from cosmos3_train.data.files import write_whole
-from cosmos3_train.export.base_identity import identify_base
 from cosmos3_train.export.folder import whole_folder, write_json
 from cosmos3_train.export.usage import WEIGHT_NAME, Robot, adapter_readme, write_robot_files
+from cosmos3_train.model.base_identity import identify_base
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
 from cosmos3_train.model.trainable import ADAPTER, adapter_config
 

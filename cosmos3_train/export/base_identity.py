@@ -1,65 +1,12 @@
-"""Which checkpoint an adapter belongs to: a fingerprint that is cheap for 130 GB and the same however it is sharded.
-
-Names, dtypes and shapes of every tensor of the transformer are hashed whole, and of each tensor 64 bytes from its
-beginning, middle and end. Two trainings of one architecture differ in nearly every weight, so this tells them apart.
-"""
+"""Refusing to put an export on another base than the one it was trained on."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import struct
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from cosmos3_train.config import UserError
 from cosmos3_train.export.folder import read_description
-
-PROBE_BYTES = 64
-_UNIMPORTANT = ("_diffusers_version", "_name_or_path")
-
-
-@dataclass(frozen=True)
-class BaseIdentity:
-    """name: Hub id or folder as the run named it;  config, weights: hexadecimal fingerprints of the transformer."""
-
-    name: str
-    config: str
-    weights: str
-
-    def plain(self) -> dict[str, str]:
-        return asdict(self)
-
-
-def identify_base(folder: Path, name: str | None = None) -> BaseIdentity:
-    """The identity of a checkpoint folder in the diffusers layout.
-
-    Args:
-        name: how users get it, such as a Hub id; None takes the folder's own name.
-
-    Raises:
-        UserError: no readable transformer in the folder.
-    """
-    transformer = folder / "transformer"
-    try:
-        config = json.loads((transformer / "config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{transformer}/config.json cannot be read ({error}); give a checkpoint folder") from None
-    kept = {key: value for key, value in config.items() if key not in _UNIMPORTANT}
-    probes: dict[str, tuple[str, list[int], bytes]] = {}
-    for shard in shard_files(transformer):
-        probes.update(_probe(shard))
-    digest = hashlib.blake2b(digest_size=16)
-    for tensor in sorted(probes):
-        dtype, shape, content = probes[tensor]
-        digest.update(json.dumps([tensor, dtype, shape]).encode())
-        digest.update(content)
-    return BaseIdentity(
-        name=name or folder.resolve().name,
-        config=hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=16).hexdigest(),
-        weights=digest.hexdigest(),
-    )
+from cosmos3_train.model.base_identity import identify_base
 
 
 def check_base(folder: Path, base_folder: Path) -> None:
@@ -77,42 +24,3 @@ def check_base(folder: Path, base_folder: Path) -> None:
         f"{folder}: wrong base: it was trained on {trained['name']!r}, but {str(base_folder)!r} is {what} "
         f"(weights {found.weights[:12]}, not {trained['weights'][:12]}); give the base that it was trained on"
     )
-
-
-def shard_files(transformer: Path) -> list[Path]:
-    """The safetensors files that hold the transformer: those of its index, or the single one.
-
-    Raises:
-        UserError: there is none, or the index names a file that is missing.
-    """
-    indexes = sorted(transformer.glob("*.safetensors.index.json"))
-    if indexes:
-        names = sorted(set(json.loads(indexes[0].read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [transformer / name for name in names]
-    else:
-        files = sorted(transformer.glob("*.safetensors"))
-    missing = [file.name for file in files if not file.is_file()]
-    if missing or not files:
-        raise UserError(f"{transformer}: {missing[0] if missing else 'safetensors files'} missing; fetch it again")
-    return files
-
-
-def _probe(shard: Path) -> dict[str, tuple[str, list[int], bytes]]:
-    """Dtype, shape and a few bytes of every tensor of a file, by name."""
-    found: dict[str, tuple[str, list[int], bytes]] = {}
-    with shard.open("rb") as file:
-        try:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header: dict[str, Any] = json.loads(file.read(length))
-        except (struct.error, ValueError, OverflowError, MemoryError):
-            raise UserError(f"{shard}: damaged (no safetensors header); fetch it again") from None
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            begin, end = entry["data_offsets"]
-            content = b""
-            for place in (begin, (begin + end) // 2, max(begin, end - PROBE_BYTES)):
-                file.seek(8 + length + place)
-                content += file.read(min(PROBE_BYTES, end - place))
-            found[name] = (entry["dtype"], entry["shape"], content)
-    return found

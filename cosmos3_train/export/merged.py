@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from cosmos3_train.config import UserError
 from cosmos3_train.data.files import write_whole
-from cosmos3_train.export.base_identity import identify_base, shard_files
 from cosmos3_train.export.folder import whole_folder
 from cosmos3_train.export.usage import Robot, merged_readme, write_robot_files
+from cosmos3_train.model.base_identity import identify_base, shard_files
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
 from cosmos3_train.model.trainable import ADAPTER
 

@@ -12,8 +12,8 @@ from cosmos3_train.config import Embodiment, to_yaml
 from cosmos3_train.data.actions import Normaliser
 from cosmos3_train.data.files import write_whole
 from cosmos3_train.data.statistics import Statistics
-from cosmos3_train.export.base_identity import BaseIdentity
 from cosmos3_train.export.folder import write_json
+from cosmos3_train.model.base_identity import BaseIdentity
 
 WEIGHT_NAME = "cosmos3_adapter.safetensors"
 ROBOT_MODULE = Path(__file__).with_name("robot.py")

@@ -29,10 +29,11 @@ from torch import Tensor, nn
 
 from cosmos3_train.config import UserError
 from cosmos3_train.export.adapter import PEFT_FOLDER, check_adapter
-from cosmos3_train.export.base_identity import check_base, shard_files
+from cosmos3_train.export.base_identity import check_base
 from cosmos3_train.export.folder import set_aside, write_json
 from cosmos3_train.export.upstream_inputs import Probe, make_probes, our_velocities, upstream_arguments
 from cosmos3_train.export.usage import WEIGHT_NAME
+from cosmos3_train.model.base_identity import shard_files
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
 from cosmos3_train.model.packing import Layout
 from cosmos3_train.types import TokenSample

@@ -25,6 +25,9 @@ from cosmos3_train.types import Sample, TokenSample
 Parts = Cosmos3OmniPipeline
 """Upstream's pipeline without a transformer, as `loading.load_parts` makes it, for the floors that only pass it on."""
 
+PIXELS_AT_ONCE = 3 * 17 * 256 * 256 * 8
+"""Pixel values in one call of the video tokenizer: 8 policy clips of the 256 tier, or one of 33 frames at 480."""
+
 VIDEO_TIER = 256
 """Tier of clips without an embodiment."""
 
@@ -84,8 +87,12 @@ class Encoder:
         for (_, name), places in groups.items():
             embodiment = self.embodiments[name] if name else None
             frames = [cast(Tensor, samples[place].frames) for place in places]
-            for place, latent in zip(places, self.encode_frames(frames, embodiment), strict=True):
-                found[place] = latent
+            at_once = max(1, PIXELS_AT_ONCE // frames[0].numel())
+            for start in range(0, len(places), at_once):
+                part = slice(start, start + at_once)
+                latents = self.encode_frames(frames[part], embodiment)
+                for place, latent in zip(places[part], latents, strict=True):
+                    found[place] = latent
         return found
 
     def _token_sample(self, sample: Sample, latent: Tensor | None) -> TokenSample:

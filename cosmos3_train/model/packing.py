@@ -177,22 +177,6 @@ def pack(
     return _with_targets(packed, samples, noise, levels, layout, mean_over)
 
 
-def replace_values(
-    packed: PackedSequence, samples: Sequence[TokenSample], values: Sequence[Values], layout: Layout, sigma: float
-) -> PackedSequence:
-    """The same pack with other values and one σ for all: what a sampler changes between its steps."""
-    streams = [_stream(place, s, v, layout) for place, (s, v) in enumerate(zip(samples, values, strict=True))]
-    rows = _row_fields(samples, streams)
-    device = packed.positions.device
-    return replace(
-        packed,
-        video=rows["video"].to(device),
-        sound=rows["sound"].to(device),
-        action=rows["action"].to(device),
-        levels=torch.full_like(packed.levels, sigma),
-    )
-
-
 # ------------------------------------------------------------------------------------------------ details
 
 

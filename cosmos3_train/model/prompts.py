@@ -16,7 +16,6 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from cosmos3_train.config import Embodiment, UserError
-from cosmos3_train.flow.tasks import TASKS
 from cosmos3_train.types import IGNORED_LABEL
 
 
@@ -100,8 +99,3 @@ def conversation(parts: Cosmos3OmniPipeline, messages: list[dict[str, str]], key
     if all(label == IGNORED_LABEL for label in labels):
         raise UserError(f"{key}: no assistant turn in the conversation, so nothing to learn; add one or remove the row")
     return torch.tensor(ids, dtype=torch.long), torch.tensor(labels, dtype=torch.long)
-
-
-def is_robot_task(task: str) -> bool:
-    """Whether the task's caption is the robot's (it has actions) rather than a plain video caption."""
-    return TASKS[task].has_robot

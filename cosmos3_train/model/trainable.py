@@ -48,6 +48,9 @@ UNDERSTANDING_NAMES = (
 )
 """Parameter names (shell patterns) of the understanding tower; every other parameter is the generation tower's."""
 
+UPSTREAMS_DOMAINS = frozenset(_EMBODIMENT_TO_DOMAIN_ID.values())
+"""Slots that published checkpoints may have trained. Read once: an export registers robots of its own in that table."""
+
 HEAD_INITIAL_STD = 0.02
 """Spread of a fresh domain's rows, a truncated normal, as upstream starts untrained action heads."""
 
@@ -154,9 +157,8 @@ def _inject(backbone: Cosmos3PackedTransformer, tuning: Tuning, embodiments: Seq
 
 
 def _refuse_untrained_slots(embodiments: Sequence[Embodiment]) -> None:
-    registered = set(_EMBODIMENT_TO_DOMAIN_ID.values())
     for card in embodiments:
-        if card.domain_id not in registered and card.initialise_from != card.domain_id:
+        if card.domain_id not in UPSTREAMS_DOMAINS and card.initialise_from != card.domain_id:
             raise UserError(
                 f"tuning.method is 'lora', which does not train the action heads, but embodiment {card.name!r} is on "
                 f"domain {card.domain_id}, an untrained slot; use tuning.method=hybrid (or, if this checkpoint's slot "
@@ -166,7 +168,6 @@ def _refuse_untrained_slots(embodiments: Sequence[Embodiment]) -> None:
 
 def _start_rows(backbone: Cosmos3PackedTransformer, embodiments: Sequence[Embodiment], rows: list[int]) -> None:
     """Start each domain's rows: the checkpoint's own for upstream's ids, another's, or fresh ones."""
-    registered = set(_EMBODIMENT_TO_DOMAIN_ID.values())
     cards = {card.domain_id: card for card in embodiments}
     for head in ACTION_HEADS:
         for part in ("fc", "bias"):
@@ -175,7 +176,7 @@ def _start_rows(backbone: Cosmos3PackedTransformer, embodiments: Sequence[Embodi
             weight = cast(Tensor, wrapper.original_module.weight)
             for place, domain in enumerate(rows):
                 source = cards[domain].initialise_from
-                if source is None and domain in registered:
+                if source is None and domain in UPSTREAMS_DOMAINS:
                     source = domain
                 if source is not None:
                     delta.data[place] = weight.data[source]

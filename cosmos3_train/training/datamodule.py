@@ -85,10 +85,26 @@ def open_datasets(loaded: Loaded, encoder: Encoder | None) -> Opened:
     Args:
         encoder: encodes the latents of datasets that cache them; None skips that (`cosmos3 check`).
     """
-    return {
+    opened: Opened = {
         name: (open_dataset(loaded, name, entry, encoder), entry)
         for name, entry in loaded.experiment.data.datasets.items()
     }
+    _refuse_two_scales(opened)
+    return opened
+
+
+def _refuse_two_scales(opened: Opened) -> None:
+    """A deployed robot's actions are de-normalised by one file; two logs of it would train on two scales."""
+    seen: dict[str, tuple[str, PreparedDataset]] = {}
+    for name, (dataset, _) in opened.items():
+        if isinstance(dataset, PreparedDataset):
+            first, other = seen.setdefault(dataset.embodiment.name, (name, dataset))
+            if other.statistics.action != dataset.statistics.action:
+                raise UserError(
+                    f"data.datasets.{first} and {name} share embodiment {dataset.embodiment.name!r}, but each is "
+                    f"normalised by its own statistics, and a deployed robot has one; give one a card of its own "
+                    f"(shares_domain), or prepare both logs as one"
+                )
 
 
 def open_dataset(

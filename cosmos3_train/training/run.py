@@ -7,6 +7,7 @@ The same command again resumes an interrupted run, reports a finished one, and r
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import time
@@ -20,8 +21,9 @@ import torch
 
 from cosmos3_train.config import Experiment, Loaded, UserError, flatten, read_yaml, to_plain, to_yaml
 from cosmos3_train.data.conversations import ConversationDataset
+from cosmos3_train.model.base_identity import identify_base
 from cosmos3_train.model.encoders import Encoder
-from cosmos3_train.model.loading import load_backbone, load_parts
+from cosmos3_train.model.loading import load_backbone, load_parts, model_folder
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
 from cosmos3_train.model.packing import Layout
 from cosmos3_train.model.trainable import Trainables, make_trainable
@@ -38,6 +40,7 @@ from cosmos3_train.training.strategy import device_for, make_strategy
 logger = logging.getLogger(__name__)
 
 EXPERIMENT = "experiment.yaml"
+BASE = "base.json"
 CHECKPOINTS = "checkpoints"
 
 FREE = (
@@ -47,6 +50,7 @@ FREE = (
     "parts",
     "strategy",
     "logging",
+    "evaluation",
     "export",
     "data.workers",
     "model.attention",
@@ -133,6 +137,7 @@ def build(loaded: Loaded) -> Run:
     experiment = loaded.experiment
     device = device_for(experiment.strategy)
     began = time.monotonic()
+    _refuse_another_base(loaded)
     encodes = any(not entry.cache_latents for entry in experiment.data.datasets.values())
     encoder = Encoder(
         load_parts(experiment.model, device, vae_weights=True),
@@ -195,7 +200,7 @@ def claim_folder(loaded: Loaded, fresh: bool) -> bool:
     folder, experiment = loaded.run_folder, loaded.experiment
     kept = folder / EXPERIMENT
     if fresh:
-        if is_first_rank():
+        if is_first_rank() and kept.is_file():  # nothing but a run is ever thrown away
             shutil.rmtree(folder, ignore_errors=True)
     elif kept.is_file():
         _refuse_changes(read_yaml(kept), experiment, folder)
@@ -209,6 +214,26 @@ def claim_folder(loaded: Loaded, fresh: bool) -> bool:
         beside.write_text(to_yaml(experiment), encoding="utf-8")
         beside.replace(kept)
     return False
+
+
+def _refuse_another_base(loaded: Loaded) -> None:
+    """Remember the weights that a run starts from, and refuse to put what it has learnt on others.
+
+    A folder may be replaced and a Hub id may move while a run is interrupted or waits to be exported.
+    """
+    folder, model = loaded.run_folder, loaded.experiment.model
+    found = identify_base(model_folder(model), model.path).plain()
+    path = folder / BASE
+    if not path.is_file():
+        if is_first_rank() and folder.is_dir():
+            path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if (before["config"], before["weights"]) != (found["config"], found["weights"]):
+        raise UserError(
+            f"{folder}: it was trained on {before['name']!r} with weights {before['weights'][:12]}, but model.path "
+            f"{model.path!r} now has weights {found['weights'][:12]}; give the base that it was trained on, or --fresh"
+        )
 
 
 def _refuse_changes(before: Mapping, experiment: Experiment, folder: Path) -> None:

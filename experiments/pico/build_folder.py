@@ -63,9 +63,7 @@ def new_transformer(vocabulary: int, seed: int) -> Cosmos3OmniTransformer:
                 nn.init.trunc_normal_(module.fc.weight, std=INITIAL_STD, generator=generator)
                 nn.init.zeros_(module.bias.weight)
             elif isinstance(module, nn.Linear):
-                module.weight.normal_(
-                    0, residual_std if writes_residual else INITIAL_STD, generator=generator
-                )
+                module.weight.normal_(0, residual_std if writes_residual else INITIAL_STD, generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif name == "embed_tokens":
@@ -149,9 +147,7 @@ def check_folder(folder: Path) -> None:
     for name in ("transformer", "vae"):
         count = sum(p.numel() for p in getattr(pipeline, name).parameters())
         logger.info("%s: %d parameters", name, count)
-    logger.info(
-        "%d bytes in %d files, largest %s %d", sum(sizes.values()), len(sizes), largest, sizes[largest]
-    )
+    logger.info("%d bytes in %d files, largest %s %d", sum(sizes.values()), len(sizes), largest, sizes[largest])
 
 
 def main() -> None:

@@ -272,9 +272,7 @@ def main() -> None:
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": caption}], add_generation_prompt=True, tokenize=False
     )
-    count = {
-        name: len(tokenizer(text).input_ids) for name, text in (("caption", caption), ("chat", str(chat)))
-    }
+    count = {name: len(tokenizer(text).input_ids) for name, text in (("caption", caption), ("chat", str(chat)))}
     logger.info("%d tokens in the vocabulary", len(tokenizer))
     logger.info("tokens of a policy: %s", count)
     logger.info("%s", tokenizer.convert_ids_to_tokens(tokenizer(caption).input_ids))

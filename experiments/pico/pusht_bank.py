@@ -35,9 +35,7 @@ def read_episodes(file: Path) -> list[np.ndarray]:
     with np.load(file, allow_pickle=False) as stored:
         missing = [name for name in STATE_COLUMNS if name not in stored.files]
         if missing:
-            raise ValueError(
-                f"--states {file} lacks {missing}: write it with data/pusht/make_episodes.py --states"
-            )
+            raise ValueError(f"--states {file} lacks {missing}: write it with data/pusht/make_episodes.py --states")
         poses = np.concatenate([stored["agent"], stored["block"]], axis=1).astype(np.float32)
         ends = np.cumsum(stored["length"])
     return [part for part in np.split(poses, ends[:-1]) if len(part) >= CLIP_FRAMES]
@@ -80,9 +78,7 @@ def make_banks(states: Path | None, clips: int, held_out: int, seed: int, worker
         episodes = read_episodes(states)
         split = len(episodes) - max(1, len(episodes) // 20)
         if split < 1:
-            raise ValueError(
-                f"--states {states} holds {len(episodes)} episode of 17 frames or more; give at least 2"
-            )
+            raise ValueError(f"--states {states} holds {len(episodes)} episode of 17 frames or more; give at least 2")
         training = windows(episodes[:split], clips, seed)
         kept = windows(episodes[split:], held_out, seed + 1)
     return draw_bank(training, workers), draw_bank(kept, workers)

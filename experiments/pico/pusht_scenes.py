@@ -77,9 +77,7 @@ def render(poses: Tensor, palette: Tensor, height: int = 96, width: int = 96) ->
 
     goal = torch.tensor(GOAL_POSE, device=poses.device)
     wall = torch.stack([(axis - at).abs() for axis in (x, y) for at in WALLS_PX]).amin(0) - OUTLINE_PX
-    inside = (
-        (x - 255.5).abs().maximum((y - 255.5).abs()) < 253.0
-    ).float()  # walls end at the table's corners
+    inside = ((x - 255.5).abs().maximum((y - 255.5).abs()) < 253.0).float()  # walls end at the table's corners
     wall_cover = _cover(wall) * inside
     image = colour[:, :, 0].expand(*poses.shape[:2], height, width, 3)
     image = paint(image, _cover(torch.minimum(*_tee_distances(x, y, goal)) - 0.5), 1)

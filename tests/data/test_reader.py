@@ -51,7 +51,7 @@ def test_a_policy_sample(dataset):
 
 def test_tasks_without_a_robot_have_no_actions(dataset):
     video = dataset.sample("train", 0, "image_to_video", 0)
-    assert video.action is None and video.state is None and video.embodiment is None
+    assert video.action is None and video.state is None and video.embodiment == "mover"  # it frames the clip
     assert video.frames.shape[0] == 5
     image = dataset.sample("train", 0, "text_to_image", 0)
     assert image.frames.shape[0] == 1

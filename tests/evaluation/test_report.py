@@ -49,8 +49,13 @@ def test_the_report_is_complete_and_stands_alone(tmp_path):
     numbers = {key: 0.1 * place for place, key in enumerate(MEANINGS)}
     numbers |= {"more": np.float32(2.5), "bands": {"action": [1.0, None, float("nan")]}, "broken": float("inf")}
     path = write_report(
-        tmp_path / "run", numbers, [Picture(picture(tmp_path / "a.png"), "Loss & <b>more</b>.")], title="A <run>",
-        summary="First.\n\nSecond.", facts={"seeds": "1 to 3", "trials": 3}, units={"action_error_after": "cm"},
+        tmp_path / "run",
+        numbers,
+        [Picture(picture(tmp_path / "a.png"), "Loss & <b>more</b>.")],
+        title="A <run>",
+        summary="First.\n\nSecond.",
+        facts={"seeds": "1 to 3", "trials": 3},
+        units={"action_error_after": "cm"},
     )
     content = json.loads((tmp_path / "run" / "report.json").read_text())
     assert list(content) == sorted(content) and set(MEANINGS) <= set(content)
@@ -80,8 +85,18 @@ def test_what_was_not_measured_is_not_shown(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [(0.123456, "0.1235"), (3.1e-7, "3.10e-07"), (12345.6, "12346"), (7, "7"), (None, "–"), (float("nan"), "–"),
-     (0.0, "0"), ("words", "words"), (True, "True"), (2e9, "2.00e+09")],
+    [
+        (0.123456, "0.1235"),
+        (3.1e-7, "3.10e-07"),
+        (12345.6, "12346"),
+        (7, "7"),
+        (None, "–"),
+        (float("nan"), "–"),
+        (0.0, "0"),
+        ("words", "words"),
+        (True, "True"),
+        (2e9, "2.00e+09"),
+    ],
 )
 def test_numbers_are_short(value, expected):
     assert shown(value) == expected

@@ -15,8 +15,16 @@ from cosmos3_train.model.packing import Layout
 from tests.evaluation.tiny import tiny_backbone, tiny_parts
 from tests.parity.upstream import make_sample
 
-TASKS = ["policy", "text_to_video_sound", "inverse_dynamics", "text_to_image", "policy", "sound_to_video",
-         "forward_dynamics", "video_to_sound"]
+TASKS = [
+    "policy",
+    "text_to_video_sound",
+    "inverse_dynamics",
+    "text_to_image",
+    "policy",
+    "sound_to_video",
+    "forward_dynamics",
+    "video_to_sound",
+]
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +74,10 @@ def test_noise_is_a_function_of_seed_and_number(backbone):
     first = sample(backbone, tiny_parts(), [one], steps=2, seed=5)[0].action
     assert torch.equal(first, sample(backbone, tiny_parts(), [one], steps=2, seed=5)[0].action)
     assert not torch.equal(first, sample(backbone, tiny_parts(), [one], steps=2, seed=6)[0].action)
-    same(sample(backbone, tiny_parts(), [other, one], steps=2, seed=5)[1], sample(
-        backbone, tiny_parts(), [one], steps=2, seed=5)[0])
+    same(
+        sample(backbone, tiny_parts(), [other, one], steps=2, seed=5)[1],
+        sample(backbone, tiny_parts(), [one], steps=2, seed=5)[0],
+    )
 
 
 def test_the_number_of_steps_counts_and_is_at_least_one(backbone):
@@ -99,11 +109,32 @@ def test_guidance_runs_a_second_pass_with_an_empty_caption(backbone):
 
 
 def robot_sampler(backbone, **changes) -> RobotSampler:
-    card = Embodiment(**{**dict(
-        name="pusht", domain_id=4, control_hz=10.0, chunk=8, action=[Channel(name="x"), Channel(name="y")],
-        cameras=["top"], execute=4), **changes})
-    moments = Moments(2, *([[0.0, 0.0]] + [[1.0, 1.0]] + [[-1.0, 0.0]] + [[1.0, 100.0]] + [[-1.0, 0.0]]
-                           + [[0.0, 0.0]] * 3 + [[1.0, 100.0]]))
+    card = Embodiment(
+        **{
+            **dict(
+                name="pusht",
+                domain_id=4,
+                control_hz=10.0,
+                chunk=8,
+                action=[Channel(name="x"), Channel(name="y")],
+                cameras=["top"],
+                execute=4,
+            ),
+            **changes,
+        }
+    )
+    moments = Moments(
+        2,
+        *(
+            [[0.0, 0.0]]
+            + [[1.0, 1.0]]
+            + [[-1.0, 0.0]]
+            + [[1.0, 100.0]]
+            + [[-1.0, 0.0]]
+            + [[0.0, 0.0]] * 3
+            + [[1.0, 100.0]]
+        ),
+    )
     normaliser = Normaliser(card, Statistics("d", "pusht", "f", moments))
     return RobotSampler(backbone, Encoder(tiny_parts(), {"pusht": card}), card, normaliser, steps=2)
 

@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from cosmos3_train.config import Tuning, UserError
 from cosmos3_train.data.actions import Normaliser
 from cosmos3_train.export.adapter import METADATA_KEY, check_adapter, write_adapter, write_safetensors
-from cosmos3_train.export.base_identity import check_base, identify_base
+from cosmos3_train.export.base_identity import check_base
 from cosmos3_train.export.usage import WEIGHT_NAME
 from cosmos3_train.export.verify import VerificationError, verify_adapter
+from cosmos3_train.model.base_identity import identify_base
 from tests.export.trained import DOMAIN, PICO, odd_samples, robot, token_samples, trained_pico
 
 BOTH = ["understanding", "generation"]
