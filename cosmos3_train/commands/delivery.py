@@ -15,6 +15,7 @@ from cosmos3_train.config import Experiment, UserError
 from cosmos3_train.data.mixture import Mixture
 from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.evaluation.pictures import draw_coverage, draw_loss_by_band, draw_loss_curve, read_metrics
+from cosmos3_train.evaluation.protocol import FILMED
 from cosmos3_train.evaluation.report import Picture, write_report
 from cosmos3_train.export.adapter import write_adapter
 from cosmos3_train.export.merged import write_merged
@@ -22,7 +23,7 @@ from cosmos3_train.export.usage import Robot
 from cosmos3_train.export.verify import VerifyReport, verify_adapter, verify_merged
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.loading import model_folder
-from cosmos3_train.training.measures import FILMED, episodes_of, film_path, loss_of, read_evaluation
+from cosmos3_train.training.measures import episodes_of, film_path, loss_of, read_evaluation
 from cosmos3_train.training.run import Run
 from cosmos3_train.types import TokenSample
 

@@ -21,14 +21,12 @@ from cosmos3_train.config import Embodiment, Experiment, Loaded, Strategy, UserE
 from cosmos3_train.data.actions import Normaliser
 from cosmos3_train.data.card import DatasetCard, load_card
 from cosmos3_train.data.conversations import ConversationDataset
-from cosmos3_train.data.mixture import Mixture
 from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.data.statistics import FILE, Statistics
-from cosmos3_train.evaluation.closed_loop import mean_coverage, rollout, standard_error, still_coverage
-from cosmos3_train.evaluation.heldout import ActionError, HeldoutLoss, action_error, action_task, heldout_loss
+from cosmos3_train.evaluation.closed_loop import mean_coverage, standard_error, still_coverage
 from cosmos3_train.evaluation.pictures import draw_coverage, draw_film, draw_loss_by_band
+from cosmos3_train.evaluation.protocol import FILMED, measure_actions, measure_closed_loop, measure_loss
 from cosmos3_train.evaluation.report import Number, Picture, write_report
-from cosmos3_train.evaluation.sampling import RobotSampler
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.loading import load_backbone, load_parts
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
@@ -37,7 +35,6 @@ from cosmos3_train.training.run import build
 from cosmos3_train.training.strategy import device_for
 
 EPISODES = 20
-FILMED = 2
 
 
 @dataclass(frozen=True)
@@ -166,7 +163,8 @@ def _measure(subject: Subject, robot: Embodiment | None, episodes: int | None, b
     if isinstance(dataset, PreparedDataset) and subject.statistics is not None:
         dataset.statistics = subject.statistics  # before anything is measured: all of it on the scale of the training
         dataset.normaliser = Normaliser(dataset.embodiment, subject.statistics)
-    loss, error = _loss(subject, dataset, entry), None
+    loss = measure_loss(subject.backbone, subject.encoder, {dataset.name: (dataset, entry)}, experiment)
+    error = None
     pictures, numbers, facts = [], {}, _facts(subject, dataset)
     if loss is not None:
         numbers |= loss.metrics()
@@ -174,7 +172,7 @@ def _measure(subject: Subject, robot: Embodiment | None, episodes: int | None, b
             path = draw_loss_by_band(subject.output / "loss_by_band.png", loss)
             pictures.append(Picture(path, f"Loss on {loss.samples} held-out samples at each noise level."))
     if isinstance(dataset, PreparedDataset):
-        error = _action_error(subject, dataset, entry)
+        error = measure_actions(subject.backbone, subject.encoder, dataset, entry, experiment)
     if error is not None:
         numbers |= error.metrics() | {f"action_error_{name}": e.overall for name, e in error.rmse.items()}
         facts |= {"held-out windows of the action error": error.windows, "task": error.task}
@@ -200,44 +198,11 @@ def _measure(subject: Subject, robot: Embodiment | None, episodes: int | None, b
     return FINISHED
 
 
-def _loss(
-    subject: Subject, dataset: PreparedDataset | ConversationDataset, entry: config.Dataset
-) -> HeldoutLoss | None:
-    experiment = subject.loaded.experiment
-    if not dataset.count("heldout") or not experiment.evaluation.heldout_samples:
-        return None
-    mixture = Mixture({dataset.name: (dataset, entry)}, experiment.training.seed, split="heldout")
-    count = min(experiment.evaluation.heldout_samples, mixture.windows)
-    samples = subject.encoder.encode([mixture.sample(number) for number in range(count)])
-    budget = experiment.training.tokens_per_micro_batch
-    return heldout_loss(
-        subject.backbone, samples, experiment.objective, experiment.training.seed, tokens_per_pack=budget
-    )
-
-
-def _action_error(subject: Subject, dataset: PreparedDataset, entry: config.Dataset) -> ActionError | None:
-    experiment, task = subject.loaded.experiment, action_task(entry.tasks)
-    if task is None or not dataset.count("heldout") or not experiment.evaluation.action_samples:
-        return None
-    return action_error(
-        subject.backbone,
-        subject.encoder,
-        dataset,
-        task,
-        windows=experiment.evaluation.action_samples,
-        steps=experiment.evaluation.solver_steps,
-        seed=experiment.training.seed,
-        tokens_per_pack=experiment.training.tokens_per_micro_batch,
-    )
-
-
 def _closed_loop(subject: Subject, dataset: PreparedDataset, count: int, pictures: list[Picture]) -> dict[str, float]:
-    evaluation, robot = subject.loaded.experiment.evaluation, dataset.embodiment
+    robot = dataset.embodiment
     assert robot.simulator is not None
-    seeds = range(evaluation.closed_loop_first_seed, evaluation.closed_loop_first_seed + count)
-    policy = RobotSampler(subject.backbone, subject.encoder, robot, dataset.normaliser, evaluation.solver_steps)
-    found = rollout(policy, robot.simulator, seeds, dataset.row(0)["instruction"], record=set(seeds[:FILMED]))
-    still = still_coverage(robot.simulator, seeds, robot)
+    found = measure_closed_loop(subject.backbone, subject.encoder, dataset, subject.loaded.experiment, count)
+    still = still_coverage(robot.simulator, [episode.seed for episode in found], robot)
     path = draw_coverage(subject.output / "coverage.png", found, still=still)
     pictures.append(Picture(path, f"The largest coverage of each of {count} episodes."))
     for episode in found[:FILMED]:

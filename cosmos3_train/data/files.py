@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cosmos3_train.config import UserError
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -32,7 +32,7 @@ def disk_full_is_the_users(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK_FULL:
+        if error.errno not in DISK_FULL:
             raise
         raise UserError(
             f"{output}: the disk is full ({error.strerror}); free some space and run the same command again, "

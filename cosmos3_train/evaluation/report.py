@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cosmos3_train.data.files import write_whole
+
 MEANINGS: dict[str, str] = {
     "action_error_before": "Error of sampled actions on held-out windows before training, in the robot's own units.",
     "action_error_after": "The same error after training.",
@@ -67,9 +69,9 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     content = {**_plain(numbers), **({"facts": _plain(facts)} if facts else {})}
     text = json.dumps(content, sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    _write_whole(folder / "report.json", text)
+    write_whole(folder / "report.json", text.encode())
     page = _page(title, summary, numbers, facts or {}, pictures, {"seconds": "s", **(units or {})})
-    _write_whole(folder / "report.html", page)
+    write_whole(folder / "report.html", page.encode())
     return folder / "report.html"
 
 
@@ -180,9 +182,3 @@ def _plain(value: Any) -> Any:
         return value
     number = float(value)
     return number if math.isfinite(number) else None
-
-
-def _write_whole(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)

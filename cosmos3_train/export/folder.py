@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -14,10 +13,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from cosmos3_train.config import UserError
-from cosmos3_train.data.files import write_whole
+from cosmos3_train.data.files import DISK_FULL, write_whole
 
 MARKER = "export.json"
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -93,5 +91,5 @@ def _refuse_another_runs(output: Path, run: str) -> None:
 
 def _is_disk_full(error: OSError | SafetensorError) -> bool:
     if isinstance(error, OSError):
-        return error.errno in _DISK_FULL
-    return any(f"os error {code})" in str(error) for code in _DISK_FULL)
+        return error.errno in DISK_FULL
+    return any(f"os error {code})" in str(error) for code in DISK_FULL)

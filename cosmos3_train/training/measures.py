@@ -13,21 +13,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from cosmos3_train.config import Dataset, Evaluation
-from cosmos3_train.data.mixture import Mixture
+from cosmos3_train.config import Evaluation
 from cosmos3_train.data.reader import PreparedDataset
-from cosmos3_train.evaluation.closed_loop import Episode, mean_coverage, rollout, standard_error, still_coverage
-from cosmos3_train.evaluation.heldout import ActionError, HeldoutLoss, action_error, action_task, heldout_loss
+from cosmos3_train.evaluation.closed_loop import Episode, mean_coverage, standard_error, still_coverage
+from cosmos3_train.evaluation.heldout import HeldoutLoss
 from cosmos3_train.evaluation.pictures import draw_film
-from cosmos3_train.evaluation.sampling import RobotSampler
+from cosmos3_train.evaluation.protocol import measure_actions, measure_closed_loop, measure_loss
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.training.run import Run
 
 logger = logging.getLogger(__name__)
 
 EVALUATIONS = "evaluations"
-FILMED = 2
-"""Episodes of an evaluation that are filmed: the first seeds."""
 
 
 def measure(run: Run) -> dict[str, float]:
@@ -37,7 +34,7 @@ def measure(run: Run) -> dict[str, float]:
     encoder = Encoder(run.encoder.parts, run.experiment.embodiments, seed=run.experiment.training.seed)
     found: dict[str, Any] = {"step": step}
     metrics: dict[str, float] = {}
-    loss = _heldout_loss(run, encoder, config)
+    loss = measure_loss(run.backbone, encoder, run.opened, run.experiment)
     if loss is not None:
         found["loss"] = asdict(loss)
         metrics |= loss.metrics()
@@ -45,7 +42,7 @@ def measure(run: Run) -> dict[str, float]:
     for name, (dataset, entry) in robots.items():
         assert isinstance(dataset, PreparedDataset)
         prefix = "heldout" if len(robots) == 1 else f"heldout/{name}"
-        error = _action_error(run, encoder, dataset, entry, config)
+        error = measure_actions(run.backbone, encoder, dataset, entry, run.experiment)
         if error is not None:
             found.setdefault("action", {})[name] = asdict(error) | {"error": error.error, "constant": error.constant}
             metrics |= error.metrics(prefix)
@@ -85,48 +82,10 @@ def film_path(folder: Path, name: str, step: int, seed: int) -> Path:
 # ------------------------------------------------------------------------------------------------ details
 
 
-def _heldout_loss(run: Run, encoder: Encoder, config: Evaluation) -> HeldoutLoss | None:
-    """On the same windows every time: the first samples of the held-out split in an order of its own."""
-    with_heldout = {name: pair for name, pair in run.opened.items() if pair[0].count("heldout")}
-    if not with_heldout or not config.heldout_samples:
-        return None
-    mixture = Mixture(with_heldout, run.experiment.training.seed, split="heldout")
-    count = min(config.heldout_samples, mixture.windows)
-    samples = encoder.encode([mixture.sample(number) for number in range(count)])
-    return heldout_loss(
-        run.backbone,
-        samples,
-        run.experiment.objective,
-        run.experiment.training.seed,
-        tokens_per_pack=run.experiment.training.tokens_per_micro_batch,
-    )
-
-
-def _action_error(
-    run: Run, encoder: Encoder, dataset: PreparedDataset, entry: Dataset, config: Evaluation
-) -> ActionError | None:
-    task = action_task(entry.tasks)
-    if task is None or not config.action_samples or not dataset.count("heldout"):
-        return None
-    return action_error(
-        run.backbone,
-        encoder,
-        dataset,
-        task,
-        windows=config.action_samples,
-        steps=config.solver_steps,
-        seed=run.experiment.training.seed,
-        tokens_per_pack=run.experiment.training.tokens_per_micro_batch,
-    )
-
-
 def _closed_loop(run: Run, encoder: Encoder, dataset: PreparedDataset, config: Evaluation, step: int) -> dict[str, Any]:
     simulator = dataset.embodiment.simulator
     assert simulator is not None
-    seeds = range(config.closed_loop_first_seed, config.closed_loop_first_seed + config.closed_loop_episodes)
-    policy = RobotSampler(run.backbone, encoder, dataset.embodiment, dataset.normaliser, config.solver_steps)
-    instruction = dataset.row(0)["instruction"]
-    episodes = rollout(policy, simulator, seeds, instruction, record=set(seeds[:FILMED]))
+    episodes = measure_closed_loop(run.backbone, encoder, dataset, run.experiment, config.closed_loop_episodes)
     for episode in episodes:
         if episode.frames:
             draw_film(
@@ -141,7 +100,7 @@ def _closed_loop(run: Run, encoder: Encoder, dataset: PreparedDataset, config: E
         "episodes": [_without_film(e) for e in episodes],
     }
     if step == 0 or not config.before:
-        still = still_coverage(simulator, seeds, dataset.embodiment)
+        still = still_coverage(simulator, [episode.seed for episode in episodes], dataset.embodiment)
         found |= {"still": [_without_film(e) for e in still], "still_coverage": mean_coverage(still)}
     return found
 

@@ -39,11 +39,6 @@ class PushTWorld:
         return tuple(self._env.agent.position)
 
     @property
-    def agent_velocity(self) -> tuple[float, float]:
-        """Agent velocity (x, y), px/s."""
-        return tuple(self._env.agent.velocity)
-
-    @property
     def block(self) -> tuple[float, float, float]:
         """Pose (x px, y px, angle rad) of the block's origin, the middle of the T's top edge."""
         x, y = self._env.block.position
