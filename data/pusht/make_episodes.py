@@ -5,8 +5,12 @@
 Episodes are planned in `--workers` processes and written in the order of their seeds, so the log does not depend
 on how many there are. An episode ends one second after coverage first passes 0.95, or after 30 s; one whose
 largest coverage is below `--least-coverage` is counted and left out, and the next seed takes its place.
-`--states FILE.npz` also stores the poses, from which `--from-states FILE.npz` draws the same log without
-planning, with neither the physics nor OpenCV installed.
+`--states FILE.npz` also stores the poses, from which `--from-states FILE.npz ...` draws the same log without
+planning, with neither the physics nor OpenCV installed; without `--output` nothing is drawn.
+
+`--disturbed SHARE` knocks the agent off its course every few seconds in that share of the seeds. What happens
+during a knock is not recorded: the log goes on with a new episode right after it, so that every recorded action is
+the expert's own and the log shows how to recover from places to which the expert alone would never have come.
 
 Seeds 0 to 89,999 make data; 100,000 to 100,049 are for evaluation and are never used here.
 """
@@ -15,8 +19,11 @@ import argparse
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -30,6 +37,12 @@ LAST_DATA_SEED = 89_999
 EVALUATION_SEEDS = range(100_000, 100_050)
 DONE_COVERAGE = 0.95
 SECONDS_AFTER_DONE = 1.0
+LEAST_SECONDS = 1.7
+"""A shorter recording between two knocks holds no window of 17 frames at 10 Hz and is dropped."""
+KNOCK_EVERY_SECONDS = (1.8, 6.0)
+KNOCK_SECONDS = (0.2, 0.6)
+KNOCK_PX = 45.0
+"""Standard deviation, per axis, of where a knock pulls the agent from where it is."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +61,20 @@ CONTRACTS = {
 }
 
 
+class _Row(NamedTuple):
+    agent: tuple[float, float]
+    block: tuple[float, float, float]
+    action: np.ndarray
+    state: np.ndarray
+
+
 @dataclass(frozen=True)
 class Episode:
     """One episode of T steps as poses, from which its pictures can be drawn."""
 
     seed: int
     max_coverage: float
+    """Of the whole play of the seed."""
     agent: np.ndarray
     """float32 [T, 2] x, y px, before the step."""
     block: np.ndarray
@@ -64,8 +85,8 @@ class Episode:
     """float32 [T, 2] in the contract's units."""
 
 
-def plan_episode(contract: str, seed: int) -> Episode:
-    """Let the expert play the episode of `seed`."""
+def plan_episodes(contract: str, seed: int, *, disturbed: bool = False) -> list[Episode]:
+    """Let the expert play from the start of `seed`: one episode, or those between the knocks where `disturbed`."""
     assert 0 <= seed <= LAST_DATA_SEED and seed not in EVALUATION_SEEDS, f"seed {seed} may not make data"
     # Here, not above: drawing stored states needs neither.
     from expert import Expert
@@ -75,19 +96,40 @@ def plan_episode(contract: str, seed: int) -> Episode:
     robot = PushT() if contract == "pusht" else PushTMoves()
     expert, world = Expert(robot.control_hz), robot.world
     world.reset(seed)
-    rows: list[tuple[tuple[float, ...], tuple[float, ...], np.ndarray, np.ndarray]] = []
-    steps_after_done = 0
-    for _ in range(robot.episode_steps):
+    draws = np.random.default_rng([seed, 1])
+    recordings: list[list[_Row]] = [[]]
+    until_knock = _steps_between(draws, KNOCK_EVERY_SECONDS, robot.control_hz) if disturbed else robot.episode_steps
+    step, steps_after_done = 0, 0
+    while step < robot.episode_steps:
         done = world.max_coverage > DONE_COVERAGE
         steps_after_done += done
         if steps_after_done > SECONDS_AFTER_DONE * robot.control_hz:
             break
+        if until_knock == 0 and not done:
+            knock = np.array(world.agent) + draws.normal(0.0, KNOCK_PX, 2)
+            for _ in range(_steps_between(draws, KNOCK_SECONDS, robot.control_hz)):
+                world.drive((float(knock[0]), float(knock[1])), 1.0 / robot.control_hz)
+                step += 1
+            until_knock = _steps_between(draws, KNOCK_EVERY_SECONDS, robot.control_hz)
+            expert.reset()  # what it does next is what the picture after the knock asks for
+            recordings.append([])
+            continue
         target = expert.target(world.agent, world.block, done=done)
         action = robot.action_to((float(target[0]), float(target[1])))
-        rows.append((world.agent, world.block, action, robot.state_of(world.agent)))
+        recordings[-1].append(_Row(world.agent, world.block, action, robot.state_of(world.agent)))
         world.drive(robot.target_of(action), 1.0 / robot.control_hz)
+        step, until_knock = step + 1, until_knock - (not done)
+    shortest = LEAST_SECONDS * robot.control_hz if disturbed else 1
+    return [_episode(seed, world.max_coverage, rows) for rows in recordings if len(rows) >= shortest]
+
+
+def _steps_between(draws: np.random.Generator, seconds: tuple[float, float], control_hz: float) -> int:
+    return round(draws.uniform(*seconds) * control_hz)
+
+
+def _episode(seed: int, max_coverage: float, rows: list[_Row]) -> Episode:
     agent, block, action, state = (np.array(column, np.float32) for column in zip(*rows, strict=True))
-    return Episode(seed, world.max_coverage, agent, block, action, state)
+    return Episode(seed, max_coverage, agent, block, action, state)
 
 
 def draw(contract: str, episode: Episode) -> np.ndarray:
@@ -97,24 +139,29 @@ def draw(contract: str, episode: Episode) -> np.ndarray:
     return np.stack([camera.draw(agent, block) for agent, block in poses])
 
 
-def _planned(contract: str, seed: int, least: float) -> tuple[Episode, np.ndarray | None]:
-    episode = plan_episode(contract, seed)
-    return episode, draw(contract, episode) if episode.max_coverage >= least else None
+_Drawn = list[tuple[Episode, np.ndarray | None]]
+"""Episodes of one seed with their pictures, or without where none are wanted."""
 
 
-def planned_episodes(
-    contract: str, first_seed: int, workers: int, least: float
-) -> Iterator[tuple[Episode, np.ndarray | None]]:
-    """Episodes from `first_seed` on, in order; the picture is None where coverage stayed below `least`."""
+def _planned(contract: str, seed: int, disturbed: bool, least: float, drawn: bool) -> _Drawn:
+    played = plan_episodes(contract, seed, disturbed=disturbed)
+    return [(e, draw(contract, e) if drawn else None) for e in played if e.max_coverage >= least]
+
+
+def planned_episodes(options: argparse.Namespace) -> Iterator[_Drawn]:
+    """Episodes from `--first-seed` on, seed by seed in order; none of a seed whose coverage stayed too low."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        waiting: list[Future[tuple[Episode, np.ndarray | None]]] = []
-        seeds = iter(range(first_seed, LAST_DATA_SEED + 1))
+    with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
+        waiting: list[Future[_Drawn]] = []
+        seeds = iter(range(options.first_seed, LAST_DATA_SEED + 1))
+        drawn = options.output is not None
         try:
             while True:
                 for seed in seeds:
-                    waiting.append(pool.submit(_planned, contract, seed, least))
-                    if len(waiting) >= 3 * workers:
+                    disturbed = np.random.default_rng([seed, 2]).random() < options.disturbed
+                    task = (options.contract, seed, bool(disturbed), options.least_coverage, drawn)
+                    waiting.append(pool.submit(_planned, *task))
+                    if len(waiting) >= 3 * options.workers:
                         break
                 if not waiting:
                     return
@@ -124,17 +171,27 @@ def planned_episodes(
                 future.cancel()
 
 
-def stored_episodes(contract: str, file: Path) -> Iterator[tuple[Episode, np.ndarray | None]]:
-    """Episodes of a states file, drawn; ValueError where it is of another contract."""
+def read_states(contract: str, file: Path) -> list[Episode]:
+    """Episodes of a states file, as `save_states` wrote it; ValueError where it is of another contract."""
     with np.load(file, allow_pickle=False) as stored:
         if str(stored["contract"]) != contract:
             raise ValueError(f"--from-states {file} holds contract {stored['contract']}; --contract is {contract}")
         arrays = {name: stored[name] for name in stored.files}
     ends = np.cumsum(arrays["length"])
+    episodes = []
     for k, (end, length) in enumerate(zip(ends.tolist(), arrays["length"].tolist(), strict=True)):
         part = {name: arrays[name][end - length : end] for name in ("agent", "block", "action", "state")}
-        episode = Episode(int(arrays["seed"][k]), float(arrays["max_coverage"][k]), **part)
-        yield episode, draw(contract, episode)
+        episodes.append(Episode(int(arrays["seed"][k]), float(arrays["max_coverage"][k]), **part))
+    return episodes
+
+
+def stored_episodes(contract: str, files: list[Path], workers: int) -> Iterator[_Drawn]:
+    """Episodes of states files, in their order, drawn by `workers` processes."""
+    episodes = [episode for file in files for episode in read_states(contract, file)]
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        pictures = pool.imap(partial(draw, contract), episodes, chunksize=8)
+        for pair in zip(episodes, pictures, strict=True):
+            yield [pair]
 
 
 def save_states(contract: str, episodes: list[Episode], file: Path) -> None:
@@ -155,41 +212,44 @@ def save_states(contract: str, episodes: list[Episode], file: Path) -> None:
 def make_log(options: argparse.Namespace) -> None:
     """Write the log that the command line asks for, and say what is in it."""
     contract = CONTRACTS[options.contract]
-    if options.from_states is not None:
-        source = stored_episodes(options.contract, options.from_states)
+    if options.from_states:
+        seeds = stored_episodes(options.contract, options.from_states, options.workers)
     else:
-        source = planned_episodes(options.contract, options.first_seed, options.workers, options.least_coverage)
+        seeds = planned_episodes(options)
     kept: list[Episode] = []
     left_out = 0
-    writer = LeRobotWriter(
-        options.output,
-        fps=contract.fps,
-        cameras={CAMERA: (IMAGE_PIXELS, IMAGE_PIXELS)},
-        columns={"action": list(contract.channels), "observation.state": list(contract.state)},
-        robot_type=options.contract,
-        crf=options.crf,
-        gop=options.gop,
-    )
-    with writer, tqdm(total=options.episodes, unit="episode", disable=None) as bar:
-        for episode, pictures in source:
-            if pictures is None:
-                left_out += 1
-                continue
-            columns = {"action": episode.action, "observation.state": episode.state}
-            writer.add_episode({CAMERA: pictures}, columns, INSTRUCTION)
-            kept.append(episode)
-            bar.update()
+    with ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=options.episodes, unit="episode", disable=None))
+        writer = None
+        if options.output is not None:
+            writer = LeRobotWriter(
+                options.output,
+                fps=contract.fps,
+                cameras={CAMERA: (IMAGE_PIXELS, IMAGE_PIXELS)},
+                columns={"action": list(contract.channels), "observation.state": list(contract.state)},
+                robot_type=options.contract,
+                crf=options.crf,
+                gop=options.gop,
+            )
+            stack.enter_context(writer)
+        for played in seeds:
+            left_out += not played
+            for episode, pictures in played[: options.episodes - len(kept)]:
+                if writer is not None:
+                    columns = {"action": episode.action, "observation.state": episode.state}
+                    writer.add_episode({CAMERA: pictures}, columns, INSTRUCTION)
+                kept.append(episode)
+                bar.update()
             if len(kept) == options.episodes:
                 break
     if options.states is not None:
         save_states(options.contract, kept, options.states)
     coverage = np.array([e.max_coverage for e in kept])
     steps = np.array([len(e.action) for e in kept])
-    size = sum(f.stat().st_size for f in options.output.rglob("*") if f.is_file())
     print(
-        f"{options.output}: {len(kept)} episodes of seeds {kept[0].seed} to {kept[-1].seed} ({left_out} left out), "
-        f"{steps.sum()} steps ({steps.mean():.0f} an episode), mean largest coverage {coverage.mean():.3f} "
-        f"(least {coverage.min():.3f}), {size / 1e6:.2f} MB"
+        f"{options.output or options.states}: {len(kept)} episodes of seeds {kept[0].seed} to {kept[-1].seed} "
+        f"({left_out} seeds left out), {steps.sum()} steps ({steps.mean():.0f} an episode), "
+        f"mean largest coverage {coverage.mean():.3f} (least {coverage.min():.3f})"
     )
 
 
@@ -199,17 +259,20 @@ def main() -> None:
     parser.add_argument("--contract", choices=sorted(CONTRACTS), required=True)
     parser.add_argument("--episodes", type=int, default=100, help="episodes to keep")
     parser.add_argument("--first-seed", type=int, default=0, help=f"0 to {LAST_DATA_SEED}")
-    parser.add_argument("--output", type=Path, required=True, help="folder to make; must not exist")
-    parser.add_argument("--workers", type=int, default=1, help="processes that plan")
+    parser.add_argument("--output", type=Path, help="folder to make; must not exist. Without it: --states only")
+    parser.add_argument("--workers", type=int, default=1, help="processes that plan and draw")
+    parser.add_argument("--disturbed", type=float, default=0.0, help="share of the seeds that is knocked about")
     parser.add_argument("--crf", type=int, default=23, help="H.264 rate factor: higher is smaller and worse")
     parser.add_argument("--gop", type=int, default=2, help="frames from key frame to key frame: higher is smaller")
     parser.add_argument("--least-coverage", type=float, default=0.9, help="leave out episodes below this")
     parser.add_argument("--states", type=Path, help="also store the poses in this npz file")
-    parser.add_argument("--from-states", type=Path, help="draw this file's episodes; plan nothing")
+    parser.add_argument("--from-states", type=Path, nargs="+", help="draw these files' episodes; plan nothing")
     options = parser.parse_args()
     if not 0 <= options.first_seed <= LAST_DATA_SEED:
         parser.error(f"--first-seed {options.first_seed}: data come from seeds 0 to {LAST_DATA_SEED}")
-    if options.output.exists():
+    if options.output is None and (options.states is None or options.from_states):
+        parser.error("nothing to write: name an --output folder, or a --states file for what is planned")
+    if options.output is not None and options.output.exists():
         parser.error(f"--output {options.output} exists: name a new folder or remove that one")
     make_log(options)
 

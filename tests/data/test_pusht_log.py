@@ -53,23 +53,23 @@ def test_a_shipped_log_is_small_and_whole(card: Path) -> None:
 
 def test_the_expert_solves_fresh_starts_under_both_contracts(make_episodes: ModuleType) -> None:
     for contract in make_episodes.CONTRACTS:
-        coverage = [make_episodes.plan_episode(contract, seed).max_coverage for seed in (2, 3, 4)]
+        coverage = [make_episodes.plan_episodes(contract, seed)[0].max_coverage for seed in (2, 3, 4)]
         assert min(coverage) > 0.9
 
 
 def test_evaluation_seeds_never_make_data(make_episodes: ModuleType) -> None:
     for seed in (90_000, 100_000, 100_049, -1):
         with pytest.raises(AssertionError, match="seed"):
-            make_episodes.plan_episode("pusht", seed)
+            make_episodes.plan_episodes("pusht", seed)
 
 
 def test_stored_poses_draw_the_same_pictures(make_episodes: ModuleType, tmp_path: Path) -> None:
-    episodes = [make_episodes.plan_episode("pusht_moves", seed) for seed in (21, 24)]
+    episodes = [make_episodes.plan_episodes("pusht_moves", seed)[0] for seed in (21, 24)]
     file = tmp_path / "states.npz"
     make_episodes.save_states("pusht_moves", episodes, file)
-    for kept, (stored, pictures) in zip(episodes, make_episodes.stored_episodes("pusht_moves", file), strict=True):
+    for kept, ((stored, pictures),) in zip(episodes, make_episodes.stored_episodes("pusht_moves", [file], 1), strict=True):
         assert stored.seed == kept.seed
         np.testing.assert_array_equal(stored.action, kept.action)
         np.testing.assert_array_equal(pictures, make_episodes.draw("pusht_moves", kept))
     with pytest.raises(ValueError, match="contract"):
-        next(make_episodes.stored_episodes("pusht", file))
+        next(make_episodes.stored_episodes("pusht", [file], 1))
