@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ def write_adapter(
     run: str,
     base_name: str | None = None,
     robots: Sequence[Robot] = (),
+    verify: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write the adapter that a LoRA or hybrid run trained, whole or not at all.
 
@@ -52,10 +53,12 @@ def write_adapter(
         base_folder: the checkpoint that the run trained on;  base_name: how users get it (Hub id).
         run: the run's name.
         robots: the embodiments that it trained; none for video or text.
+        verify: called with the written folder before that gets its name.
 
     Raises:
         UserError: there is no adapter to write (whole weights trained), `folder` is something else's, or the disk is
             full.
+        VerificationError: from `verify`; see `whole_folder`.
     """
     tensors = adapter_tensors(backbone)
     config = portable_config(adapter_config(backbone))
@@ -78,6 +81,8 @@ def write_adapter(
         write_robot_files(new, robots)
         write_whole(new / "README.md", adapter_readme(run, base, robots).encode())
         check_adapter(new)
+        if verify is not None:
+            verify(new)
     return folder
 
 

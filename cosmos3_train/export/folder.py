@@ -18,30 +18,46 @@ from cosmos3_train.data.files import DISK_FULL, write_whole
 MARKER = "export.json"
 
 
+class VerificationError(RuntimeError):
+    """An export does not give the trained model's numbers: an error of this project or of a library, not the user's."""
+
+
 @contextlib.contextmanager
 def whole_folder(output: Path, description: dict[str, Any]) -> Iterator[Path]:
-    """A new folder beside `output` to write into; it takes `output`'s place when the block ends well.
+    """A new folder beside `output` to write and verify in; it takes `output`'s place when the block ends well.
 
     Args:
         description: what `export.json` will say; its "run" is whose export this is.
 
     Raises:
-        UserError: `output` is there and is not an export of the same run, or the disk is full.
+        UserError: `output` is there and is not an export of the same run, cannot be made, or the disk is full.
+        VerificationError: the block's; what it wrote is kept beside `output` under another name, so that nobody
+            deploys it, and an earlier export stays where it is.
     """
     _refuse_another_runs(output, description["run"])
-    output.parent.mkdir(parents=True, exist_ok=True)
+    output = output.resolve()  # of a link, the folder that it leads to is replaced
     temporary = output.with_name(f".{output.name}.{os.getpid()}.writing")
     former = output.with_name(f".{output.name}.{os.getpid()}.former")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        yield temporary
+    except OSError as error:
+        raise UserError(f"{output}: cannot be made ({error.strerror}); choose another output folder") from None
+    try:
         write_json(temporary / MARKER, description)
+        yield temporary
+        _bring_to_disk(temporary)
         if output.exists():
             output.rename(former)
         temporary.rename(output)
+    except VerificationError as error:
+        refused = output.with_name(f"{output.name}.refused")
+        shutil.rmtree(refused, ignore_errors=True)
+        temporary.rename(refused)
+        raise VerificationError(f"{error}; the export is kept as {refused} for inspection") from None
     except (OSError, SafetensorError) as error:
-        if not _is_disk_full(error):
+        if not is_disk_full(error):
             raise
         raise UserError(f"{output}: the disk is full; free some space and export again, nothing was written") from None
     finally:
@@ -49,6 +65,14 @@ def whole_folder(output: Path, description: dict[str, Any]) -> Iterator[Path]:
             former.rename(output)
         shutil.rmtree(former, ignore_errors=True)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _bring_to_disk(folder: Path) -> None:
+    """A name that survives a power cut must not lead to files that did not."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -63,8 +87,13 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder}: not an export ({MARKER} is missing); give a folder that cosmos3 export wrote"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{folder / MARKER}: not readable as JSON; export again") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / MARKER}: cannot be read ({error}); remove the folder and export again") from None
+    base = content.get("base") if isinstance(content, dict) else None
+    if not isinstance(base, dict) or not {"name", "config", "weights"} <= base.keys() or "run" not in content:
+        raise UserError(
+            f"{folder / MARKER}: does not say of which run and base the export is; remove the folder and export again"
+        )
     return content
 
 
@@ -72,24 +101,17 @@ def write_json(path: Path, content: Any) -> None:
     write_whole(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def set_aside(folder: Path) -> Path:
-    """Rename an export that failed its verification, so that nobody deploys it by its name."""
-    refused = folder.with_name(f"{folder.name}.refused")
-    shutil.rmtree(refused, ignore_errors=True)
-    return folder.rename(refused)
-
-
 def _refuse_another_runs(output: Path, run: str) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not (output / MARKER).is_file():
         raise UserError(f"{output}: exists and is not an export; choose another output folder or remove it")
-    owner = read_description(output).get("run")
+    owner = read_description(output)["run"]
     if owner != run:
         raise UserError(f"{output}: is the export of run {owner!r}, not of {run!r}; choose another output folder")
 
 
-def _is_disk_full(error: OSError | SafetensorError) -> bool:
+def is_disk_full(error: OSError | SafetensorError) -> bool:
     if isinstance(error, OSError):
         return error.errno in DISK_FULL
     return any(f"os error {code})" in str(error) for code in DISK_FULL)

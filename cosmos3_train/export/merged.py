@@ -2,14 +2,14 @@
 
 Every tensor of the transformer is cast(W + s·B·A), computed in float32 from the base's file and cast to the dtype that
 it has there; DoRA by PEFT's formula; a robot's own rows of the action heads replaced; whole weights as trained. One
-shard is in memory at a time, shards and their index keep the base's names, and whatever did not change is the base's
-file itself: large ones hard-linked where the disk allows.
+shard is in memory at a time, shards and their index keep the base's names, and whatever did not change is a copy of the
+base's file: the folder shares nothing with the base, so that whoever edits, moves or deletes one leaves the other as it
+was. (A hard link would change with it, and a symbolic one would break.)
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import cast
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import TrainableTokensWrapper
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -33,8 +33,8 @@ from cosmos3_train.model.trainable import ADAPTER
 Change = Callable[[Tensor], Tensor]
 """From the base's tensor as it is on disk to the merged one in float32."""
 
-LINKED_BYTES = 1 << 20
-"""Files from this size on are hard-linked; smaller ones are copied, so that editing a config leaves the base alone."""
+WEIGHT_FILES = (".safetensors", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt")
+"""How files that hold a transformer's weights end: all but the merged shards stay behind, or a deployer may load them."""
 
 
 def write_merged(
@@ -45,23 +45,37 @@ def write_merged(
     run: str,
     base_name: str | None = None,
     robots: Sequence[Robot] = (),
+    verify: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write the merged pipeline, whole or not at all. Arguments as `adapter.write_adapter`'s.
 
     Raises:
-        UserError: nothing was trained, the base's folder lacks files, `output` is something else's, no space.
+        UserError: nothing was trained, the base's folder lacks files or has damaged ones, `output` is something else's
+            or the base itself, no space.
+        VerificationError: from `verify`; see `whole_folder`.
     """
     changes = merged_changes(backbone)
     base = identify_base(base_folder, base_name)
     shards = shard_files(base_folder / "transformer")
-    _require_space(output, sum(shard.stat().st_size for shard in shards))
+    files = _component_files(base_folder)
+    _require_apart(output, base_folder)
+    _require_space(output, sum(file.stat().st_size for file in (*shards, *files)))
     with whole_folder(output, {"form": "merged", "run": run, "base": base.plain()}) as new:
-        _take_components(base_folder, new)
+        for file in files:
+            target = new / file.relative_to(base_folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
         for shard in shards:
             _merge_shard(shard, new / "transformer" / shard.name, changes)
-        assert not changes, f"the base has no tensor for {sorted(changes)[:3]}"
+        if changes:
+            raise UserError(
+                f"{base_folder}: it has no tensor {min(changes)!r}, which the run trained; give the base that it was "
+                "trained on"
+            )
         write_robot_files(new, robots)
         write_whole(new / "README.md", merged_readme(run, base, robots).encode())
+        if verify is not None:
+            verify(new)
     return output
 
 
@@ -119,49 +133,55 @@ def _replacement(parameter: nn.Parameter) -> Change:
 
 def _merge_shard(source: Path, target: Path, changes: dict[str, Change]) -> None:
     """Write one shard; the changes that it used are taken out of `changes`."""
-    with safe_open(source, framework="pt") as shard:
-        names, metadata = list(shard.keys()), shard.metadata()
-        if not any(name in changes for name in names):
-            _take(source, target)
-            return
-        tensors = {}
-        for name in names:
-            weight = shard.get_tensor(name)
-            change = changes.pop(name, None)
-            tensors[name] = weight if change is None else change(weight).to(weight.dtype).contiguous()
-    save_file(tensors, target, metadata=metadata or {"format": "pt"})
+    tensors = {}
+    try:
+        with safe_open(source, framework="pt") as shard:
+            names, metadata = list(shard.keys()), shard.metadata()
+            changed = any(name in changes for name in names)
+            for name in names if changed else ():
+                weight = shard.get_tensor(name)
+                change = changes.pop(name, None)
+                tensors[name] = weight if change is None else change(weight).to(weight.dtype).contiguous()
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{source}: damaged ({str(error).splitlines()[0]}); fetch the base again") from None
+    if changed:
+        save_file(tensors, target, metadata=metadata or {"format": "pt"})
+    else:
+        shutil.copyfile(source, target)
 
 
-def _take_components(base_folder: Path, new: Path) -> None:
-    """The pipeline's index, its licence and every component but the transformer's weights, byte for byte."""
+def _component_files(base_folder: Path) -> list[Path]:
+    """The pipeline's index, its licence and every file of its components but the transformer's weights.
+
+    Raises:
+        UserError: the index cannot be read, or a component that it names is missing.
+    """
     try:
         index = json.loads((base_folder / "model_index.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        components = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
+    except (OSError, ValueError, AttributeError, IndexError) as error:
         raise UserError(f"{base_folder}/model_index.json cannot be read ({error}); fetch the base again") from None
-    for file in sorted(base_folder.iterdir()):
-        if file.is_file() and (file.name == "model_index.json" or file.name.upper().startswith(("LICENSE", "NOTICE"))):
-            _take(file, new / file.name)
-    components = [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
+    found = [
+        file
+        for file in sorted(base_folder.iterdir())
+        if file.is_file() and (file.name == "model_index.json" or file.name.upper().startswith(("LICENSE", "NOTICE")))
+    ]
     for component in components:
         folder = base_folder / component
         if not folder.is_dir():
             raise UserError(f"{folder}: missing, though model_index.json names it; fetch the base again")
-        for file in sorted(folder.rglob("*")):
-            if file.is_file() and not (component == "transformer" and file.suffix == ".safetensors"):
-                target = new / file.relative_to(base_folder)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                _take(file, target)
+        weights = WEIGHT_FILES if component == "transformer" else ()
+        found += [f for f in sorted(folder.rglob("*")) if f.is_file() and not f.name.endswith(weights)]
+    return found
 
 
-def _take(source: Path, target: Path) -> None:
-    source = source.resolve()  # the Hub's cache holds links
-    if source.stat().st_size >= LINKED_BYTES:
-        try:
-            os.link(source, target)
-            return
-        except OSError:
-            pass  # another disk, or one without hard links
-    shutil.copyfile(source, target)
+def _require_apart(output: Path, base_folder: Path) -> None:
+    """An output that is the base, lies in it or holds it would take its place."""
+    here, base = output.resolve(), base_folder.resolve()
+    if here == base or here in base.parents or base in here.parents:
+        raise UserError(
+            f"{output}: is, holds or lies in the folder of the base, {base_folder}; choose another output folder"
+        )
 
 
 def _require_space(output: Path, needed: int) -> None:

@@ -1,4 +1,4 @@
-"""One sample's velocities twice: by the trained backbone, and as the arguments that upstream's `forward` takes.
+"""Samples that both models are asked about, and the arguments that upstream's `forward` takes for them.
 
 Upstream's own segment builders make its arguments, as its pipeline does. They fix the first action row between frames
 0 and 1 and take all sound as generated; where a sample differs (a state row, given sound) the difference is put in.
@@ -16,12 +16,15 @@ from diffusers import Cosmos3OmniPipeline
 from torch import Tensor
 
 from cosmos3_train.model.omni import TIMESTEPS, Cosmos3PackedTransformer
-from cosmos3_train.model.packing import Layout, Values, draw_noise, noisy_values, pack, unpatchify
+from cosmos3_train.model.packing import Layout, Values, draw_noise, noisy_values
 from cosmos3_train.runtime import draw
 from cosmos3_train.types import NoiseLevels, TokenSample
 
 SUBSTITUTE_LATENT = (2, 4, 4)
 """Latent frames, height and width of the clip that stands in where a sample (a conversation) generates nothing."""
+
+SMALL = 8
+"""Latent cells along height and width to which clips are cropped where a large model's layers are compared."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,9 @@ class Probe:
     levels: NoiseLevels
 
 
-def make_probes(samples: Sequence[TokenSample], layout: Layout, seed: int = 0) -> list[Probe]:
-    """Each sample with noise of its own, at σ spread evenly over (0, 1). Conversations get a random clip to generate,
-    which sees what the adapter does to the text."""
+def make_probes(samples: Sequence[TokenSample], layout: Layout, *, small: bool = False, seed: int = 0) -> list[Probe]:
+    """Each sample with noise of its own, at σ spread evenly over (0, 1), and hidden states asked of all its text.
+    Conversations get a random clip to generate, which sees what the adapter does to the text."""
     probes = []
     for place, sample in enumerate(samples):
         if sample.video is None:
@@ -43,38 +46,15 @@ def make_probes(samples: Sequence[TokenSample], layout: Layout, seed: int = 0) -
             video = torch.randn(shape, generator=draw(seed, "export clip", sample.number))
             given = torch.zeros(SUBSTITUTE_LATENT[0], dtype=torch.bool)
             sample = replace(sample, video=video, video_given=given)
+        if small:
+            assert sample.video is not None
+            sample = replace(sample, video=sample.video[:, :, :SMALL, :SMALL].contiguous())
         sigma = (place + 0.5) / len(samples)
         levels = NoiseLevels(sigma, sigma, sigma)
-        sample = replace(sample, labels=None)
+        sample = replace(sample, labels=torch.zeros_like(sample.text))
         noise = draw_noise(sample, draw(seed, "export noise", sample.number))
         probes.append(Probe(sample, noisy_values(sample, noise, levels), levels))
     return probes
-
-
-@torch.no_grad()
-def our_velocities(backbone: Cosmos3PackedTransformer, probe: Probe, layout: Layout) -> dict[str, Tensor]:
-    """float32 velocities on the CPU in upstream's shapes, zero at given tokens: video [C, t, h, w], sound [64, S],
-    action [N, A]; only modalities of which something is generated."""
-    device = backbone.proj_in.weight.device
-    sample = probe.sample
-    velocities = backbone(pack([sample], [probe.values], [probe.levels], layout).to(device))
-    found = {}
-    assert sample.video is not None and sample.video_given is not None
-    generated = ~sample.video_given
-    if generated.any():
-        video = torch.zeros(sample.video.shape)
-        shape = (video.shape[0], int(generated.sum()), *video.shape[2:])
-        video[:, generated] = unpatchify(velocities.video.float().cpu(), shape, layout.patch)
-        found["video"] = video
-    if sample.sound is not None and sample.sound_given is not None and not sample.sound_given.all():
-        sound = torch.zeros(sample.sound.shape)
-        sound[~sample.sound_given] = velocities.sound.float().cpu()
-        found["sound"] = sound.T.contiguous()
-    if sample.action is not None and sample.action_given is not None and not sample.action_given.all():
-        action = torch.zeros(sample.action.shape)
-        action[~sample.action_given] = velocities.action.float().cpu()
-        found["action"] = action
-    return found
 
 
 def upstream_arguments(backbone: Cosmos3PackedTransformer, probe: Probe, layout: Layout) -> dict[str, Any]:

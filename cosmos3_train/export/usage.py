@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from cosmos3_train.export.folder import write_json
 from cosmos3_train.model.base_identity import BaseIdentity
 
 WEIGHT_NAME = "cosmos3_adapter.safetensors"
+VERIFIED = "## Verified"
 ROBOT_MODULE = Path(__file__).with_name("robot.py")
 
 
@@ -66,7 +68,7 @@ def adapter_readme(run: str, base: BaseIdentity, robots: Sequence[Robot]) -> str
     load = f"""import torch
 from diffusers import Cosmos3OmniPipeline
 
-base = "{base.name}"  # Hub id or folder of the checkpoint that the adapter was trained on
+base = {json.dumps(base.name)}  # Hub id or folder of the checkpoint that the adapter was trained on
 pipe = Cosmos3OmniPipeline.from_pretrained(base, torch_dtype=torch.bfloat16, enable_safety_checker=False)
 pipe.transformer.load_lora_adapter(".", weight_name="{WEIGHT_NAME}")
 pipe.to("cuda")"""
@@ -87,8 +89,6 @@ transformer = PeftModel.from_pretrained(transformer, "peft")"""
             "The same adapter in PEFT's own form is in `peft/`:",
             "",
             *_code(twin),
-            "`verification.json` says how far upstream's numbers with this adapter are from the trained model's.",
-            "",
         ]
     )
 
@@ -108,10 +108,17 @@ pipe.to("cuda")"""
             "",
             *_code(load),
             *_robot_text(robots),
-            "`verification.json` says what storing the merged weights in the base's dtype costs.",
+            "The folder stands by itself: it shares no file with the base.",
             "",
         ]
     )
+
+
+def add_verification(folder: Path, words: str) -> None:
+    """Say at the end of an export's README how it was verified; what an earlier verification said there goes."""
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8").partition(VERIFIED)[0]
+    write_whole(path, f"{text}{VERIFIED}\n\n{words} Each difference stands in `verification.json`.\n".encode())
 
 
 def _robot_text(robots: Sequence[Robot]) -> list[str]:

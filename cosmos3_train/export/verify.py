@@ -1,19 +1,19 @@
 """Is the export what was trained? Upstream's classes load it where this package cannot be imported, and are compared.
 
-The trained backbone's velocities and upstream's arguments for the same samples go to a file; `verify_upstream.py`, run
-by itself, loads the base and the export and reports. The comparison is in float32 where a copy of the model fits in
-memory (the trained model's copy is gone before upstream's is made), else in bfloat16, and the report says which.
-An export that fails is renamed, so that nobody deploys it by its name.
+The trained model's outputs and upstream's arguments for the same samples go to a file; `verify_upstream.py`, run by
+itself, loads the base and the export and reports. The comparison is in float32: of the whole model where a copy of it
+fits in memory (the trained model's copy is gone before upstream's is made); else of the embeddings and heads and of one
+decoder layer at a time, each given the trained model's own inputs, and then of the whole model in bfloat16 where that
+fits. The report and the export's README say which, and each difference.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import math
-import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,16 +23,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from cosmos3_train import runtime
 from cosmos3_train.config import UserError
 from cosmos3_train.export.adapter import PEFT_FOLDER, check_adapter
 from cosmos3_train.export.base_identity import check_base
-from cosmos3_train.export.folder import set_aside, write_json
-from cosmos3_train.export.upstream_inputs import Probe, make_probes, our_velocities, upstream_arguments
-from cosmos3_train.export.usage import WEIGHT_NAME
+from cosmos3_train.export.folder import VerificationError, is_disk_full, write_json
+from cosmos3_train.export.trained_outputs import final_outputs, layer_outputs, model_in
+from cosmos3_train.export.upstream_inputs import make_probes, upstream_arguments
+from cosmos3_train.export.usage import WEIGHT_NAME, add_verification
 from cosmos3_train.model.base_identity import shard_files
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
 from cosmos3_train.model.packing import Layout
@@ -40,39 +42,53 @@ from cosmos3_train.types import TokenSample
 
 logger = logging.getLogger(__name__)
 
-Precision = Literal["float32", "bfloat16"]
+Way = Literal["whole", "layers"]
+Rows = dict[str, list[dict[str, Any]]]
+"""By form: sample, output, difference and change, one row for each output of each sample."""
+
 SCRIPT = Path(__file__).with_name("verify_upstream.py")
 REPORT = "verification.json"
-ADAPTER_LIMIT: dict[Precision, float] = {"float32": 1e-5, "bfloat16": 5e-2}
-"""Largest difference of an adapter. In bfloat16 two correct runs differ by rounding, so that limit only finds gross
-errors (LoRA left out, a wrong alpha); the float32 one is the proof."""
+ADAPTER_LIMIT = 1e-5
+"""Largest difference of an adapter in float32."""
+BFLOAT16_LIMIT = 5e-2
+"""Largest difference of any export in bfloat16, where two correct runs differ by rounding: it finds only gross errors
+(LoRA left out, a wrong alpha), and only what the layers' own comparison cannot see, how they are put together."""
 MERGED_LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-"""Largest difference that merging may cost, by the dtype in which the merged weights are stored."""
+"""Largest difference that merging may cost, by the dtype in which weights are stored or the run held them."""
 MEMORY_MARGIN = 1.15
 
 
-class VerificationError(RuntimeError):
-    """An export does not give the trained model's numbers: an error of this project or of a library, not the user's."""
+@dataclass(frozen=True)
+class Difference:
+    """The worst over the samples: ‖upstream − ours‖ / ‖ours‖, and ‖with − without‖ / ‖without‖ the export."""
+
+    difference: float
+    change: float
 
 
 @dataclass(frozen=True)
 class VerifyReport:
     """What `verification.json` says.
 
-    relative_difference: largest ‖upstream − ours‖ / ‖ours‖ over the samples' velocities, each modality by itself
-    change:   largest ‖with − without‖ / ‖without‖: how much the export changes the base (0: nothing was loaded)
-    dtype:    in which both ran;  limit: what the difference had to stay below
-    how:      in words
-    forms:    relative_difference of each form that was loaded (adapter, peft, merged)
+    relative_difference: the largest difference in float32;  limit: what it had to stay within
+    change:     the largest change: how much the export changes the base (0: nothing was loaded)
+    way:        "whole": final outputs of the whole model; "layers": every part by itself, from the trained model's
+        inputs;  how: the same in words, and why
+    forms:      relative_difference of each form that was loaded (adapter, peft, merged)
+    outputs:    of each form each output that was compared: velocities (video, sound, action), the text's hidden states,
+        and one part at a time both streams before the first decoder layer and after each
+    bfloat16:   the largest difference of each form of the whole model in bfloat16, None where it was not compared
     """
 
     relative_difference: float
     change: float
-    dtype: Precision
+    way: Way
     limit: float
     how: str
     samples: int
     forms: dict[str, float]
+    outputs: dict[str, dict[str, Difference]]
+    bfloat16: dict[str, float] | None = None
 
 
 def verify_adapter(
@@ -80,23 +96,22 @@ def verify_adapter(
     base_folder: Path,
     backbone: Cosmos3PackedTransformer,
     samples: Sequence[TokenSample],
-    dtype: Precision | Literal["auto"] = "auto",
+    memory: float | None = None,
 ) -> VerifyReport:
     """Load an adapter folder by `load_lora_adapter` and its twin by `PeftModel`, and compare with the trained model.
 
     Args:
         backbone: the trained model;  samples: a few, of the tasks that the run trained.
-        dtype: auto takes float32 where a copy of the model fits in this machine's memory.
+        memory: bytes that the comparison may take; None asks the system.
 
     Raises:
-        UserError: the wrong base, or an adapter of which nothing would load.
-        VerificationError: the numbers differ, or the adapter changes nothing; the folder is renamed.
+        UserError: the wrong base, an adapter of which nothing would load, or too little memory for one layer.
+        VerificationError: the numbers differ, or the adapter changes nothing.
     """
     check_base(folder, base_folder)
     check_adapter(folder)
     forms = {"adapter": folder, "peft": folder / PEFT_FOLDER}
-    precision, how = _precision(backbone, dtype)
-    return _verify(folder, base_folder, backbone, samples, forms, precision, how, ADAPTER_LIMIT[precision])
+    return _verify(folder, base_folder, backbone, samples, forms, ADAPTER_LIMIT, memory)
 
 
 def verify_merged(
@@ -104,13 +119,21 @@ def verify_merged(
     base_folder: Path,
     backbone: Cosmos3PackedTransformer,
     samples: Sequence[TokenSample],
-    dtype: Precision | Literal["auto"] = "auto",
+    memory: float | None = None,
 ) -> VerifyReport:
     """Load a merged folder with upstream's class and report what storing its weights costs. As `verify_adapter`."""
     check_base(folder, base_folder)
-    precision, how = _precision(backbone, dtype)
-    limit = max(ADAPTER_LIMIT[precision] if precision == "bfloat16" else 0.0, MERGED_LIMIT[_stored_dtype(base_folder)])
-    return _verify(folder, base_folder, backbone, samples, {"merged": folder}, precision, how, limit)
+    limit = max(MERGED_LIMIT.get(dtype, 1e-2) for dtype in (_stored_dtype(base_folder), backbone.compute_dtype))
+    return _verify(folder, base_folder, backbone, samples, {"merged": folder}, limit, memory)
+
+
+def read_report(folder: Path) -> VerifyReport:
+    """What `verification.json` of a verified export says."""
+    content = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    outputs = {
+        form: {name: Difference(**found) for name, found in named.items()} for form, named in content["outputs"].items()
+    }
+    return VerifyReport(**content | {"outputs": outputs})
 
 
 def _verify(
@@ -119,83 +142,177 @@ def _verify(
     backbone: Cosmos3PackedTransformer,
     samples: Sequence[TokenSample],
     forms: Mapping[str, Path],
-    precision: Precision,
-    how: str,
     limit: float,
+    memory: float | None,
 ) -> VerifyReport:
     if not samples:
         raise UserError("export: no samples to verify the export with; give at least one")
-    layout = Layout.of(backbone.config)
-    probes = make_probes(samples, layout)
-    with tempfile.TemporaryDirectory(prefix="cosmos3_verify_") as scratch:
-        job = _write_job(Path(scratch), backbone, probes, layout, precision)
-        job |= {
-            "base": str(base_folder.resolve()),
-            "forms": {form: str(path.resolve()) for form, path in forms.items()},
-            "weight_name": WEIGHT_NAME,
-        }
-        try:
-            rows = _run_alone(Path(scratch), job)
-            _require_close(rows, limit)
-        except VerificationError as error:
-            raise VerificationError(f"{error}; the export is kept as {set_aside(folder)} for inspection") from None
-    differences = {form: max(row["difference"] for row in found) for form, found in rows.items()}
+    way, then_bfloat16, how = choose_way(backbone, runtime.free_memory() if memory is None else memory)
+    question = {
+        "base": str(base_folder.resolve()),
+        "forms": {form: str(path.resolve()) for form, path in forms.items()},
+        "weight_name": WEIGHT_NAME,
+    }
+    rows = _ask(backbone, samples, question, way, torch.float32, small=way == "layers")
+    _require_close(rows, limit)
+    halves: Rows | None = None
+    if then_bfloat16:
+        halves = _ask(backbone, samples, question, "whole", torch.bfloat16, small=True)
+        _require_close(halves, BFLOAT16_LIMIT)
+    outputs = {form: _worst(found) for form, found in rows.items()}
+    differences = {form: max(d.difference for d in found.values()) for form, found in outputs.items()}
     report = VerifyReport(
         relative_difference=max(differences.values()),
-        change=max(row["change"] for found in rows.values() for row in found),
-        dtype=precision,
+        change=max(d.change for found in outputs.values() for d in found.values()),
+        way=way,
         limit=limit,
         how=how,
-        samples=len(probes),
+        samples=len(samples),
         forms=differences,
+        outputs=outputs,
+        bfloat16=None if halves is None else {form: max(r["difference"] for r in f) for form, f in halves.items()},
     )
     write_json(folder / REPORT, asdict(report))
-    logger.info("export verified: differs by %.1e (%s), %s", report.relative_difference, precision, folder)
+    add_verification(folder, _words(report))
+    logger.info("export verified: differs by %.1e (%s)", report.relative_difference, how)
     return report
 
 
-def _require_close(rows: Mapping[str, list[dict[str, Any]]], limit: float) -> None:
+def _worst(rows: Sequence[Mapping[str, Any]]) -> dict[str, Difference]:
+    """Of each output the worst over the samples, in the order in which they were compared."""
+    found: dict[str, Difference] = {}
+    for row in rows:
+        known = found.get(row["output"], Difference(0.0, 0.0))
+        found[row["output"]] = Difference(max(known.difference, row["difference"]), max(known.change, row["change"]))
+    return found
+
+
+def _require_close(rows: Rows, limit: float) -> None:
     for form, found in rows.items():
         worst = max(found, key=lambda row: math.inf if math.isnan(row["difference"]) else row["difference"])
         if not worst["difference"] <= limit:
             raise VerificationError(
-                f"{form}: velocity of {worst['modality']} differs by {worst['difference']:.2e} from the trained model "
-                f"for sample {worst['sample']!r}, more than {limit:g}"
+                f"{form}: {worst['output']} differs by {worst['difference']:.2e} from the trained model for sample "
+                f"{worst['sample']!r}, more than {limit:g}"
             )
         if not max(row["change"] for row in found) > 0:
             raise VerificationError(f"{form}: gives the base's own numbers: nothing was trained, or nothing loads")
 
 
+def _words(report: VerifyReport) -> str:
+    """A paragraph for the export's README."""
+    text = (
+        f"The trained model and this folder, loaded by upstream's classes, were compared on {report.samples} samples: "
+        f"{report.how}. Largest relative difference {report.relative_difference:.1e} (limit {report.limit:g}); the "
+        f"export changes the base's numbers by up to {report.change:.1e}."
+    )
+    if report.bfloat16 is not None:
+        largest = max(report.bfloat16.values())
+        text += f" The whole model in bfloat16: {largest:.1e} (limit {BFLOAT16_LIMIT:g})."
+    return text
+
+
+# ------------------------------------------------------------------------------------------------ the way
+
+
+def choose_way(backbone: Cosmos3PackedTransformer, memory: float | None) -> tuple[Way, bool, str]:
+    """How the export can be compared in `memory` bytes (None: no limit is known).
+
+    Returns:
+        The way in float32, whether the whole model is to be compared in bfloat16 as well, and both in words.
+
+    Raises:
+        UserError: not even one decoder layer fits.
+    """
+
+    def needed(count: int, width: int) -> float:
+        return count * width * MEMORY_MARGIN
+
+    # The head of the language model is not loaded by parts: no velocity sees it.
+    ends = (p.numel() for n, p in backbone.named_parameters() if not n.startswith(("layers.", "lm_head.")))
+    layers = (sum(p.numel() for p in layer.parameters()) for layer in backbone.layers)
+    everything, part = sum(p.numel() for p in backbone.parameters()), max(sum(ends), *layers)
+    where = "in a process without this package"
+    if memory is None or needed(everything, 4) <= memory:
+        return "whole", False, f"the whole model in float32, sample by sample, {where}"
+    if needed(part, 4) > memory:
+        raise UserError(
+            f"export: verifying needs {needed(part, 4) / 1e9:.1f} GB for the largest part of the model in float32, and "
+            f"{memory / 1e9:.1f} GB of memory are free; free some or export on a larger machine"
+        )
+    how = (
+        "embeddings, heads and one decoder layer at a time in float32, each from the trained model's own inputs, "
+        f"{where} (the whole in float32 needs {needed(everything, 4) / 1e9:.3g} GB, {memory / 1e9:.3g} GB are free)"
+    )
+    if needed(everything, 2) > memory:
+        return "layers", False, f"{how}; the whole in bfloat16 does not fit either and was not compared"
+    return "layers", True, f"{how}; then the whole model in bfloat16"
+
+
+def _stored_dtype(base_folder: Path) -> torch.dtype:
+    """The dtype of most of a checkpoint's bytes: that of the largest tensor of its first shard."""
+    with safe_open(shard_files(base_folder / "transformer")[0], framework="pt") as shard:
+        names = list(shard.keys())
+        sizes = {name: math.prod(shard.get_slice(name).get_shape()) for name in names}
+        return shard.get_tensor(max(sizes, key=lambda name: sizes[name])).dtype
+
+
 # ------------------------------------------------------------------------------------------------ the job
 
 
-def _write_job(
-    scratch: Path, backbone: Cosmos3PackedTransformer, probes: Sequence[Probe], layout: Layout, precision: Precision
-) -> dict[str, Any]:
-    """Save what our backbone says and what upstream is to be asked; the job's part that describes it."""
-    tensors: dict[str, Tensor] = {}
-    described = []
-    model, was_training = _model_in(backbone, precision), backbone.training
+def _ask(
+    backbone: Cosmos3PackedTransformer,
+    samples: Sequence[TokenSample],
+    question: Mapping[str, Any],
+    way: Way,
+    dtype: torch.dtype,
+    *,
+    small: bool,
+) -> Rows:
+    """Save what our model says and what upstream is to be asked, and let the other process compare."""
+    layout = Layout.of(backbone.config)
+    probes = make_probes(samples, layout, small=small)
+    was_training = backbone.training
+    model = model_in(backbone, dtype, a_layer_at_a_time=way == "layers")
     model.eval()  # no dropout
     try:
-        for place, probe in enumerate(probes):
-            arguments = upstream_arguments(backbone, probe, layout)
-            encoded = {name: _encode(value, f"{place}.{name}", tensors) for name, value in arguments.items()}
-            expected = our_velocities(model, probe, layout)
-            tensors |= {f"{place}.expected.{name}": value for name, value in expected.items()}
-            names = {name: f"{place}.expected.{name}" for name in expected}
-            described.append({"key": probe.sample.key, "arguments": encoded, "expected": names})
+        if way == "layers":
+            expected = layer_outputs(model, probes, layout)  # in one pack: each layer is made float32 once a tower
+        else:
+            expected = [final_outputs(model, [probe], layout)[0] for probe in probes]
     finally:
         backbone.train(was_training)
     del model  # a float32 copy must be gone before upstream makes its own
-    save_file({name: value.detach().contiguous().clone() for name, value in tensors.items()}, scratch / "tensors")
-    return {
-        "blocked": __name__.partition(".")[0],
-        "dtype": precision,
-        "tensors": str(scratch / "tensors"),
-        "result": str(scratch / "result.json"),
-        "samples": described,
-    }
+    tensors: dict[str, Tensor] = {}
+    described = []
+    for place, (probe, outputs) in enumerate(zip(probes, expected, strict=True)):
+        arguments = upstream_arguments(backbone, probe, layout)
+        encoded = {name: _encode(value, f"{place}.{name}", tensors) for name, value in arguments.items()}
+        tensors |= {f"{place}.expected.{name}": value.float().cpu() for name, value in outputs.items()}
+        names = {name: f"{place}.expected.{name}" for name in outputs}
+        described.append({"key": probe.sample.key, "arguments": encoded, "expected": names})
+    with tempfile.TemporaryDirectory(prefix="cosmos3_verify_") as scratch:
+        job = {
+            **question,
+            "blocked": __name__.partition(".")[0],
+            "way": way,
+            "dtype": str(dtype).removeprefix("torch."),
+            "rounded": str(backbone.compute_dtype).removeprefix("torch."),
+            "tensors": str(Path(scratch) / "tensors"),
+            "result": str(Path(scratch) / "result.json"),
+            "samples": described,
+        }
+        try:
+            save_file({name: value.detach().contiguous().clone() for name, value in tensors.items()}, job["tensors"])
+        except (OSError, SafetensorError) as error:
+            if not is_disk_full(error):
+                raise
+            raise UserError(
+                f"export: no space in {tempfile.gettempdir()} for verifying the export; free some, or set TMPDIR to a "
+                "folder on another disk"
+            ) from None
+        del tensors, expected
+        return _run_alone(Path(scratch), job)
 
 
 def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -210,7 +327,7 @@ def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]
     return {"shapes": [list(shape) for shape in value]}
 
 
-def _run_alone(scratch: Path, job: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def _run_alone(scratch: Path, job: dict[str, Any]) -> Rows:
     """Run the script in a process of its own, from a folder that holds nothing else; its rows by form."""
     (scratch / "job.json").write_text(json.dumps(job), encoding="utf-8")
     # A copy: beside the original lies this package, and -I keeps the working folder and PYTHONPATH out as well.
@@ -225,62 +342,12 @@ def _run_alone(scratch: Path, job: dict[str, Any]) -> dict[str, list[dict[str, A
         check=False,
     )
     result = Path(job["result"])
+    if done.returncode == -signal.SIGKILL:
+        raise VerificationError(
+            "the verifying process was killed, most likely because the memory ran out; export again with more of it"
+        )
     if done.returncode or not result.is_file():
         lines = [line for line in done.stdout.splitlines() if line.strip()]
         reason = lines[-1] if lines else "no message"
         raise VerificationError(f"the verifying process ended with {done.returncode}: {reason}")
     return json.loads(result.read_text(encoding="utf-8"))
-
-
-# ------------------------------------------------------------------------------------------------ precision
-
-
-def _precision(backbone: nn.Module, wanted: Precision | Literal["auto"]) -> tuple[Precision, str]:
-    """In what both models run, and the words for the report."""
-    where = "sample by sample, in a process without this package"
-    if wanted == "auto":
-        needed = sum(p.numel() for p in backbone.parameters()) * 4 * MEMORY_MARGIN
-        free = _free_memory()
-        if free is not None and needed > free:
-            why = f"float32 needs {needed / 1e9:.0f} GB a copy, {free / 1e9:.0f} GB are free"
-            return "bfloat16", f"the whole model in bfloat16 ({why}), {where}"
-        wanted = "float32"
-    return wanted, f"the whole model in {wanted}, {where}"
-
-
-def _free_memory() -> float | None:
-    """Bytes that a new process may take, where the system tells."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        names = ("SC_AVPHYS_PAGES", "SC_PAGE_SIZE")
-        return math.prod(os.sysconf(name) for name in names) if set(names) <= set(os.sysconf_names) else None
-    found = {line.split(":")[0]: float(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
-    return found.get("MemAvailable")
-
-
-def _model_in(backbone: Cosmos3PackedTransformer, precision: Precision) -> Cosmos3PackedTransformer:
-    """The backbone itself where it already runs in that precision, else a copy on the CPU that does."""
-    wanted = getattr(torch, precision)
-    if backbone.compute_dtype == wanted:
-        return backbone
-    if wanted == torch.bfloat16:
-        raise UserError("export: the run is in float32, so its export is verified in float32; it needs more memory")
-    memo: dict[int, Any] = {}
-    for parameter in backbone.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to("cpu", wanted), requires_grad=False)
-    for buffer in backbone.buffers():
-        memo[id(buffer)] = buffer.detach().to("cpu", wanted if buffer.is_floating_point() else buffer.dtype)
-    # deepcopy takes what the memo has: no second copy of the weights in the device's memory.
-    model = copy.deepcopy(backbone, memo)
-    model.compute_dtype = wanted
-    model.attention_backend = "sdpa"
-    return model
-
-
-def _stored_dtype(base_folder: Path) -> torch.dtype:
-    """The dtype of most of a checkpoint's bytes: that of the largest tensor of its first shard."""
-    with safe_open(shard_files(base_folder / "transformer")[0], framework="pt") as shard:
-        names = list(shard.keys())
-        sizes = {name: math.prod(shard.get_slice(name).get_shape()) for name in names}
-        return shard.get_tensor(max(sizes, key=lambda name: sizes[name])).dtype
