@@ -13,9 +13,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from cosmos3_train.commands.console import QUIET, USER_ERROR, say_error
+from cosmos3_train.commands.console import INTERRUPTED, QUIET, USER_ERROR, say_error
 from cosmos3_train.config import Loaded, UserError, load_experiment
-from cosmos3_train.runtime import offline_hub, set_up_logging
+from cosmos3_train.runtime import Interrupted, interruptible, offline_hub, set_up_logging
 
 BEGAN = time.monotonic()
 
@@ -26,11 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     offline_hub()
     options = parse(arguments)
     try:
-        code = options.command(options)
+        with interruptible():
+            code = options.command(options)
         sys.stdout.flush()
     except UserError as error:
         say_error(error)
         code = USER_ERROR
+    except Interrupted:
+        code = INTERRUPTED
     except KeyboardInterrupt:
         code = QUIET
     except BrokenPipeError:

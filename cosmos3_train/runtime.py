@@ -10,7 +10,12 @@ import hashlib
 import logging
 import os
 import random
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -85,7 +90,97 @@ def set_up_logging(level: int = logging.INFO) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
+class Interrupted(BaseException):
+    """SIGTERM, while `interruptible`. Like Ctrl-C's exception it passes through what handles errors."""
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within the block SIGTERM raises `Interrupted`, so that whatever is half done is left as after an error.
+
+    Only the main thread can be interrupted; elsewhere the block is as if it were not there.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise Interrupted
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def ignore_sigterm(worker: int) -> None:
+    """For a loader's worker. Batch systems signal every process of a job, and the main process decides what follows: it
+    finishes its step, or stops in order; a worker that dies under it would be an error of its own."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def offline_hub() -> None:
     """Keep the Hub client from looking for a network for folders that are already on disk."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def free_memory(root: Path = Path("/")) -> float | None:
+    """Bytes that this process and its children may still take: what the machine has, or less where a control group
+    (a container, a batch job) allows less. None where the system does not tell.
+
+    Args:
+        root: of the file system to ask, for /proc and /sys.
+    """
+    known = [_machine_memory(root), *_group_memory(root)]
+    return min((free for free in known if free is not None), default=None)
+
+
+def _machine_memory(root: Path) -> float | None:
+    try:
+        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        names = ("SC_AVPHYS_PAGES", "SC_PAGE_SIZE")  # not Linux
+        pages, size = (os.sysconf(name) if name in os.sysconf_names else -1 for name in names)
+        return float(pages * size) if pages > 0 and size > 0 else None
+    found = {line.split(":")[0]: float(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
+    return found.get("MemAvailable")
+
+
+def _group_memory(root: Path) -> Iterator[float]:
+    """What each control group that this process is in, version 2 or 1, leaves free: every ancestor limits as well."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            tops, names = ("sys/fs/cgroup", "sys/fs/cgroup/unified"), ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            tops, names = (
+                ("sys/fs/cgroup/memory",),
+                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+            )
+        else:
+            continue
+        for top in tops:
+            # A container sees its own group as the top and may still be told the host's path: what is not there is
+            # passed over.
+            here = root / top / path.lstrip("/")
+            for group in (here, *here.parents):
+                yield from _group_free(group, *names)
+                if group == root / top:
+                    break
+
+
+def _group_free(group: Path, limit: str, used: str, cached: str) -> Iterator[float]:
+    try:
+        allowed, taken = (int((group / name).read_text(encoding="ascii")) for name in (limit, used))
+        stat = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):  # no such group, or "max": no limit
+        return
+    # Pages of files that were read count as taken until somebody wants the memory.
+    freed = next((int(line.split()[1]) for line in stat if line.split()[0] == cached), 0)
+    yield max(0.0, float(allowed - taken + freed))

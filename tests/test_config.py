@@ -94,6 +94,37 @@ def test_layers_go_schema_part_experiment_command_line(root):
     assert loaded.root == root and loaded.run_folder == root / "runs" / "run"
 
 
+def test_the_model_s_folder_is_seen_from_the_project_wherever_the_command_is_given(root, tmp_path_factory, monkeypatch):
+    (root / "data" / "tiny").mkdir(parents=True)
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "data" / "tiny").mkdir(parents=True)
+    (elsewhere / "nvidia" / "Cosmos3-Nano").mkdir(parents=True)
+    monkeypatch.chdir(elsewhere)
+    loaded = load(root)
+    assert loaded.model.path == str(root / "data" / "tiny")
+    assert loaded.experiment.model.path == "data/tiny", "the run remembers what was written"
+    assert loaded.model.dtype == "float32"
+    for path in ("nvidia/Cosmos3-Nano", "owner/a.name_of-1"):
+        assert load(root, f"model.path={path}").model.path == path, "a Hub id, whatever the working folder holds"
+    assert load(root, f"model.path={elsewhere}").model.path == str(elsewhere)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("data/tny", "model.path is 'data/tny': no such folder.* not a Hub id .*Did you mean 'data/tiny'"),
+        ("./tiny", "no such folder .*/tiny.*, and not a Hub id such as nvidia/Cosmos3-Nano"),
+        ("a/b/c", "no such folder"),
+        ("/nowhere/at/all", "no such folder"),
+        ("tiny", "no such folder"),
+    ],
+)
+def test_a_model_that_is_neither_a_folder_nor_a_hub_id(root, path, words):
+    (root / "data" / "tiny").mkdir(parents=True)
+    with pytest.raises(UserError, match=words):
+        _ = load(root, f"model.path={path}").model
+
+
 def test_the_command_line_may_choose_another_part_and_change_a_card(root):
     write(root / "configs" / "tuning" / "other.yaml", "method: lora\n")
     loaded = load(root, "parts.tuning=other", "embodiments.arm.domain_id=9", "embodiments.arm.control_hz=5")

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cosmos3_train.commands.check_data import CheckedData, check_dataset
-from cosmos3_train.commands.check_model import CheckedModel, check_model, fetched, longest_sample
+from cosmos3_train.commands.check_model import CheckedModel, check_model, longest_sample
 from cosmos3_train.commands.console import FINISHED, USER_ERROR, say, say_error, say_table
 from cosmos3_train.commands.delivery import refuse_form
 from cosmos3_train.config import Dataset, Loaded, UserError
 from cosmos3_train.evaluation.closed_loop import make_simulator
+from cosmos3_train.model.loading import fetched_folder
 
 LATENT_BYTES = 48 * 2
 """Of one cell of a cached latent: 48 channels in bf16."""
@@ -24,10 +25,12 @@ LATENT_BYTES = 48 * 2
 
 @dataclass
 class Findings:
-    """rows: (what, found) of the table;  problems: one line each"""
+    """rows: (what, found) of the table;  problems: one line each;  model: None where it is not on this disk"""
 
     rows: list[tuple[str, str]] = field(default_factory=list)
     problems: list[UserError] = field(default_factory=list)
+    data: dict[str, CheckedData] = field(default_factory=dict)
+    model: CheckedModel | None = None
 
     def look(self, check: Callable[[], None]) -> None:
         """Run a check; what it raises is a problem among others."""
@@ -39,22 +42,7 @@ class Findings:
 
 def run(loaded: Loaded) -> int:
     """Check everything that can be checked here. Exit code 2 where there is a problem."""
-    experiment, findings = loaded.experiment, Findings()
-    findings.rows.append(("experiment", f"{experiment.name}: every key and value is of the schema"))
-    findings.look(lambda: refuse_form(experiment, experiment.export))
-    data: dict[str, CheckedData] = {}
-
-    def look_at_data(name: str, entry: Dataset) -> None:
-        data[name] = check_dataset(loaded, name, entry)
-        findings.rows.extend(data[name].rows)
-
-    for name, entry in experiment.data.datasets.items():
-        findings.look(lambda name=name, entry=entry: look_at_data(name, entry))
-    if not experiment.data.datasets:
-        findings.problems.append(UserError("data.datasets is empty; name at least one dataset"))
-    findings.look(lambda: _check_simulators(loaded, findings))
-    model = _look_at_model(loaded, data, findings)
-    findings.look(lambda: _check_disk(loaded, data, model, findings))
+    findings = examine(loaded)
     say_table(findings.rows, widest=40)
     for problem in findings.problems:
         say_error(problem)
@@ -64,24 +52,35 @@ def run(loaded: Loaded) -> int:
     return FINISHED
 
 
-def _look_at_model(loaded: Loaded, data: dict[str, CheckedData], findings: Findings) -> CheckedModel | None:
-    experiment = loaded.experiment
-    found: list[CheckedModel] = []
+def examine(loaded: Loaded) -> Findings:
+    """Every check that needs no GPU, no network and no weight. Writes nothing."""
+    experiment, findings = loaded.experiment, Findings()
+    findings.rows.append(("experiment", f"{experiment.name}: every key and value is of the schema"))
+    findings.look(lambda: refuse_form(experiment, experiment.export))
+    for name, entry in experiment.data.datasets.items():
+        findings.look(lambda name=name, entry=entry: _look_at_data(loaded, name, entry, findings))
+    if not experiment.data.datasets:
+        findings.problems.append(UserError("data.datasets is empty; name at least one dataset"))
+    findings.look(lambda: _check_simulators(loaded, findings))
+    findings.look(lambda: _look_at_model(loaded, findings))
+    findings.look(lambda: _check_disk(loaded, findings))
+    return findings
 
-    def look() -> None:
-        folder = fetched(experiment.model)
-        if folder is None:
-            findings.rows.append(("model", f"model not fetched: hf download {experiment.model.path}"))
-            findings.rows.append(("trains, tokens", "not checked without the model"))
-            return
-        checked = check_model(folder, experiment)
-        found.append(checked)
-        findings.rows.extend(checked.rows)
-        row = longest_sample(folder, checked.layout, experiment, data)
-        findings.rows.append(("longest sample", row))
 
-    findings.look(look)
-    return found[0] if found else None
+def _look_at_data(loaded: Loaded, name: str, entry: Dataset, findings: Findings) -> None:
+    findings.data[name] = check_dataset(loaded, name, entry)
+    findings.rows.extend(findings.data[name].rows)
+
+
+def _look_at_model(loaded: Loaded, findings: Findings) -> None:
+    experiment, folder = loaded.experiment, fetched_folder(loaded.model)
+    if folder is None:
+        findings.rows.append(("model", f"model not fetched: hf download {experiment.model.path}"))
+        findings.rows.append(("trains, tokens", "not checked without the model"))
+        return
+    findings.model = check_model(folder, experiment)
+    findings.rows.extend(findings.model.rows)
+    findings.rows.append(("longest sample", longest_sample(folder, findings.model.layout, experiment, findings.data)))
 
 
 def _check_simulators(loaded: Loaded, findings: Findings) -> None:
@@ -95,13 +94,13 @@ def _check_simulators(loaded: Loaded, findings: Findings) -> None:
             findings.rows.append(("closed loop", f"{card.simulator}: {seeds}"))
 
 
-def _check_disk(loaded: Loaded, data: dict[str, CheckedData], model: CheckedModel | None, findings: Findings) -> None:
+def _check_disk(loaded: Loaded, findings: Findings) -> None:
     """Checkpoints and export of what trains, and latents that are not cached yet.
 
     Raises:
         UserError: more than is free.
     """
-    experiment, needed, words = loaded.experiment, 0, []
+    experiment, model, needed, words = loaded.experiment, findings.model, 0, []
     if model is not None:
         # float32: weights, two moments and the average; one checkpoint more than are kept while it is written.
         one = model.trained * 4 * (3 + int(experiment.training.ema_decay > 0))
@@ -111,7 +110,7 @@ def _check_disk(loaded: Loaded, data: dict[str, CheckedData], model: CheckedMode
         words += [f"{_size(one)} a checkpoint", f"{_size(exports)} the export"]
     latents = sum(
         checked.windows * math.prod(checked.latent) * LATENT_BYTES
-        for name, checked in data.items()
+        for name, checked in findings.data.items()
         if experiment.data.datasets[name].cache_latents and not checked.cached and checked.latent is not None
     )
     if latents:

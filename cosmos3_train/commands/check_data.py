@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cosmos3_train.config import Data, Dataset, Embodiment, Loaded, UserError, nearest
+from cosmos3_train.config import Data, Dataset, Embodiment, Loaded, UserError
 from cosmos3_train.data.actions import Normaliser, check_actions
 from cosmos3_train.data.blocks import make_plan
 from cosmos3_train.data.card import DatasetCard, load_card
 from cosmos3_train.data.conversations import ConversationDataset
 from cosmos3_train.data.index import check_log, columns_to_read, instructions
+from cosmos3_train.data.mixture import check_entry
 from cosmos3_train.data.prepare import read_card
 from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.data.sources.lerobot_v3 import Episode, EpisodeRecord, LeRobotLog, open_lerobot
@@ -57,14 +58,14 @@ def check_dataset(loaded: Loaded, name: str, entry: Dataset) -> CheckedData:
     """
     where = f"data.datasets.{name}"
     card = load_card(loaded.root / entry.card) if entry.card else None
+    check_entry(name, entry, talks=card is not None and card.format == "conversations")
     source = loaded.root / entry.source if entry.source else card.source_folder(loaded.root) if card else None
     if card is not None and card.format == "conversations":
         assert source is not None
         return _conversations(name, source, loaded.experiment.data.heldout_fraction)
-    for task in entry.tasks:
-        if task not in TASKS:
-            raise UserError(f"{where}.tasks: {task!r} is not a task.{nearest(task, TASKS)}")
-    robot = loaded.experiment.embodiments[entry.embodiment] if entry.embodiment else None
+    if entry.embodiment is None:
+        raise UserError(f"{where}.embodiment has no value; a robot log needs its embodiment card")
+    robot = loaded.experiment.embodiments[entry.embodiment]
     prepared = loaded.root / entry.prepared
     if prepared.exists():
         if card is not None:
@@ -75,8 +76,6 @@ def check_dataset(loaded: Loaded, name: str, entry: Dataset) -> CheckedData:
         raise UserError(
             f"{where}.prepared is {entry.prepared!r}: not there; name a dataset card, or run cosmos3 prepare"
         )
-    if robot is None:
-        raise UserError(f"{where}.embodiment has no value; a robot log needs its embodiment card")
     return _log(loaded, name, entry, card, robot, source)
 
 

@@ -50,7 +50,7 @@ def export(run: Run, form: Form, output: Path | None = None) -> tuple[Path, Veri
     experiment = run.experiment
     refuse_form(experiment, form)
     folder = output if output is not None else run.folder / "export" / form
-    base = model_folder(experiment.model)
+    base = model_folder(run.loaded.model)
     names = {"run": experiment.name, "base_name": experiment.model.path, "robots": robots_of(run)}
     with trained(run):
         if form == "adapter":
@@ -61,7 +61,9 @@ def export(run: Run, form: Form, output: Path | None = None) -> tuple[Path, Veri
 
 
 def refuse_form(experiment: Experiment, form: str) -> None:
-    """Raise `UserError` where the run's tuning cannot be written in that form."""
+    """Raise `UserError` where the run's result cannot be written in that form."""
+    if form != "none" and experiment.model.random:
+        raise UserError(f"export is {form!r}, but model.random draws the weights: nothing to deploy; use export=none")
     if form == "adapter" and experiment.tuning.method in ("tower", "full"):
         raise UserError(
             f"export is 'adapter', but tuning.method {experiment.tuning.method!r} trains whole weights, which are no "

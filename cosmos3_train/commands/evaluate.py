@@ -104,7 +104,7 @@ def _folder_subject(folder: Path, card: DatasetCard, card_path: Path, robot: Emb
         raise UserError(f"{folder}: neither a run (experiment.yaml) nor a pipeline folder (transformer/config.json)")
     device = device_for(Strategy())
     dtype = "float32" if device.type == "cpu" else "bfloat16"
-    model = config.Model(path=str(folder), dtype=dtype, checkpoint_activations=False)
+    model = config.Model(path=str(folder.resolve()), dtype=dtype, checkpoint_activations=False)
     experiment = Experiment(name=folder.resolve().name, model=model, embodiments={robot.name: robot} if robot else {})
     encoder = Encoder(load_parts(model, device), experiment.embodiments)
     statistics = None

@@ -13,6 +13,7 @@ from cosmos3_train.config import (
     find_part,
     from_plain,
     load_embodiment,
+    place_model,
     project_root,
     read_yaml,
 )
@@ -78,10 +79,10 @@ def run(
 
 
 def read_model(name_or_path: str, root: Path) -> Model:
-    """A model part, by name (configs/model/NAME.yaml) or by path."""
+    """A model part, by name (configs/model/NAME.yaml) or by path, placed in the project."""
     path = Path(name_or_path)
     path = path if path.suffix in (".yaml", ".yml") else find_part(root, "model", name_or_path)
-    return from_plain(Model, read_yaml(path), str(path))
+    return place_model(from_plain(Model, read_yaml(path), str(path)), root)
 
 
 def _cache_latents(folder: Path, robot: Embodiment, model: Model, source: Path | None, workers: int) -> None:

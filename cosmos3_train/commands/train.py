@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosmos3_train.commands.console import FAILED, FINISHED, INTERRUPTED, QUIET, say, say_error
+from cosmos3_train.commands.console import FAILED, FINISHED, INTERRUPTED, QUIET, USER_ERROR, say, say_error
 from cosmos3_train.config import Loaded
 from cosmos3_train.runtime import is_first_rank
 
 if TYPE_CHECKING:
+    from cosmos3_train.export.verify import VerifyReport
     from cosmos3_train.training.run import Run
 
 REPORT = "report.html"
@@ -29,12 +30,12 @@ def run(loaded: Loaded, *, fresh: bool, began: float) -> int:
     Raises:
         UserError: the configuration, the data or a checkpoint does not allow it.
     """
-    from cosmos3_train.commands.delivery import refuse_form
     from cosmos3_train.export.verify import VerificationError
     from cosmos3_train.training.measures import measure
-    from cosmos3_train.training.run import TrainingFailed, build, train
+    from cosmos3_train.training.run import TrainingFailed, build, is_finished, train
 
-    refuse_form(loaded.experiment, loaded.experiment.export)
+    if (fresh or not is_finished(loaded.run_folder)) and _mistakes(loaded):
+        return USER_ERROR
     # Lightning advertises and announces devices that we name ourselves; its warnings still come through.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
@@ -45,6 +46,8 @@ def run(loaded: Loaded, *, fresh: bool, began: float) -> int:
         if is_first_rank():
             if not (loaded.run_folder / REPORT).is_file():  # killed between the last step and the report
                 _deliver(build(loaded), began)
+            elif not _exported(loaded):  # it was finished when another form was asked for, or none
+                _export(build(loaded))
             _summary(loaded)
     except (TrainingFailed, VerificationError) as error:
         say_error(error)
@@ -56,16 +59,48 @@ def run(loaded: Loaded, *, fresh: bool, began: float) -> int:
     return FINISHED
 
 
+def _mistakes(loaded: Loaded) -> bool:
+    """Whether `cosmos3 check` finds something wrong; it is said. Nothing of the run is written before."""
+    from cosmos3_train.commands.check import examine
+    from cosmos3_train.model.loading import model_folder
+    from cosmos3_train.training.strategy import device_for
+
+    device_for(loaded.experiment.strategy)
+    findings = examine(loaded)
+    if findings.model is None and not findings.problems:  # what is cheap to know is known before the model is fetched
+        model_folder(loaded.model)
+        findings = examine(loaded)
+    for problem in findings.problems:
+        say_error(problem)
+    return bool(findings.problems)
+
+
 def _deliver(run: Run, began: float) -> None:
-    from cosmos3_train.commands.delivery import export, report
+    from cosmos3_train.commands.delivery import report
+
+    report(run, _export(run), time.monotonic() - began)
+
+
+def _export(run: Run) -> VerifyReport | None:
+    from cosmos3_train.commands.delivery import export
 
     form = run.experiment.export
-    verified = None if form == "none" else export(run, form)[1]
-    report(run, verified, time.monotonic() - began)
+    return None if form == "none" else export(run, form)[1]
+
+
+def _exported(loaded: Loaded) -> bool:
+    from cosmos3_train.commands.delivery import refuse_form
+    from cosmos3_train.export.verify import REPORT as VERIFICATION
+
+    form = loaded.experiment.export
+    refuse_form(loaded.experiment, form)
+    return form == "none" or (loaded.run_folder / "export" / form / VERIFICATION).is_file()
 
 
 def _summary(loaded: Loaded) -> None:
     """The headline numbers, and where everything lies."""
+    from cosmos3_train.export.verify import REPORT as VERIFICATION
+
     folder, form = loaded.run_folder, loaded.experiment.export
     numbers = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     say()
@@ -73,8 +108,9 @@ def _summary(loaded: Loaded) -> None:
     _line(numbers, "action error, held-out", "action_error_before", "action_error_after", "action_error_constant")
     _line(numbers, "coverage, closed loop", "coverage_before", "coverage_after", "coverage_still")
     _line(numbers, "loss, held-out", "heldout_loss_before", "heldout_loss_after")
-    if numbers.get("export_relative_difference") is not None:
-        say(f"  export differs by {numbers['export_relative_difference']:.1e} from the trained model, loaded upstream")
+    if form != "none":
+        verified = json.loads((folder / "export" / form / VERIFICATION).read_text(encoding="utf-8"))
+        say(f"  export differs by {verified['relative_difference']:.1e} from the trained model, loaded upstream")
     say(f"  report  {_near(folder / REPORT)}")
     if form != "none":
         say(f"  {form:<7} {_near(folder / 'export' / form)}")

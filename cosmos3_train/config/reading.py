@@ -20,7 +20,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from cosmos3_train.config.schema import KINDS, Embodiment, Experiment, fail, nearest
+from cosmos3_train.config.schema import KINDS, Embodiment, Experiment, Model, fail, nearest
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class Loaded:
     @property
     def run_folder(self) -> Path:
         return self.root / "runs" / self.experiment.name
+
+    @property
+    def model(self) -> Model:
+        """The experiment's model, placed (`place_model`): what is loaded. The experiment keeps what the user wrote."""
+        return place_model(self.experiment.model, self.root)
 
 
 def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Loaded:
@@ -80,6 +87,27 @@ def load_embodiment(name_or_path: str | Path, root: Path) -> Embodiment:
     content = read_yaml(path)
     check_keys(Embodiment, content, _shown(path, root))
     return _merge(Embodiment, [content])
+
+
+def place_model(model: Model, root: Path) -> Model:
+    """The model with the path of its folder seen from `root`; a Hub id (owner/name) stays.
+
+    A path that looks like an id is a folder's all the same where its first part is a folder of `root`: then the second
+    part is more likely misspelt than published.
+
+    Raises:
+        UserError: neither a folder nor a Hub id.
+    """
+    folder = root / model.path
+    if folder.is_dir():
+        return dataclasses.replace(model, path=str(folder))
+    if HUB_ID.fullmatch(model.path) and not folder.parent.is_dir():
+        return model
+    beside = [str(Path(model.path).with_name(other.name)) for other in folder.parent.glob("*") if other.is_dir()]
+    fail(
+        f"model.path is {model.path!r}: no such folder ({folder}), and not a Hub id such as nvidia/Cosmos3-Nano."
+        f"{nearest(model.path, beside)}"
+    )
 
 
 def to_yaml(record: Any) -> str:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from omegaconf import MISSING
 
@@ -38,6 +38,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def fail(message: str) -> NoReturn:
     """Raise `UserError`."""
     raise UserError(message)
+
+
+def _require(section: str, record: object, rule: str, holds: Callable[[float], bool], *keys: str) -> None:
+    """Raise `UserError` for the first of the keys whose value breaks the rule. NaN breaks every comparison."""
+    for key in keys:
+        value = getattr(record, key)
+        if not holds(value):
+            fail(f"{section}.{key} is {value}; it is {rule}")
 
 
 # ------------------------------------------------------------------------------------------------ embodiment
@@ -147,19 +155,27 @@ class Embodiment:
 class Model:
     """Which checkpoint, and how it runs.
 
-    path:                   a Cosmos 3 folder in the published diffusers layout, or its Hub id
+    path:                   a Cosmos 3 folder in the published diffusers layout, seen from the project's root, or its
+                            Hub id (owner/name)
     revision:               Hub revision; None takes the newest
+    random:                 sizes of a transformer (keys of upstream's `Cosmos3OmniTransformer`) whose weights are drawn
+                            on the device and not read: to measure speed and memory without a download. Tokenizers and
+                            scheduler are still the folder's. Empty: the folder's transformer
     dtype:                  of the frozen weights and of the arithmetic; trainables are float32 masters either way
     vae_dtype:              of the video tokenizer: trained and served in bf16, which is faster on a CPU too
     attention:              auto picks the fastest that works here and says which
+    compile:                generate kernels for the layers (torch.compile): the first steps wait for it, about a minute,
+                            then every step is faster; auto does on a GPU, not on a CPU
     checkpoint_activations: recompute the generation tower's layers in backward: less memory, about a third slower
     """
 
     path: str = MISSING
     revision: str | None = None
+    random: dict[str, Any] = field(default_factory=dict)
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     vae_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     attention: Literal["auto", "flash4", "flash3", "flash2", "sdpa"] = "auto"
+    compile: Literal["auto", True, False] = "auto"
     checkpoint_activations: bool = True
 
 
@@ -170,9 +186,10 @@ class Dataset:
     card:       dataset card; with it, a missing prepared folder is made before the run
     prepared:   folder of prepared rows (`cosmos3 prepare`)
     source:     folder of the log; None takes the card's
-    embodiment: embodiment card by name (a file under configs/embodiment/), None for conversations and plain video
+    embodiment: embodiment card by name (a file under configs/embodiment/); conversations alone have none
     weight:     share of the samples drawn, relative to the other entries
-    tasks:      rows of the mask table and their relative weights; none named: policy alone
+    tasks:      rows of the mask table and their relative weights; none named: policy alone. A conversation has one
+                task, its own, whatever is named here
     cache_latents: encode every window once, while preparing, instead of at every step
     """
 
@@ -205,6 +222,12 @@ class Data:
     window_stride: int = 1
     heldout_fraction: float = 0.05
 
+    def __post_init__(self) -> None:
+        _require("data", self, "at least 0 (0: the training process reads by itself)", lambda x: x >= 0, "workers")
+        _require("data", self, "at least 1", lambda x: x >= 1, "window_stride")
+        _require("data", self, "a probability, 0 to 1", lambda x: 0 <= x <= 1, "caption_dropout")
+        _require("data", self, "a share from 0 to below 1", lambda x: 0 <= x < 1, "heldout_fraction")
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -231,13 +254,20 @@ class Objective:
     independent_sound: bool = False
     logits_chunk: int = 1024
 
+    def __post_init__(self) -> None:
+        _require("objective", self, "a weight, at least 0", lambda x: x >= 0, "video", "action", "sound", "text")
+        _require("objective", self, "at least 1", lambda x: x >= 1, "logits_chunk")
+        for tier in TIERS:
+            if not self.shift.get(tier, 0) > 0:
+                fail(f"objective.shift.{tier} is {self.shift.get(tier)}; every tier has a shift above 0 (1: none)")
+
 
 @dataclass(frozen=True)
 class Tuning:
     """What trains.
 
     method:   lora; hybrid: LoRA and the robot's own rows of the action heads; tower: every weight of `towers`;
-              full: every weight
+              full: every weight of both towers and the heads; `action_modality_embed` stays frozen in every method
     towers:   understanding, generation
     modules:  attention, mlp: the projections that get LoRA
     rank, alpha, dropout: of LoRA (its update is scaled by alpha / rank)
@@ -265,10 +295,12 @@ class Tuning:
                     fail(f"tuning.{key}: {value!r} is unknown.{nearest(value, known)}")
             if not values:
                 fail(f"tuning.{key} is empty; choose among {', '.join(known)}")
-        if self.rank < 1:
-            fail(f"tuning.rank is {self.rank}; it is at least 1")
-        if not 0 <= self.dropout < 1:
-            fail(f"tuning.dropout is {self.dropout}; it is a probability below 1")
+        _require("tuning", self, "at least 1", lambda x: x >= 1, "rank")
+        _require("tuning", self, "above 0", lambda x: x > 0, "alpha")
+        _require("tuning", self, "a probability below 1", lambda x: 0 <= x < 1, "dropout")
+        for pattern, factor in self.learning_rate_multipliers.items():
+            if not factor >= 0:
+                fail(f"tuning.learning_rate_multipliers.{pattern} is {factor}; a factor is at least 0")
 
 
 @dataclass(frozen=True)
@@ -292,6 +324,15 @@ class Optimizer:
     clip: float = 1.0
     patience: int = 20
 
+    def __post_init__(self) -> None:
+        _require("optimizer", self, "at least 0", lambda x: x >= 0, "learning_rate", "weight_decay", "warmup_steps")
+        _require("optimizer", self, "above 0", lambda x: x > 0, "eps")
+        _require("optimizer", self, "at least 0 (0: never clip)", lambda x: x >= 0, "clip")
+        _require("optimizer", self, "at least 1", lambda x: x >= 1, "patience")
+        _require("optimizer", self, "a fraction, 0 to 1", lambda x: 0 <= x <= 1, "final_fraction")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            fail(f"optimizer.betas is {list(self.betas)}; both are from 0 to below 1")
+
 
 @dataclass(frozen=True)
 class Training:
@@ -304,7 +345,7 @@ class Training:
                               as few packs as fit
     seed:                     of everything that is drawn
     ema_decay:                of the average of the trainables (0: none); it is what is evaluated and exported
-    *_every_n_steps:          0 turns it off
+    *_every_n_steps:          0 turns it off (of evaluating and saving; the last step is always evaluated and saved)
     keep_checkpoints:         how many of the newest to keep
     """
 
@@ -319,11 +360,11 @@ class Training:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        for key in ("steps", "samples_per_step", "tokens_per_micro_batch", "log_every_n_steps", "keep_checkpoints"):
-            if getattr(self, key) < 1:
-                fail(f"training.{key} is {getattr(self, key)}; it is at least 1")
-        if not 0 <= self.ema_decay < 1:
-            fail(f"training.ema_decay is {self.ema_decay}; it is 0 (none) to below 1")
+        positive = ("steps", "samples_per_step", "tokens_per_micro_batch", "log_every_n_steps", "keep_checkpoints")
+        _require("training", self, "at least 1", lambda x: x >= 1, *positive)
+        _require("training", self, "0 (none) to below 1", lambda x: 0 <= x < 1, "ema_decay")
+        every = ("evaluate_every_n_steps", "checkpoint_every_n_steps")
+        _require("training", self, "at least 0 (0: never)", lambda x: x >= 0, *every)
 
 
 @dataclass(frozen=True)
@@ -338,6 +379,9 @@ class Strategy:
     name: Literal["single", "ddp"] = "single"
     devices: int = 1
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+
+    def __post_init__(self) -> None:
+        _require("strategy", self, "at least 1", lambda x: x >= 1, "devices")
 
 
 @dataclass(frozen=True)
@@ -357,6 +401,11 @@ class Evaluation:
     closed_loop_episodes: int = 0
     closed_loop_first_seed: int = 100000
     before: bool = True
+
+    def __post_init__(self) -> None:
+        _require("evaluation", self, "at least 1", lambda x: x >= 1, "solver_steps")
+        counts = ("heldout_samples", "action_samples", "closed_loop_episodes", "closed_loop_first_seed")
+        _require("evaluation", self, "at least 0", lambda x: x >= 0, *counts)
 
 
 @dataclass(frozen=True)

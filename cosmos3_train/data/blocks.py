@@ -106,6 +106,12 @@ def run_blocks(plan: Plan, log: LeRobotLog, workers: int, progress: bool) -> Non
                     future.result()
                     first, stop = plan.blocks[futures[future]]
                     bar.update(stop - first)
+            except BaseException:
+                # Waiting for the blocks at hand could take longer than a batch system waits after its signal; they
+                # are written whole or not at all, so a worker may be stopped anywhere.
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
+                raise
             finally:
                 pool.shutdown(cancel_futures=True)
 

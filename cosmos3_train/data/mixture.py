@@ -181,25 +181,41 @@ def _slots(weights: list[float], length: int) -> np.ndarray:
     return slots
 
 
-def _entry(name: str, dataset: PreparedDataset | ConversationDataset, entry: config.Dataset, split: str) -> _Entry:
+def check_entry(name: str, entry: config.Dataset, *, talks: bool) -> None:
+    """What an entry of the mixture shows to be wrong before its data is opened.
+
+    Args:
+        talks: it is a dataset of conversations, whose one task needs no name.
+
+    Raises:
+        UserError: a weight that is not positive, or a task that there is not or that robot logs cannot feed.
+    """
     where = f"data.datasets.{name}"
     if not entry.weight > 0:
         raise UserError(f"{where}.weight is {entry.weight}; it is above 0 (leave the entry out to use none of it)")
-    count = dataset.count(split)
-    if count == 0:
-        raise UserError(f"{where}: no windows in the split {split!r}; prepare it with another heldout_fraction")
-    if isinstance(dataset, ConversationDataset):
-        return _Entry(dataset, count, (CONVERSATION,), (1.0,), False)
-    tasks = {task: weight for task, weight in entry.tasks.items() if weight != 0}
+    if talks:
+        return
     for task, weight in entry.tasks.items():
         if task not in TASKS:
             raise UserError(f"{where}.tasks: {task!r} is not a task.{nearest(task, TASKS)}")
-        if weight < 0:
-            raise UserError(f"{where}.tasks.{task} is {weight}; a weight is not below 0")
+        if not weight >= 0:
+            raise UserError(f"{where}.tasks.{task} is {weight}; a weight is at least 0")
         if TASKS[task].sound != "absent":
             raise UserError(f"{where}.tasks: {task!r} needs sound, which prepared robot logs do not have")
-    if not tasks:
-        raise UserError(f"{where}.tasks is empty; name at least one task, such as policy: 1")
+    if not any(entry.tasks.values()):
+        raise UserError(f"{where}.tasks has no weight above 0; name at least one task, such as policy: 1")
+
+
+def _entry(name: str, dataset: PreparedDataset | ConversationDataset, entry: config.Dataset, split: str) -> _Entry:
+    check_entry(name, entry, talks=isinstance(dataset, ConversationDataset))
+    count = dataset.count(split)
+    if count == 0:
+        raise UserError(
+            f"data.datasets.{name}: no windows in the split {split!r}; prepare it with another heldout_fraction"
+        )
+    if isinstance(dataset, ConversationDataset):
+        return _Entry(dataset, count, (CONVERSATION,), (1.0,), False)
+    tasks = {task: weight for task, weight in entry.tasks.items() if weight != 0}
     total = sum(tasks.values())
     cached = entry.cache_latents and dataset.latent_cache is not None
     return _Entry(dataset, count, tuple(tasks), tuple(accumulate(weight / total for weight in tasks.values())), cached)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from cosmos3_train.config import UserError
 from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.model.encoders import Encoder
-from cosmos3_train.runtime import is_first_rank
+from cosmos3_train.runtime import ignore_sigterm, is_first_rank
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +112,7 @@ def _write_shards(dataset: PreparedDataset, encoder: Encoder, folder: Path, work
             batch_sampler=missing,
             num_workers=max(1, workers) if on_cpu else workers,
             collate_fn=list,
+            worker_init_fn=ignore_sigterm,
         )
         tensors: dict[str, Tensor] = {}
         for rows, read in zip(missing, loader, strict=True):

@@ -6,6 +6,7 @@ are read, and of those only the tensors that the run uses.
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from pathlib import Path
@@ -13,36 +14,39 @@ from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKLWan, Cosmos3OmniPipeline, UniPCMultistepScheduler
+from diffusers import AutoencoderKLWan, Cosmos3OmniPipeline, Cosmos3OmniTransformer, UniPCMultistepScheduler
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from cosmos3_train.config import Model, UserError
+from cosmos3_train.config import Model, UserError, nearest
 from cosmos3_train.model.attention import choose_backend
+from cosmos3_train.model.compiling import choose_compiler
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
+from cosmos3_train.runtime import fold
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 KEPT_FLOAT32 = ("time_embedder.",)
 """Upstream keeps these in float32 whatever the rest runs in (`_keep_in_fp32_modules`)."""
+RANDOM_STD = 0.02
+"""Spread of weights drawn at random: what such transformers start from, so that activations keep a usual size."""
 
 
 def model_folder(model: Model) -> Path:
     """The checkpoint's folder on disk, fetched from the Hub first where `path` is an id.
 
+    Args:
+        model: placed (`config.place_model`), so that a path that is not absolute is a Hub id.
+
     Raises:
-        UserError: neither a folder nor a repository that can be reached, or a folder of another kind.
+        UserError: the repository cannot be reached, or the folder is of another kind.
     """
     folder = Path(model.path)
-    if not folder.is_dir():
-        if folder.is_absolute() or model.path.startswith(".") or model.path.count("/") != 1:
-            raise UserError(
-                f"model.path is {model.path!r}: no such folder, and not a Hub id such as nvidia/Cosmos3-Nano"
-            )
+    if not folder.is_absolute():
         try:
             folder = Path(
                 snapshot_download(model.path, revision=model.revision, ignore_patterns=["*.bin", "*.pt", "*.pth"])
@@ -50,7 +54,7 @@ def model_folder(model: Model) -> Path:
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
-                f"model.path is {model.path!r}: not a folder here, and the Hub could not be read ({reason}); "
+                f"model.path is {model.path!r}: the Hub could not be read ({reason}); "
                 f"fetch it with 'hf download {model.path} --local-dir DIR' and give DIR"
             ) from error
     if not (folder / "transformer" / "config.json").is_file():
@@ -60,8 +64,19 @@ def model_folder(model: Model) -> Path:
     return folder
 
 
+def fetched_folder(model: Model) -> Path | None:
+    """As `model_folder`, but never touching the network: None for a Hub id that is not on this disk."""
+    if Path(model.path).is_absolute():
+        return model_folder(model)
+    try:
+        folder = Path(snapshot_download(model.path, revision=model.revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    return folder if (folder / "transformer" / "config.json").is_file() else None
+
+
 def load_backbone(model: Model, device: torch.device, *, text_logits: bool = True) -> Cosmos3PackedTransformer:
-    """The packed transformer with a checkpoint's weights, in the run's dtype, on its device, nothing trainable yet.
+    """The packed transformer with its weights, in the run's dtype, on its device, nothing trainable yet.
 
     Args:
         text_logits: whether the language model's output layer is needed; without it those tensors are not read.
@@ -71,16 +86,20 @@ def load_backbone(model: Model, device: torch.device, *, text_logits: bool = Tru
     """
     folder = model_folder(model) / "transformer"
     dtype = DTYPES[model.dtype]
-    config = Cosmos3PackedTransformer.load_config(folder)
     with init_empty_weights():
-        backbone = cast(Cosmos3PackedTransformer, Cosmos3PackedTransformer.from_config(cast(Any, config)))
+        backbone = make_backbone(folder, model)
+    config = backbone.config
     if not text_logits:
         del backbone.lm_head
-    fill_from_shards(backbone, folder, dtype, device)
+    if model.random:
+        fill_at_random(backbone, dtype, device)
+    else:
+        fill_from_shards(backbone, folder, dtype, device)
     # inv_freq is a non-persistent buffer: no file holds it, and a strict load does not miss it.
     cast(Any, backbone).rotary_emb = _rotary_embedding(backbone, config).to(device)
     backbone.compute_dtype = dtype
     backbone.attention_backend = choose_backend(model.attention, device, dtype)
+    backbone.compiler = choose_compiler(model.compile, device)
     backbone.requires_grad_(False)
     if model.checkpoint_activations:
         backbone.enable_gradient_checkpointing()
@@ -118,6 +137,46 @@ def load_parts(model: Model, device: torch.device, *, vae_weights: bool = True) 
         scheduler=scheduler,
         enable_safety_checker=False,
     )
+
+
+def make_backbone(folder: Path, model: Model) -> Cosmos3PackedTransformer:
+    """The packed transformer that `model` describes, on whatever device is the default, with no weights of its own.
+
+    Args:
+        folder: the checkpoint's transformer.
+
+    Raises:
+        UserError: a key of `model.random` is none of upstream's, or a size is none that it takes.
+    """
+    config: Any = Cosmos3PackedTransformer.load_config(folder)
+    if model.random:
+        known = set(inspect.signature(Cosmos3OmniTransformer.__init__).parameters) - {"self"}
+        for key in model.random:
+            if key not in known:
+                raise UserError(f"model.random: {key!r} is no size of the transformer.{nearest(key, known)}")
+        config = dict(model.random)
+    try:
+        return cast(Cosmos3PackedTransformer, Cosmos3PackedTransformer.from_config(config))
+    except (TypeError, ValueError, RuntimeError) as error:
+        if not model.random:
+            raise
+        raise UserError(f"model.random: upstream's transformer cannot be made of it ({error})") from error
+
+
+def fill_at_random(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Give every parameter of a meta module values on the device, one at a time: matrices normal, norms 1, biases 0.
+
+    The same values for one kind of device, whatever was drawn before.
+    """
+    generator = torch.Generator(device).manual_seed(fold(0, "random weights"))
+    for name, parameter in list(module.named_parameters()):
+        keep = torch.float32 if name.startswith(KEPT_FLOAT32) else dtype
+        value = torch.empty(parameter.shape, dtype=keep, device=device)
+        if value.dim() > 1:
+            value.normal_(0, RANDOM_STD, generator=generator)
+        else:
+            value.fill_(0.0 if name.endswith("bias") else 1.0)
+        _set_parameter(module, name, value)
 
 
 def fill_from_shards(module: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
@@ -182,8 +241,6 @@ def _set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
 def _rotary_embedding(backbone: Cosmos3PackedTransformer, config: Any) -> nn.Module:
     """Upstream's rotary embedding made anew, off the meta device, in float32."""
     made = type(backbone.rotary_emb)(
-        head_dim=config["head_dim"],
-        rope_theta=config["rope_theta"],
-        rope_axes_dim=cast(Any, backbone.config).rope_axes_dim,
+        head_dim=config.head_dim, rope_theta=config.rope_theta, rope_axes_dim=config.rope_axes_dim
     )
     return made.float()

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cosmos3_train.model.attention import Backend, attend
+from cosmos3_train.model.compiling import Compiler, compiled
 from cosmos3_train.types import DomainRows, PackedSequence, Spans, Velocities
 
 TIMESTEPS = 1000
@@ -56,16 +57,18 @@ class PackedDecoderLayer(Cosmos3VLTextMoTDecoderLayer):
         queries: Spans,
         keys: Spans,
         backend: Backend,
+        compiler: Compiler | None,
         understood: KeysValues | None = None,
         joint_order: Tensor | None = None,
     ) -> tuple[Tensor, KeysValues | None]:
-        """One layer of one tower.
+        """One layer of one tower: what stands before attention and after it may be compiled, attention never is.
 
         Args:
             stream: which tower.
             hidden: [U, D] or [G, D].
             rotary: cosines and sines of that stream, [*, 1, head_dim].
             queries, keys: borders of the samples; for generation `keys` are those of the joint stream.
+            backend, compiler: of attention, and of the rest (None runs it as it is written).
             understood, joint_order: generation only: the understanding tower's keys and values of this layer, and the
                 order that puts cat(understanding, generation) keys sample by sample.
 
@@ -73,15 +76,17 @@ class PackedDecoderLayer(Cosmos3VLTextMoTDecoderLayer):
             The stream after the layer, and for the understanding tower its keys and values for generation.
         """
         if stream == "understanding":
-            out, kept = _understanding_attention(self.self_attn, self.input_layernorm(hidden), rotary, queries, backend)
-            hidden = hidden + out
-            return hidden + self.mlp(self.post_attention_layernorm(hidden)), kept
+            q, k, v, seen = compiled(_understanding_before, compiler)(self, hidden, rotary)
+            out = attend(q, k, v, queries, keys, causal=True, backend=backend)
+            return compiled(_understanding_after, compiler)(self, hidden, out), (seen, v)
         assert understood is not None and joint_order is not None
-        normed = self.input_layernorm_moe_gen(hidden)
-        hidden = hidden + _generation_attention(
-            self.self_attn, normed, rotary, understood, joint_order, queries, keys, backend
-        )
-        return hidden + self.mlp_moe_gen(self.post_attention_layernorm_moe_gen(hidden)), None
+        q, k, v = compiled(_generation_before, compiler)(self, hidden, rotary)
+        # index_select: its backward is the same from run to run on CPU, that of x[index] is not. Compiled, it would
+        # become a sort of the index (bfloat16 has no atomic addition there).
+        k = torch.cat((understood[0], k)).index_select(0, joint_order)
+        v = torch.cat((understood[1], v)).index_select(0, joint_order)
+        out = attend(q, k, v, queries, keys, causal=False, backend=backend)
+        return compiled(_generation_after, compiler)(self, hidden, out), None
 
 
 class PackedDomainLinear(DomainAwareLinear):
@@ -103,6 +108,7 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
     _repeated_blocks = ["PackedDecoderLayer"]  # noqa: RUF012
 
     attention_backend: Backend = "sdpa"
+    compiler: Compiler | None = None
     understanding_trains: bool = True
     _compute_dtype: torch.dtype | None = None
 
@@ -151,7 +157,7 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
         """Run the understanding tower. With nothing to train in it, no gradient and no recomputation."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.understanding_trains):
             assert pack.text_positions.dtype == torch.float32, "text positions were cast"
-            hidden = self.embed_tokens(pack.text_ids).to(self.compute_dtype)
+            hidden = self._as_input(self.embed_tokens(pack.text_ids).to(self.compute_dtype))
             rotary = self._rotary(pack.text_positions, hidden.dtype)
             spans, kept = pack.text_spans, []
             for layer in self.layers:
@@ -171,7 +177,7 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
             empty = understood.text_hidden.new_zeros
             return empty((0, self.video_width)), empty((0, self.sound_width)), empty((0, self.action_width))
         assert pack.positions.dtype == torch.float32, "positions were cast"
-        hidden = self._embed_generation(pack)
+        hidden = self._as_input(self._embed_generation(pack))
         rotary = self._rotary(pack.positions, hidden.dtype)
         for layer, keys_values in zip(self.layers, understood.keys_values, strict=True):
             hidden, _ = self._layer(
@@ -216,9 +222,16 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
         cos, sin = self.rotary_emb(positions[:, None], positions.device, dtype)
         return cos.reshape(-1, 1, cos.shape[-1]), sin.reshape(-1, 1, sin.shape[-1])
 
+    def _as_input(self, hidden: Tensor) -> Tensor:
+        """The first layer's input. Compiled, it asks for a gradient even where nothing before it trains: else the
+        first layer alone would be compiled a second time, for an input without one."""
+        if self.compiler is not None and torch.is_grad_enabled() and not hidden.requires_grad:
+            hidden.requires_grad_()
+        return hidden
+
     def _layer(self, layer: nn.Module, trains: bool, *arguments) -> tuple[Tensor, KeysValues | None]:
         stream, hidden, rotary, queries, keys, *rest = arguments
-        arguments = (stream, hidden, rotary, queries, keys, self.attention_backend, *rest)
+        arguments = (stream, hidden, rotary, queries, keys, self.attention_backend, self.compiler, *rest)
         if self.gradient_checkpointing and trains and torch.is_grad_enabled():
             return checkpoint(layer, *arguments, use_reentrant=False)  # pyright: ignore[reportReturnType]
         return layer(*arguments)
@@ -254,35 +267,41 @@ def _rotate(x: Tensor, rotary: Rotary) -> Tensor:
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
 
 
-def _understanding_attention(
-    attn: Cosmos3PackedMoTAttention, x: Tensor, rotary: Rotary, spans: Spans, backend: Backend
-) -> tuple[Tensor, KeysValues]:
-    """Causal self-attention of the text, and the keys and values that generation will see."""
-    q = attn.norm_q(_heads(attn.to_q(x), attn))
-    k = attn.norm_k(_heads(attn.to_k(x), attn))
+# ------------------------------------------------------------------------- a layer's work before and after attention
+#
+# Functions of tensors and modules alone: lengths reach them only as sizes of tensors, so that one compilation serves
+# every pack and every layer.
+
+
+def _understanding_before(
+    layer: PackedDecoderLayer, hidden: Tensor, rotary: Rotary
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries, keys and values of the text, and its keys as generation will see them."""
+    attn = layer.self_attn
+    x = layer.input_layernorm(hidden)
+    q = _rotate(attn.norm_q(_heads(attn.to_q(x), attn)), rotary)
+    normed = attn.norm_k(_heads(attn.to_k(x), attn))
+    k = _rotate(normed, rotary)
     v = _heads(attn.to_v(x), attn)
     # Edge has no text qk-norm; its keys are normalised for generation only.
-    seen = k if attn.k_norm_und_for_gen is None else attn.k_norm_und_for_gen(k)
-    k, seen = _rotate(k, rotary), _rotate(seen, rotary)
-    out = attend(_rotate(q, rotary), k, v, spans, spans, causal=True, backend=backend)
-    return attn.to_out(out.flatten(-2)), (seen, v)
+    seen = k if attn.k_norm_und_for_gen is None else _rotate(attn.k_norm_und_for_gen(normed), rotary)
+    return q, k, v, seen
 
 
-def _generation_attention(
-    attn: Cosmos3PackedMoTAttention,
-    x: Tensor,
-    rotary: Rotary,
-    understood: KeysValues,
-    joint_order: Tensor,
-    queries: Spans,
-    keys: Spans,
-    backend: Backend,
-) -> Tensor:
-    """Every generation token attends to all of its own sample, in both streams."""
+def _understanding_after(layer: PackedDecoderLayer, hidden: Tensor, attended: Tensor) -> Tensor:
+    hidden = hidden + layer.self_attn.to_out(attended.flatten(-2))
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+
+def _generation_before(layer: PackedDecoderLayer, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of the generation stream."""
+    attn = layer.self_attn
+    x = layer.input_layernorm_moe_gen(hidden)
     q = _rotate(attn.norm_added_q(_heads(attn.add_q_proj(x), attn)), rotary)
     k = _rotate(attn.norm_added_k(_heads(attn.add_k_proj(x), attn)), rotary)
-    v = _heads(attn.add_v_proj(x), attn)
-    # index_select: its backward is the same from run to run on CPU, that of x[index] is not.
-    k = torch.cat((understood[0], k)).index_select(0, joint_order)
-    v = torch.cat((understood[1], v)).index_select(0, joint_order)
-    return attn.to_add_out(attend(q, k, v, queries, keys, causal=False, backend=backend).flatten(-2))
+    return q, k, _heads(attn.add_v_proj(x), attn)
+
+
+def _generation_after(layer: PackedDecoderLayer, hidden: Tensor, attended: Tensor) -> Tensor:
+    hidden = hidden + layer.self_attn.to_add_out(attended.flatten(-2))
+    return hidden + layer.mlp_moe_gen(layer.post_attention_layernorm_moe_gen(hidden))

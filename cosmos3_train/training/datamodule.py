@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import logging
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from cosmos3_train.data.prepare import prepare
 from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.model.caches import ensure_latents
 from cosmos3_train.model.encoders import Encoder
-from cosmos3_train.runtime import is_first_rank, rank, world_size
+from cosmos3_train.runtime import ignore_sigterm, is_first_rank, rank, world_size
 from cosmos3_train.training.batching import PackedSteps, Packer
 
 logger = logging.getLogger(__name__)
@@ -57,13 +56,8 @@ class StepData(lightning.LightningDataModule):
             sampler=_StepsFrom(self.first_step),
             num_workers=data.workers,
             persistent_workers=data.workers > 0,
-            worker_init_fn=_ignore_sigterm,
+            worker_init_fn=ignore_sigterm,
         )
-
-
-def _ignore_sigterm(worker: int) -> None:
-    """Batch systems signal every process of a job; the workers must outlive it, for the run finishes its step."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _StepsFrom(Sampler[int]):

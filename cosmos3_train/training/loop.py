@@ -10,7 +10,6 @@ from types import FrameType
 from typing import Any
 
 import lightning
-import torch
 
 from cosmos3_train.runtime import is_first_rank, world_size
 from cosmos3_train.training.checkpoints import Checkpoint, save_checkpoint
@@ -18,6 +17,7 @@ from cosmos3_train.training.module import PostTraining
 from cosmos3_train.training.optimizer import optimizer_tensors
 from cosmos3_train.training.progress import Bar, Metrics, write_status
 from cosmos3_train.training.strategy import any_rank
+from cosmos3_train.training.throughput import StepTime, Throughput
 
 logger = logging.getLogger(__name__)
 
@@ -26,17 +26,27 @@ EVALUATED = "evaluated"
 
 
 class RunLoop(lightning.Callback):
-    """The hooks of a run. `interrupted` says whether a signal ended it."""
+    """The hooks of a run. `interrupted` says whether a signal ended it.
+
+    Args:
+        evaluate: called where an evaluation is due, on the first rank alone.
+        watch: called after every step with its time.
+    """
 
     def __init__(
-        self, module: PostTraining, folder: Path, evaluate: Callable[[], Mapping[str, float]] | None = None
+        self,
+        module: PostTraining,
+        folder: Path,
+        evaluate: Callable[[], Mapping[str, float]] | None = None,
+        watch: Callable[[StepTime], None] | None = None,
     ) -> None:
-        self.module, self.folder, self.evaluate = module, folder, evaluate
+        self.module, self.folder, self.evaluate, self.watch = module, folder, evaluate, watch
         self.training = module.experiment.training
         self.interrupted = False
         self._asked_to_stop = False
         self._bar: Bar | None = None
         self._metrics: Metrics | None = None
+        self._throughput: Throughput | None = None
         self._previous_handler: Any = None
 
     # -------------------------------------------------------------------------------------------- hooks
@@ -52,13 +62,24 @@ class RunLoop(lightning.Callback):
         if self._evaluation_due(step):  # unless it was made already: a run may stop between a checkpoint and the next
             self._evaluate()
         self._bar = Bar(self.training.steps, step, is_first_rank())
+        self._throughput = Throughput(self.module.device)
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        assert self._throughput is not None
+        self._throughput.start()
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         training, step = self.training, self.module.position.step
-        assert self._bar is not None
-        self._bar.advance(step, self.module.report.tokens)
+        assert self._bar is not None and self._throughput is not None
+        report = self.module.report
+        time = self._throughput.stop(report.tokens, report.samples, report.flops)
+        if self.watch is not None:
+            self.watch(time)
+        self._bar.advance(step)
         last, made = step >= training.steps, not self.module.report.skipped
         if not made:  # told with the step that it was on the way to, whose rows a resumed run drops and makes again
             self._write(step + 1, {"skipped": self.module.position.skipped})
@@ -68,8 +89,10 @@ class RunLoop(lightning.Callback):
         due = made and training.checkpoint_every_n_steps and step % training.checkpoint_every_n_steps == 0
         if last or self.interrupted or due:
             self._save(trainer)
+            self._throughput.restart()
         if made and self._evaluation_due(step) and not self.interrupted:
             self._evaluate()
+            self._throughput.restart()
         if last or self.interrupted:
             trainer.should_stop = True
 
@@ -91,19 +114,18 @@ class RunLoop(lightning.Callback):
 
     def _log(self, step: int) -> None:
         report = self.module.measured()
-        assert self._bar is not None
-        rate = self._bar.show({"all": report.total, **report.losses}, world_size())
+        assert self._bar is not None and self._throughput is not None
+        rates = self._throughput.rates(world_size())
+        self._bar.show({"all": report.total, **report.losses}, rates)
         values = {
             "loss": report.total,
             **{f"loss/{name}": value for name, value in report.losses.items()},
             "gradient_norm": report.gradient_norm,
             "learning_rate": report.learning_rate,
-            "tokens_per_second": rate,
+            **rates,
             "packs": report.packs,
             "samples": self.module.position.samples,
         }
-        if self.module.device.type == "cuda":
-            values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self._write(step, values)
 
     def _evaluation_due(self, step: int) -> bool:

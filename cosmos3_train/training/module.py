@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import lightning
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from cosmos3_train.config import Experiment
@@ -26,6 +27,7 @@ from cosmos3_train.training.checkpoints import Position
 from cosmos3_train.training.ema import Average
 from cosmos3_train.training.optimizer import clip_gradients, make_optimizer, set_learning_rate
 from cosmos3_train.training.strategy import assert_same_on_all_ranks, sum_gradients, summed
+from cosmos3_train.training.throughput import Arithmetic
 from cosmos3_train.types import PackedSequence, StepBatch
 
 logger = logging.getLogger(__name__)
@@ -37,13 +39,16 @@ class TrainingFailed(RuntimeError):
 
 @dataclass
 class StepReport:
-    """What a step measured, for the log: mean losses by modality (those that occurred), norm, rate, tokens."""
+    """What a step measured, for the log: mean losses by modality (those that occurred), norm, rate; of this process's
+    share also tokens, samples, and the floating-point operations that it must do."""
 
     losses: dict[str, float] = field(default_factory=dict)
     total: float = math.nan
     gradient_norm: float = math.nan
     learning_rate: float = 0.0
     tokens: int = 0
+    samples: int = 0
+    flops: int = 0
     packs: int = 0
     skipped: bool = False
 
@@ -67,6 +72,7 @@ class PostTraining(lightning.LightningModule):
         self.packer = packer
         self.experiment = experiment
         self.optimizer = make_optimizer(trainables, experiment.optimizer)
+        self.arithmetic = Arithmetic.of(backbone.config, experiment.tuning)
         decay = experiment.training.ema_decay
         self.average = Average(trainables.parameters, decay) if decay else None
         self.position = Position()
@@ -88,7 +94,13 @@ class PostTraining(lightning.LightningModule):
             self.manual_backward(self._weighted(losses, counts))
             sums = {name: sums[name] + losses[name].detach() if name in losses else sums[name] for name in LOSSES}
         self._descend(batch.step)
-        self.report = replace(self.report, tokens=sum(p.tokens for p in step.packs), packs=len(step.packs))
+        self.report = replace(
+            self.report,
+            tokens=sum(p.tokens for p in step.packs),
+            samples=sum(p.samples for p in step.packs),
+            flops=self.arithmetic.step_flops(step.packs),
+            packs=len(step.packs),
+        )
         self._sums, self._counts = sums, counts
 
     def on_train_batch_start(self, batch: StepBatch | PackedStep, batch_idx: int) -> int | None:
@@ -108,9 +120,9 @@ class PostTraining(lightning.LightningModule):
 
     def measured(self) -> StepReport:
         """The last step's report with its losses over all ranks. Waits for the device: call it where it is shown."""
-        keys = [name for name in LOSSES if self._counts[name]]
-        totals = summed(torch.stack([self._sums[name] for name in keys]).double()) if keys else torch.zeros(0)
-        losses = {name: float(total) / self._counts[name] for name, total in zip(keys, totals, strict=True)}
+        counts = self._counts.tolist()
+        totals = summed(torch.stack([self._sums[name] for name in LOSSES]).double()).tolist()
+        losses = {name: total / n for name, total, n in zip(LOSSES, totals, counts, strict=True) if n}
         weights = self._weights()
         total = sum(weights[name] * value for name, value in losses.items())
         return replace(self.report, losses=losses, total=total)
@@ -121,14 +133,17 @@ class PostTraining(lightning.LightningModule):
         objective = self.experiment.objective
         return {"video": objective.video, "action": objective.action, "sound": objective.sound, TEXT: objective.text}
 
-    def _step_counts(self, step: PackedStep) -> dict[str, int]:
-        """The denominators of the whole step: samples of each modality and labelled tokens, over all ranks."""
-        totals = summed(torch.tensor([step.counts[n] for n in LOSSES], dtype=torch.float64, device=self.device))
-        return {name: int(total) for name, total in zip(LOSSES, totals.tolist(), strict=True)}
+    def _step_counts(self, step: PackedStep) -> Tensor:
+        """The denominators of the whole step in the order of LOSSES: samples of each modality and labelled tokens, over
+        all ranks. Never read on the host within the step, which would wait for all work queued on the device."""
+        counts = torch.tensor([step.counts[name] for name in LOSSES], dtype=torch.float32)
+        return summed(counts.to(self.device, non_blocking=True)) if dist.is_initialized() else counts
 
-    def _weighted(self, losses: dict[str, Tensor], counts: dict[str, int]) -> Tensor:
-        weights = self._weights()
-        return torch.stack([weights[name] * value / max(1, counts[name]) for name, value in losses.items()]).sum()
+    def _weighted(self, losses: dict[str, Tensor], counts: Tensor) -> Tensor:
+        weights, least_one = self._weights(), counts.clamp(min=1)
+        return torch.stack(
+            [weights[name] * value / least_one[LOSSES.index(name)] for name, value in losses.items()]
+        ).sum()
 
     def _descend(self, drawn: int) -> None:
         """Sum gradients over ranks, clip, step. A non-finite gradient leaves weights, moments and schedule alone."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,25 +47,27 @@ class Metrics:
 
 
 class Bar:
-    """Loss, tokens a second and time left, on one line."""
+    """Loss, rates and time left, on one line."""
 
     def __init__(self, steps: int, done: int, shown: bool) -> None:
         self._bar = tqdm(total=steps, initial=done, desc="train", unit="step", disable=not shown, dynamic_ncols=True)
-        self._since = time.monotonic()
-        self._tokens = 0
 
-    def advance(self, step: int, tokens: int) -> None:
-        self._tokens += tokens
+    def advance(self, step: int) -> None:
         self._bar.update(step - self._bar.n)
 
-    def show(self, losses: Mapping[str, float], ranks: int) -> float:
-        """Show the losses; returns tokens a second over all ranks since the last call."""
-        now = time.monotonic()
-        rate = self._tokens * ranks / max(1e-9, now - self._since)
-        self._since, self._tokens = now, 0
+    def show(self, losses: Mapping[str, float], rates: Mapping[str, float]) -> None:
+        """Show the losses, and of the rates (`throughput.RATES`) those that are there."""
         shown = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
-        self._bar.set_postfix_str(f"loss {shown} | {rate:,.0f} tokens/s")
-        return rate
+        words = {
+            "tokens_per_second": "{:,.0f} tokens/s",
+            "samples_per_second": "{:.3g} samples/s",
+            "mfu": "MFU {:.1%}",
+            "peak_memory_gib": "{:.1f} GiB",
+            "data_wait_share": "waits for data {:.0%}",
+        }
+        self._bar.set_postfix_str(
+            " | ".join([f"loss {shown}", *(text.format(rates[name]) for name, text in words.items() if name in rates)])
+        )
 
     def close(self) -> None:
         self._bar.close()

@@ -21,13 +21,14 @@ import torch
 
 from cosmos3_train.config import Experiment, Loaded, UserError, flatten, read_yaml, to_plain, to_yaml
 from cosmos3_train.data.conversations import ConversationDataset
+from cosmos3_train.data.files import write_whole
 from cosmos3_train.model.base_identity import identify_base
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.loading import load_backbone, load_parts, model_folder
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
 from cosmos3_train.model.packing import Layout
 from cosmos3_train.model.trainable import Trainables, make_trainable
-from cosmos3_train.runtime import is_first_rank, node_count, seed_everything, world_size
+from cosmos3_train.runtime import Interrupted, is_first_rank, node_count, seed_everything, world_size
 from cosmos3_train.training.batching import Packer
 from cosmos3_train.training.checkpoints import Checkpoint, check_names, list_checkpoints, load_checkpoint
 from cosmos3_train.training.datamodule import Opened, StepData, open_datasets
@@ -36,6 +37,7 @@ from cosmos3_train.training.module import PostTraining, TrainingFailed
 from cosmos3_train.training.optimizer import load_optimizer_tensors
 from cosmos3_train.training.progress import read_status, write_status
 from cosmos3_train.training.strategy import device_for, make_strategy
+from cosmos3_train.training.throughput import StepTime
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ FREE = (
     "export",
     "data.workers",
     "model.attention",
+    "model.compile",
     "model.checkpoint_activations",
     "training.tokens_per_micro_batch",
     "training.log_every_n_steps",
@@ -94,7 +97,12 @@ Deliver = Callable[[Run], None]
 
 
 def train(
-    loaded: Loaded, *, fresh: bool = False, evaluate: Evaluate | None = None, deliver: Deliver | None = None
+    loaded: Loaded,
+    *,
+    fresh: bool = False,
+    evaluate: Evaluate | None = None,
+    deliver: Deliver | None = None,
+    watch: Callable[[StepTime], None] | None = None,
 ) -> Ended:
     """Carry out an experiment, or go on with it.
 
@@ -102,6 +110,7 @@ def train(
         fresh: throw away the run that is in the folder.
         evaluate: called before the first step, every `evaluate_every_n_steps`, and after the last one.
         deliver: called once the run has made its last step; not for a run that was finished before.
+        watch: called after every step with its time.
 
     Raises:
         UserError: the configuration, the data or the checkpoint does not allow it.
@@ -110,13 +119,26 @@ def train(
     seed_everything(loaded.experiment.training.seed)
     if claim_folder(loaded, fresh):
         return "finished"
+    try:
+        return _carry_out(loaded, evaluate, deliver, watch)
+    except Interrupted:  # before the first step or after the last one; between them the loop obeys at a step's border
+        _tell_interrupted(loaded)
+        return "interrupted"
+
+
+def _carry_out(
+    loaded: Loaded,
+    evaluate: Evaluate | None,
+    deliver: Deliver | None,
+    watch: Callable[[StepTime], None] | None,
+) -> Ended:
     run = build(loaded)
     position = run.module.position
     logger.info("seed %d", run.experiment.training.seed)
     logger.info("%s", run.trainables.description)
     data = StepData(loaded, run.opened, run.module.packer)
     data.first_step = position.drawn
-    loop = RunLoop(run.module, run.folder, evaluate=None if evaluate is None else lambda: evaluate(run))
+    loop = RunLoop(run.module, run.folder, None if evaluate is None else lambda: evaluate(run), watch)
     trainer = make_trainer(run.experiment, run.device, loop)
     try:
         trainer.fit(run.module, datamodule=data)
@@ -132,6 +154,20 @@ def train(
     return "finished"
 
 
+def _tell_interrupted(loaded: Loaded) -> None:
+    """Say so in status.json, unless all steps were made and only what follows them was interrupted."""
+    found = list_checkpoints(loaded.run_folder / CHECKPOINTS)
+    if is_first_rank() and not is_finished(loaded.run_folder):
+        step = int(found[-1].name.removeprefix("step_")) if found else 0
+        write_status(loaded.run_folder, "interrupted", step, loaded.experiment.training.steps)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run there has made all its steps."""
+    status = read_status(folder)
+    return status is not None and status["state"] == "finished"
+
+
 def build(loaded: Loaded) -> Run:
     """Load and prepare everything that a run needs, and put it where its newest checkpoint stands."""
     experiment = loaded.experiment
@@ -140,7 +176,7 @@ def build(loaded: Loaded) -> Run:
     _refuse_another_base(loaded)
     encodes = any(not entry.cache_latents for entry in experiment.data.datasets.values())
     encoder = Encoder(
-        load_parts(experiment.model, device, vae_weights=True),
+        load_parts(loaded.model, device, vae_weights=True),
         experiment.embodiments,
         caption_dropout=experiment.data.caption_dropout,
         seed=experiment.training.seed,
@@ -149,7 +185,7 @@ def build(loaded: Loaded) -> Run:
     if not encodes and experiment.evaluation.closed_loop_episodes == 0:
         encoder.parts.vae.to("cpu")  # every latent is cached, so the video tokenizer leaves the GPU
     talks = any(isinstance(dataset, ConversationDataset) for dataset, _ in opened.values())
-    backbone = load_backbone(experiment.model, device, text_logits=talks or experiment.tuning.method == "full")
+    backbone = load_backbone(loaded.model, device, text_logits=talks or experiment.tuning.method == "full")
     robots = list(experiment.embodiments.values())
     trainables = make_trainable(backbone, experiment.tuning, robots, experiment.training.seed)
     backbone.train()
@@ -204,9 +240,8 @@ def claim_folder(loaded: Loaded, fresh: bool) -> bool:
             shutil.rmtree(folder, ignore_errors=True)
     elif kept.is_file():
         _refuse_changes(read_yaml(kept), experiment, folder)
-        status = read_status(folder)
-        if status is not None and status["state"] == "finished":
-            logger.info("%s is finished (%d steps); --fresh starts another", folder.name, status["step"])
+        if is_finished(folder):
+            logger.info("%s is finished (%d steps); --fresh starts another", folder.name, experiment.training.steps)
             return True
     if is_first_rank() and not kept.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -222,11 +257,13 @@ def _refuse_another_base(loaded: Loaded) -> None:
     A folder may be replaced and a Hub id may move while a run is interrupted or waits to be exported.
     """
     folder, model = loaded.run_folder, loaded.experiment.model
-    found = identify_base(model_folder(model), model.path).plain()
+    if model.random:
+        return  # its weights are a function of the sizes, which the experiment's own comparison holds
+    found = identify_base(model_folder(loaded.model), model.path).plain()
     path = folder / BASE
     if not path.is_file():
         if is_first_rank() and folder.is_dir():
-            path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            write_whole(path, (json.dumps(found, indent=2) + "\n").encode())
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     if (before["config"], before["weights"]) != (found["config"], found["weights"]):

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
 from cosmos3_train.commands import train
+from cosmos3_train.data import blocks
+from cosmos3_train.data import prepare as prepare_rows
 from tests.commands.tiny import QUICK
 
 HYBRID = ("experiments/nano_policy_hybrid.yaml", "data.datasets.pusht_moves.cache_latents=false")
@@ -52,6 +58,13 @@ def test_evaluate_measures_a_run_with_the_statistics_it_was_trained_with(cosmos3
     assert found["facts"]["normalised by"] == "the statistics it was trained with"
 
 
+def test_a_command_may_be_given_from_another_folder(cosmos3, project, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    line = (str(project / HYBRID[0]), *HYBRID[1:], "model.path=data/cosmos3_pico", ROWS, *QUICK, "name=from_elsewhere")
+    assert cosmos3("check", *line) == 0
+    assert "data/cosmos3_pico: " in capsys.readouterr().out
+
+
 def test_prepare_says_what_it_made_and_does_it_once(cosmos3, tmp_path, capsys):
     line = ("prepare", "data/pusht/log.yaml", "--output", str(tmp_path / "rows"), "--stride", "20")
     assert cosmos3(*line) == 0
@@ -88,6 +101,82 @@ def test_a_mistake_is_one_line_and_code_2(line, words, cosmos3, project, capsys)
     assert len(errors) == 1
     assert all(word in errors[0] for word in words), errors[0]
     assert not (project / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("data.datasets.pusht_moves.tasks={polcy: 1}", ["data.datasets.pusht_moves.tasks", "Did you mean 'policy'"]),
+        ("data.datasets.pusht_moves.tasks={video_to_sound: 1}", ["video_to_sound", "needs sound"]),
+        ("data.datasets.pusht_moves.weight=0", ["data.datasets.pusht_moves.weight is 0", "above 0"]),
+        ("evaluation.solver_steps=0", ["evaluation.solver_steps is 0", "at least 1"]),
+        ("tuning.learning_rate_multipliers={'lyers*': 2.0}", ["lyers"]),
+        ("training.tokens_per_micro_batch=50", ["raise it to"]),
+        ("strategy.devices=0", ["strategy.devices is 0"]),
+    ],
+)
+def test_train_looks_before_it_begins(override, words, cosmos3, project, capsys):
+    """A mistake that `check` knows costs no weight read, no row prepared, and leaves no folder."""
+    rows = "data.datasets.pusht_moves.prepared=prepared/never"
+    line = (*HYBRID, *QUICK, rows, "model.path=data/cosmos3_pico", "name=never", override)
+    assert cosmos3("train", *line) == 2
+    errors = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error: ")]
+    assert len(errors) == 1 and all(word in errors[0] for word in words), errors
+    assert not (project / "runs" / "never").exists()
+    assert not list((project / "prepared").glob("*never*"))
+
+
+def test_a_signal_while_preparing_ends_with_75_and_the_same_command_goes_on(
+    cosmos3, project, tiny_model, monkeypatch, capsys
+):
+    monkeypatch.setattr(blocks, "BLOCK_FRAMES", 150)  # the log in some forty blocks
+    rows = "data.datasets.pusht_moves.prepared=prepared/stopped"
+    line = (*HYBRID, *QUICK, rows, f"model.path={tiny_model}", "name=stopped", "export=none", "evaluation.before=false")
+    done, work = project / "prepared" / ".stopped.preparing" / "blocks", project / "prepared" / ".stopped.preparing"
+
+    def signal_after_two_blocks() -> None:
+        while len(list(done.glob("*.json"))) < 2:
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    watcher = threading.Thread(target=signal_after_two_blocks)
+    watcher.start()
+    assert cosmos3("train", *line) == 75
+    watcher.join()
+    status = project / "runs" / "stopped" / "status.json"
+    assert json.loads(status.read_text()) == {"state": "interrupted", "step": 0, "steps": 2}
+    kept = {path.name: path.stat().st_mtime_ns for path in done.glob("*.json")}
+    assert 2 <= len(kept) < 40 and not (project / "prepared" / "stopped").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    seen = {}
+    finish = prepare_rows._finish
+
+    def look(*arguments, **named):
+        seen.update({path.name: path.stat().st_mtime_ns for path in done.glob("*.json")})
+        return finish(*arguments, **named)
+
+    monkeypatch.setattr(prepare_rows, "_finish", look)
+    assert cosmos3("train", *line) == 0
+    assert kept.items() < seen.items(), "finished blocks are not made again"
+    assert json.loads(status.read_text())["state"] == "finished" and not work.exists()
+
+
+def test_a_finished_run_asked_for_another_export_carries_it_out(cosmos3, project, tiny_model, capsys):
+    line = (*HYBRID, *QUICK, ROWS, f"model.path={tiny_model}", "name=twice", "evaluation.before=false")
+    assert cosmos3("train", *line, "export=none") == 0
+    run = project / "runs" / "twice"
+    assert not (run / "export").exists()
+    report, weights = (run / "report.json").read_bytes(), sorted((run / "checkpoints").rglob("*.safetensors"))
+    made = {path: path.stat().st_mtime_ns for path in weights}
+    for form, file in (("adapter", "cosmos3_adapter.safetensors"), ("merged", "model_index.json")):
+        capsys.readouterr()
+        assert cosmos3("train", *line, f"export={form}") == 0
+        told = capsys.readouterr().out
+        assert f"runs/twice/export/{form}" in told and "export differs by" in told
+        assert (run / "export" / form / file).is_file() and (run / "export" / form / "verification.json").is_file()
+    assert {path: path.stat().st_mtime_ns for path in weights} == made, "nothing was trained again"
+    assert (run / "report.json").read_bytes() == report
+    assert cosmos3("train", *line, "export=merged") == 0
 
 
 def test_check_tells_every_problem(cosmos3, capsys):

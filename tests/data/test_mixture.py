@@ -162,7 +162,7 @@ def test_heldout_windows_never_train(datasets):
         ({"small": entry(0)}, r"small\.weight is 0; it is above 0"),
         ({"small": entry(1, polcy=1)}, r"small\.tasks: 'polcy' is not a task. Did you mean 'policy'"),
         ({"small": entry(1, policy=-1)}, r"tasks\.policy is -1"),
-        ({"small": entry(1, policy=0)}, r"tasks is empty"),
+        ({"small": entry(1, policy=0)}, r"tasks has no weight above 0"),
         ({"small": entry(1, video_to_sound=1)}, "needs sound"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, Cosmos3OmniPipeline
@@ -12,7 +13,7 @@ from cosmos3_train.model.loading import load_parts
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
 from tests.parity.upstream import TINY, randomise
 
-PICO = "data/cosmos3_pico"
+PICO = str(Path(__file__).resolve().parents[2] / "data" / "cosmos3_pico")
 
 
 @cache

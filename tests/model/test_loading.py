@@ -109,8 +109,6 @@ def test_bad_files_are_named(folder, tmp_path):
     (copy / "transformer" / "config.json").unlink()
     with pytest.raises(UserError, match=r"no transformer/config.json in it"):
         load_backbone(model(copy), CPU)
-    with pytest.raises(UserError, match="no such folder, and not a Hub id"):
-        load_backbone(model("./nowhere"), CPU)
     shutil.rmtree(copy / "vae")
     (copy / "transformer" / "config.json").write_text("{}")
     with pytest.raises(UserError, match="its tokenizer, scheduler or vae cannot be read"):

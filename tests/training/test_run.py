@@ -19,6 +19,7 @@ from cosmos3_train.config import UserError
 from cosmos3_train.training.checkpoints import list_checkpoints
 from cosmos3_train.training.module import TrainingFailed
 from cosmos3_train.training.run import build, claim_folder, train
+from cosmos3_train.training.throughput import RATES
 from tests.training.project import FRESH, load, write_project
 
 PARTS = ("trainables", "average", "optimizer")
@@ -43,7 +44,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 def rows(folder: Path) -> list[tuple[str, ...]]:
     """metrics.csv without what a clock measured."""
     with (folder / "metrics.csv").open(newline="") as file:
-        return [tuple(row) for row in csv.reader(file) if row[1] != "tokens_per_second"]
+        return [tuple(row) for row in csv.reader(file) if row[1] not in RATES]
 
 
 def status(folder: Path) -> dict:

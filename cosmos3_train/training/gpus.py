@@ -1,0 +1,53 @@
+"""What NVIDIA says its GPUs can do: the denominators of MFU, and the sizes that `cosmos3 plan` knows.
+
+Dense tensor-core rates with float32 accumulation, without sparsity (data sheets print twice that where they count it).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of GPU.
+
+    key:      how `cosmos3 plan --gpu` calls it
+    names:    pattern of what torch calls it (`torch.cuda.get_device_name`)
+    gb:       memory as sold, in 10⁹ bytes
+    bfloat16, fp8: peak TFLOP/s; None where it has no such tensor cores
+    source:   where the numbers stand
+    """
+
+    key: str
+    names: str
+    gb: float
+    bfloat16: float
+    fp8: float | None
+    source: str
+
+
+GPUS: tuple[Gpu, ...] = (
+    Gpu("b200-180g", r"\bB200\b", 180, 2250.0, 4500.0, "NVIDIA HGX B200 data sheet, one of eight"),
+    Gpu("h200-nvl-141g", r"\bH200 NVL\b", 141, 835.5, 1670.5, "NVIDIA H200 data sheet, NVL"),
+    Gpu("h200-141g", r"\bH200\b", 141, 989.0, 1979.0, "NVIDIA H200 data sheet, SXM"),
+    Gpu("gh200-96g", r"\bGH200\b", 96, 989.0, 1979.0, "NVIDIA GH200 data sheet"),
+    Gpu("h100-pcie-80g", r"\bH100 PCIe\b", 80, 756.0, 1513.0, "NVIDIA H100 data sheet, PCIe"),
+    Gpu("h100-nvl-94g", r"\bH100 NVL\b", 94, 835.5, 1670.5, "NVIDIA H100 data sheet, NVL"),
+    Gpu("h100-80g", r"\bH100\b", 80, 989.0, 1979.0, "NVIDIA H100 data sheet, SXM"),
+    Gpu("a100-80g", r"\bA100\b.*80GB", 80, 312.0, None, "NVIDIA A100 data sheet"),
+    Gpu("a100-40g", r"\bA100\b", 40, 312.0, None, "NVIDIA A100 data sheet"),
+    Gpu("l40s-48g", r"\bL40S\b", 48, 362.0, 733.0, "NVIDIA L40S data sheet"),
+    Gpu("rtx6000ada-48g", r"\bRTX 6000 Ada\b", 48, 364.2, 728.5, "NVIDIA Ada architecture, RTX 6000"),
+    Gpu("a6000-48g", r"\bRTX A6000\b", 48, 154.8, None, "NVIDIA RTX A6000 data sheet"),
+    Gpu("rtx5090-32g", r"\bRTX 5090\b(?! (Laptop|D))", 32, 209.5, 419.0, "NVIDIA RTX Blackwell architecture"),
+    Gpu("rtx4090-24g", r"\bRTX 4090\b(?! (Laptop|D))", 24, 165.2, 330.3, "NVIDIA Ada architecture, RTX 4090"),
+    Gpu("l4-24g", r"\bL4\b", 24, 121.0, 242.5, "NVIDIA L4 data sheet"),
+)
+"""The first whose pattern is found in a name is the one, so narrower patterns stand above wider ones."""
+
+
+def find_gpu(name: str) -> Gpu | None:
+    """The GPU that torch calls so, None where it is not in the table."""
+    return next((gpu for gpu in GPUS if re.search(gpu.names, name)), None)

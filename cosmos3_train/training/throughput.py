@@ -1,0 +1,174 @@
+"""How fast a run goes: the floating-point operations that a step must do, and the times that its steps take.
+
+MFU is those operations over the time and the GPU's bf16 peak. Counted is only what the step must do, so a slower way
+of doing it cannot raise the figure: the weights of the layers' projections and MLPs and the attention, of both towers.
+Not counted: recomputation, LoRA's own small matrices, embeddings and heads (together under 2 % in Nano), anything
+element-wise. The language model's output layer counts for labelled tokens alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from cosmos3_train.config import Tuning
+from cosmos3_train.training.gpus import find_gpu
+from cosmos3_train.types import PackedSequence
+
+Effort = Literal["cached", "frozen", "adapted", "trained"]
+"""What a step does with a tower: nothing, for its keys and values are kept; a forward pass alone; also gradients of
+inputs (LoRA, or weights below it that train); also gradients of its weights."""
+
+PASSES: dict[Effort, int] = {"cached": 0, "frozen": 1, "adapted": 2, "trained": 3}
+"""Matrix products by each weight: forward, gradient of the input, gradient of the weight; 2 FLOPs a weight and token
+each."""
+
+ATTENTION_PASSES: dict[Effort, int] = {"cached": 0, "frozen": 1, "adapted": 3, "trained": 3}
+"""Attention's backward is four matrix products to the forward's two, and needs neither more nor fewer with LoRA."""
+
+RATES = (
+    "tokens_per_second",
+    "samples_per_second",
+    "step_seconds",
+    "mfu",
+    "data_wait_share",
+    "peak_memory_gib",
+)
+"""Names of what `Throughput.rates` measures: functions of the machine, not of the run."""
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """The sizes of a Cosmos 3 transformer and what a step does with each tower.
+
+    layers, hidden, intermediate, vocabulary: of both towers alike
+    queries, keys: width of all query heads, and of all key heads
+    mlp_matrices:  3 with a gate, 2 without (Edge)
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    queries: int
+    keys: int
+    mlp_matrices: int
+    understanding: Effort
+    generation: Effort
+
+    @staticmethod
+    def of(config: Any, tuning: Tuning) -> Arithmetic:
+        """From a `Cosmos3OmniTransformer`'s config and what trains of it."""
+        whole = tuning.method in ("tower", "full")
+
+        def effort(tower: str) -> Effort:
+            chosen = tuning.method == "full" or tower in tuning.towers
+            if chosen:
+                return "trained" if whole else "adapted"
+            # The losses lie above the generation tower, so gradients pass through it whatever trains.
+            return "adapted" if tower == "generation" else "frozen"
+
+        return Arithmetic(
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            vocabulary=config.vocab_size,
+            queries=config.num_attention_heads * config.head_dim,
+            keys=config.num_key_value_heads * config.head_dim,
+            mlp_matrices=2 if config.hidden_act == "relu2" else 3,
+            understanding=effort("understanding"),
+            generation=effort("generation"),
+        )
+
+    @property
+    def tower_weights(self) -> int:
+        """Weights of the projections and MLPs of one tower."""
+        attention = 2 * self.hidden * (self.queries + self.keys)
+        return self.layers * (attention + self.mlp_matrices * self.hidden * self.intermediate)
+
+    def flops(self, text: Sequence[int], generation: Sequence[int], labelled: int = 0) -> int:
+        """Floating-point operations that one forward and backward of these samples must do.
+
+        Args:
+            text, generation: tokens of each sample in the two streams.
+            labelled: text tokens whose next token is predicted.
+        """
+        understanding, generating = PASSES[self.understanding], PASSES[self.generation]
+        linear = 2 * self.tower_weights * (understanding * sum(text) + generating * sum(generation))
+        # q·k and the sum over v: 2 FLOPs each a pair and channel. A text token sees half of its sample's text.
+        causal = 2 * self.queries * sum(t * t for t in text)
+        joint = 4 * self.queries * sum(g * (t + g) for t, g in zip(text, generation, strict=True))
+        attention = causal * ATTENTION_PASSES[self.understanding] + joint * ATTENTION_PASSES[self.generation]
+        return linear + self.layers * attention + 2 * self.hidden * self.vocabulary * understanding * labelled
+
+    def step_flops(self, packs: Iterable[PackedSequence]) -> int:
+        """The same of a step's packs."""
+        return sum(self.flops(p.text_spans.lengths, p.generation_lengths, p.labels.numel()) for p in packs)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One optimizer step of this process.
+
+    seconds: from the end of the step before, so reading, logging and everything around the step is in it
+    waited:  seconds of these in which the loader had nothing ready (and Lightning's own moments)
+    tokens, samples: of this process's share;  flops: that its share must do
+    """
+
+    seconds: float
+    waited: float
+    tokens: int
+    samples: int
+    flops: int
+
+
+class Throughput:
+    """The times of steps, gathered between two lines of the log.
+
+    A step ends when the host knows its gradient's norm, which waits for the device, so the host's clock is the step's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        gpu = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self._peak = gpu.bfloat16 * 1e12 if gpu else None
+        self._steps: list[StepTime] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin the next step here: what came before it (an evaluation, a checkpoint) is no part of a step."""
+        self._since = self._started = time.perf_counter()
+
+    def start(self) -> None:
+        """The step's data is here."""
+        self._started = time.perf_counter()
+
+    def stop(self, tokens: int, samples: int, flops: int) -> StepTime:
+        """The step is made."""
+        now = time.perf_counter()
+        step = StepTime(now - self._since, self._started - self._since, tokens, samples, flops)
+        self._since = self._started = now
+        self._steps.append(step)
+        return step
+
+    def rates(self, ranks: int) -> dict[str, float]:
+        """What the steps since the last call came to, over all ranks; MFU is of one GPU, and only of a known one."""
+        steps, self._steps = self._steps, []
+        if not steps:
+            return {}
+        seconds = max(1e-9, sum(step.seconds for step in steps))
+        found = {
+            "tokens_per_second": sum(step.tokens for step in steps) * ranks / seconds,
+            "samples_per_second": sum(step.samples for step in steps) * ranks / seconds,
+            "step_seconds": seconds / len(steps),
+            "data_wait_share": sum(step.waited for step in steps) / seconds,
+        }
+        if self._peak is not None:
+            found["mfu"] = sum(step.flops for step in steps) / seconds / self._peak
+        if self._device.type == "cuda":
+            found["peak_memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
+        return found
