@@ -276,7 +276,7 @@ TWO = RUN.replace(
 
 def test_a_domain_belongs_to_one_robot_unless_it_is_shared_on_purpose(root):
     leg = write(root / "configs" / "embodiment" / "leg.yaml", ROBOT.replace("name: arm", "name: leg"))
-    fails(root, r"domain_id 4 is taken by both 'arm' and 'leg'; .*shares_domain: arm", run=TWO)
+    fails(root, r"embodiments.leg.domain_id is 4, which is taken by 'arm'; .*such as 31, .*shares_domain: arm", run=TWO)
     leg.write_text(leg.read_text() + "shares_domain: arm\n")
     assert set(load(root).experiment.embodiments) == {"arm", "leg"}
     leg.write_text(ROBOT.replace("name: arm", "name: leg").replace("domain_id: 4", "domain_id: 5"))

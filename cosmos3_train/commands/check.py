@@ -17,6 +17,7 @@ from cosmos3_train.commands.console import FINISHED, USER_ERROR, say, say_error,
 from cosmos3_train.commands.delivery import refuse_form
 from cosmos3_train.config import Dataset, Loaded, UserError
 from cosmos3_train.evaluation.closed_loop import make_simulator
+from cosmos3_train.model.domains import refuse_taken_domains
 from cosmos3_train.model.loading import fetched_folder
 
 LATENT_BYTES = 48 * 2
@@ -57,6 +58,7 @@ def examine(loaded: Loaded) -> Findings:
     experiment, findings = loaded.experiment, Findings()
     findings.rows.append(("experiment", f"{experiment.name}: every key and value is of the schema"))
     findings.look(lambda: refuse_form(experiment, experiment.export))
+    findings.look(lambda: refuse_taken_domains(experiment.embodiments.values()))
     for name, entry in experiment.data.datasets.items():
         findings.look(lambda name=name, entry=entry: _look_at_data(loaded, name, entry, findings))
     if not experiment.data.datasets:

@@ -35,6 +35,7 @@ from cosmos3_train.config.schema import (
     Tuning,
     UserError,
     fail,
+    free_domain,
     nearest,
 )
 
@@ -63,6 +64,7 @@ __all__ = [
     "fail",
     "find_part",
     "flatten",
+    "free_domain",
     "from_plain",
     "load_embodiment",
     "load_experiment",

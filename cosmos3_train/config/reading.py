@@ -20,7 +20,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from cosmos3_train.config.schema import KINDS, Embodiment, Experiment, Model, fail, nearest
+from cosmos3_train.config.schema import KINDS, Embodiment, Experiment, Model, fail, free_domain, nearest
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -314,9 +314,10 @@ def _check_references(experiment: Experiment, where: str) -> None:
     for card in experiment.embodiments.values():
         other = owners.setdefault(card.domain_id, card)
         if other is not card and card.shares_domain != other.name and other.shares_domain != card.name:
+            free = free_domain(known.domain_id for known in experiment.embodiments.values())
             fail(
-                f"{where}: domain_id {card.domain_id} is taken by both {other.name!r} and {card.name!r}; give one a "
-                f"free slot, or say shares_domain: {other.name}"
+                f"{where}: embodiments.{card.name}.domain_id is {card.domain_id}, which is taken by {other.name!r}; "
+                f"give one a free slot, such as {free}, or say shares_domain: {other.name} on the card"
             )
 
 

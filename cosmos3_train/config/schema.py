@@ -40,6 +40,11 @@ def fail(message: str) -> NoReturn:
     raise UserError(message)
 
 
+def free_domain(taken: Iterable[int]) -> int | None:
+    """The highest slot of the action heads that is not among `taken`; None where all are."""
+    return max(set(range(DOMAINS)) - set(taken), default=None)
+
+
 def _require(section: str, record: object, rule: str, holds: Callable[[float], bool], *keys: str) -> None:
     """Raise `UserError` for the first of the keys whose value breaks the rule. NaN breaks every comparison."""
     for key in keys:
@@ -75,7 +80,7 @@ class Embodiment:
     """A robot's action and camera contract: everything that the model must know about it (an embodiment card).
 
     domain_id:       slot of the action heads, 0 .. 31. Upstream's registered ids are kept; a new robot takes a free one
-    shares_domain:   the embodiment that already has this slot, where two share it on purpose
+    shares_domain:   the embodiment that already has this slot, upstream's or ours, where two share it on purpose
     initialise_from: domain whose rows a fresh slot starts from; None draws them anew
     control_hz:      actions a second
     chunk:           action rows a window, a multiple of 4 (a window has chunk + 1 frames)
@@ -164,7 +169,7 @@ class Model:
     dtype:                  of the frozen weights and of the arithmetic; trainables are float32 masters either way
     vae_dtype:              of the video tokenizer: trained and served in bf16, which is faster on a CPU too
     attention:              auto picks the fastest that works here and says which
-    compile:                generate kernels for the layers (torch.compile): the first steps wait for it, about a minute,
+    compile:                generate kernels for the layers (torch.compile): the first steps wait a minute for it,
                             then every step is faster; auto does on a GPU, not on a CPU
     checkpoint_activations: recompute the generation tower's layers in backward: less memory, about a third slower
     """

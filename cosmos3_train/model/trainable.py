@@ -19,7 +19,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from diffusers.models.normalization import RMSNorm
-from diffusers.pipelines.cosmos.pipeline_cosmos3_omni import _EMBODIMENT_TO_DOMAIN_ID
 from peft import LoraConfig, TaskType  # noqa: F401  TaskType keeps peft's registry imported
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -27,6 +26,7 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
 from cosmos3_train.config import Embodiment, Tuning, UserError, nearest
+from cosmos3_train.model.domains import REGISTERED
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
 from cosmos3_train.runtime import fold
 
@@ -48,8 +48,8 @@ UNDERSTANDING_NAMES = (
 )
 """Parameter names (shell patterns) of the understanding tower; every other parameter is the generation tower's."""
 
-UPSTREAMS_DOMAINS = frozenset(_EMBODIMENT_TO_DOMAIN_ID.values())
-"""Slots that published checkpoints may have trained. Read once: an export registers robots of its own in that table."""
+UPSTREAMS_DOMAINS = frozenset(REGISTERED.values())
+"""Slots that published checkpoints may have trained."""
 
 HEAD_INITIAL_STD = 0.02
 """Spread of a fresh domain's rows, a truncated normal, as upstream starts untrained action heads."""
