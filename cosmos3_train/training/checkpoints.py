@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cosmos3_train.config import UserError, nearest
+from cosmos3_train.data.files import write_whole
 
 STATE = "state.json"
 PARTS = ("trainables", "average", "optimizer")
@@ -30,12 +31,14 @@ class Position:
 
     step: optimizer steps made (skipped ones left out);  drawn: steps' worth of samples drawn, skipped ones included
     samples: samples drawn over all ranks;  skipped: steps left out for a non-finite gradient
+    skipped_in_a_row: of those, the ones since the last step that was made, which patience counts
     """
 
     step: int = 0
     drawn: int = 0
     samples: int = 0
     skipped: int = 0
+    skipped_in_a_row: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,18 @@ class Checkpoint:
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write `folder/step_NNNNNN` atomically, then remove all but the newest `keep`.
 
+    Where it is there already, only steps were left out since, which change no tensor: its position alone is replaced.
+
     Raises:
         UserError: the disk is full or read-only; the earlier checkpoints are untouched.
     """
     name = f"step_{checkpoint.position.step:06d}"
     target, partial = folder / name, folder / f".{name}.partial"
-    if (target / STATE).is_file():
-        return target  # made before: what was drawn since was left out, and is drawn and left out again
+    state = (json.dumps(asdict(checkpoint.position), indent=2) + "\n").encode()
     try:
+        if (target / STATE).is_file():
+            write_whole(target / STATE, state)
+            return target
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -68,7 +75,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
                 save_file(
                     {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial / f"{part}.safetensors"
                 )
-        (partial / STATE).write_text(json.dumps(asdict(checkpoint.position), indent=2) + "\n")
+        (partial / STATE).write_bytes(state)
         for file in partial.iterdir():
             _flush(file)
         partial.replace(target)

@@ -15,7 +15,7 @@ from cosmos3_train.runtime import is_first_rank, world_size
 from cosmos3_train.training.checkpoints import Checkpoint, save_checkpoint
 from cosmos3_train.training.module import PostTraining
 from cosmos3_train.training.optimizer import optimizer_tensors
-from cosmos3_train.training.progress import Bar, Metrics, write_status
+from cosmos3_train.training.progress import SKIPPED, Bar, Metrics, write_status
 from cosmos3_train.training.strategy import any_rank
 from cosmos3_train.training.throughput import StepTime, Throughput
 
@@ -57,7 +57,7 @@ class RunLoop(lightning.Callback):
         self._previous_handler = signal.signal(signal.SIGTERM, self._on_signal)
         step = self.module.position.step
         if is_first_rank():
-            self._metrics = Metrics(self.folder, self.module.experiment, step)
+            self._metrics = Metrics(self.folder, self.module.experiment, step, self.module.position.skipped)
             write_status(self.folder, "running", step, self.training.steps)
         if self._evaluation_due(step):  # unless it was made already: a run may stop between a checkpoint and the next
             self._evaluate()
@@ -81,8 +81,8 @@ class RunLoop(lightning.Callback):
             self.watch(time)
         self._bar.advance(step)
         last, made = step >= training.steps, not self.module.report.skipped
-        if not made:  # told with the step that it was on the way to, whose rows a resumed run drops and makes again
-            self._write(step + 1, {"skipped": self.module.position.skipped})
+        if not made:  # told with the step that it was on the way to
+            self._write(step + 1, {SKIPPED: self.module.position.skipped})
         if last or (made and step % training.log_every_n_steps == 0):
             self._log(step)
         self.interrupted = not last and any_rank(self._asked_to_stop, self.module.device)

@@ -77,7 +77,6 @@ class PostTraining(lightning.LightningModule):
         self.average = Average(trainables.parameters, decay) if decay else None
         self.position = Position()
         self.report = StepReport()
-        self._skipped_in_a_row = 0
         self._compared_ranks = False
 
     # -------------------------------------------------------------------------------------------- the step
@@ -158,9 +157,7 @@ class PostTraining(lightning.LightningModule):
             self.optimizer.step()
             if self.average is not None:
                 self.average.update(self.trainables.parameters)
-            self._skipped_in_a_row = 0
         else:
-            self._skipped_in_a_row += 1
             logger.warning("step %d: gradient norm is %s; the step is skipped", self.position.step, norm)
         self.optimizer.zero_grad(set_to_none=True)
         self.position = Position(
@@ -168,11 +165,12 @@ class PostTraining(lightning.LightningModule):
             drawn=drawn + 1,
             samples=self.position.samples + training.samples_per_step,
             skipped=self.position.skipped + int(not finite),
+            skipped_in_a_row=0 if finite else self.position.skipped_in_a_row + 1,
         )
         self.report = StepReport(gradient_norm=norm, learning_rate=rate, skipped=not finite)
-        if self._skipped_in_a_row >= config.patience:
+        if self.position.skipped_in_a_row >= config.patience:
             raise TrainingFailed(
-                f"{self._skipped_in_a_row} steps in a row had a non-finite gradient (optimizer.patience); "
+                f"{self.position.skipped_in_a_row} steps in a row had a non-finite gradient (optimizer.patience); "
                 f"lower optimizer.learning_rate, or look at the data with 'cosmos3 check'"
             )
 

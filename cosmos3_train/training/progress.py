@@ -16,14 +16,22 @@ from cosmos3_train.config import Experiment, UserError, to_plain
 
 State = Literal["running", "interrupted", "finished", "failed"]
 
+SKIPPED = "skipped"
+"""The metric that a step leaves which was left out: how many were, so far."""
+
 
 class Metrics:
-    """Numbers by step, appended to `metrics.csv` as rows (step, metric, value), and to W&B where asked."""
+    """Numbers by step, appended to `metrics.csv` as rows (step, metric, value), and to W&B where asked.
 
-    def __init__(self, folder: Path, experiment: Experiment, resumed_at: int) -> None:
+    Args:
+        resumed_at: rows of later steps are dropped, for those steps are made again.
+        skipped: steps that were left out up to there, which are not left out again: their rows stay.
+    """
+
+    def __init__(self, folder: Path, experiment: Experiment, resumed_at: int, skipped: int = 0) -> None:
         self.path = folder / "metrics.csv"
         with _one_line_if_the_disk_is_full(self.path):
-            self._kept = _keep_rows_until(self.path, resumed_at)
+            self._kept = _keep_rows_until(self.path, resumed_at, skipped)
         self._wandb = _start_wandb(folder, experiment) if experiment.logging.wandb else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -90,12 +98,17 @@ def read_status(folder: Path) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _keep_rows_until(path: Path, step: int) -> set[tuple[int, str]]:
+def _keep_rows_until(path: Path, step: int, skipped: int) -> set[tuple[int, str]]:
     """Drop rows of steps that a resumed run will make again; returns what is left, by step and metric."""
+
+    def stays(row: list[str]) -> bool:
+        # A step that was left out is told with the step that it was on the way to, and counts all so far.
+        return int(row[0]) <= step or (row[1] == SKIPPED and float(row[2]) <= skipped)
+
     rows: list[list[str]] = []
     if path.is_file():
         with path.open(newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.reader(file) if len(row) == 3 and row[0].isdigit() and int(row[0]) <= step]
+            rows = [row for row in csv.reader(file) if len(row) == 3 and row[0].isdigit() and stays(row)]
     beside = path.with_suffix(".partial")
     with beside.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("step", "metric", "value"), *rows])

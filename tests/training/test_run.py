@@ -80,7 +80,9 @@ def test_interrupted_and_resumed_equals_undisturbed_bit_for_bit(project):
     assert rows(whole.run_folder) == rows(parts.run_folder)
     evaluated = [row[0] for row in rows(parts.run_folder) if row[1] == "heldout"]
     assert evaluated == ["0", "1", "2", "3", "4"]
-    assert position(parts.run_folder, 4) == {"step": 4, "drawn": 4, "samples": 16, "skipped": 0}
+    assert position(parts.run_folder, 4) == {
+        "step": 4, "drawn": 4, "samples": 16, "skipped": 0, "skipped_in_a_row": 0
+    }  # fmt: skip
     moved = tensors(whole.run_folder, 2)
     assert any(not torch.equal(value, moved[name]) for name, value in tensors(whole.run_folder, 4).items())
 
@@ -301,6 +303,34 @@ def test_a_run_of_bad_gradients_ends_the_run_with_its_reason(tmp_path):
     assert "3 steps in a row" in status(loaded.run_folder)["reason"]
     assert not list_checkpoints(loaded.run_folder / "checkpoints")
     assert start.keys() == build(loaded).trainables.parameters.keys()
+
+
+def test_patience_counts_on_over_interruptions(tmp_path):
+    """A run that is stopped and started again within a streak of bad steps is aborted where an undisturbed one is."""
+    root = write_project(tmp_path / "root")
+    loaded = load(root, "name=patient", "optimizer.patience=5", "evaluation.before=false", *MOVES_ONLY)
+    build(loaded)
+    poison(root, every=True)
+
+    def stop_at(step: int):
+        made = []
+
+        def watch(*_) -> None:
+            made.append(None)
+            if len(made) == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        return watch
+
+    for step, so_far in ((3, 3), (1, 4)):  # the second finds its checkpoint made, and replaces the position in it
+        assert train(loaded, watch=stop_at(step)) == "interrupted"
+        assert position(loaded.run_folder, 0) == {
+            "step": 0, "drawn": so_far, "samples": 2 * so_far, "skipped": so_far, "skipped_in_a_row": so_far
+        }  # fmt: skip
+        assert not list((loaded.run_folder / "checkpoints").rglob("*.writing"))
+    with pytest.raises(TrainingFailed, match="5 steps in a row"):
+        train(loaded, watch=lambda *_: pytest.fail("the fifth bad step is the last"))
+    assert rows(loaded.run_folder)[1:] == [("1", "skipped", f"{n}.0") for n in (1, 2, 3, 4)]
 
 
 def test_a_signal_to_the_whole_group_reaches_the_workers_too_and_does_no_harm(project):
