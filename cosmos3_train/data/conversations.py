@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from cosmos3_train.config import UserError, nearest
+from cosmos3_train.data.index import SPLITS, assign_splits
 from cosmos3_train.flow.tasks import CONVERSATION
 from cosmos3_train.runtime import fold
 from cosmos3_train.types import Sample
@@ -31,35 +32,32 @@ class ConversationDataset:
     ) -> None:
         """Args:
             path: the file, or a folder that holds exactly one .jsonl file.
-            heldout_fraction: share of the lines, by a hash of (seed, name, line), that is "heldout".
+            heldout_fraction: share of the conversations, by a hash of (seed, content), that is "heldout": adding a line
+                moves no other, and copies of a conversation, here or in another file, are on one side.
 
         Raises:
             UserError: the file is missing, or a line is not a conversation; names file and line.
         """
         self.path = _file(Path(path))
         self.name = name or self.path.stem
-        offsets, digest = [], hashlib.sha256()
+        offsets, contents, digest = [], [], hashlib.sha256()
         offset = 0
         with self.path.open("rb") as file:
             for line_number, line in enumerate(file, start=1):
                 if line.strip():
-                    _parse(line, f"{self.path}, line {line_number}")
+                    messages = _parse(line, f"{self.path}, line {line_number}")
                     offsets.append((line_number, offset))
+                    contents.append(_content(messages))
                 offset += len(line)
                 digest.update(line)
         if not offsets:
             raise UserError(f"{self.path}: the file has no conversation")
         self.fingerprint = digest.hexdigest()[:32]
         self._lines = np.asarray(offsets, dtype=np.int64)
-        heldout = np.array(
-            [fold(seed, "heldout", self.name, number) / 2**63 < heldout_fraction for number, _ in offsets], dtype=bool
-        )
-        if heldout_fraction > 0 and len(offsets) >= 2:  # at least one line on either side
-            if not heldout.any():
-                heldout[fold(seed, "heldout", self.name) % len(heldout)] = True
-            elif heldout.all():
-                heldout[fold(seed, "heldout", self.name) % len(heldout)] = False
-        self._places: dict[str, np.ndarray] = {"train": np.flatnonzero(~heldout), "heldout": np.flatnonzero(heldout)}
+        different = list(dict.fromkeys(contents))
+        sides = assign_splits(CONVERSATION, different, heldout_fraction if len(different) > 1 else 0.0, seed)
+        splits = np.array([sides[content] for content in contents])
+        self._places: dict[str, np.ndarray] = {split: np.flatnonzero(splits == split) for split in SPLITS}
 
     def count(self, split: str) -> int:
         """Conversations of "train" or "heldout"."""
@@ -73,6 +71,11 @@ class ConversationDataset:
             file.seek(offset)
             messages = _parse(file.readline(), f"{self.path}, line {line_number}")
         return Sample(key=f"{self.name}/line_{line_number:06d}", number=number, task=task, messages=messages)
+
+
+def _content(messages: list[dict[str, str]]) -> int:
+    """A number of what is said and by whom, however the line writes it."""
+    return fold(0, *(word for message in messages for word in (message["role"], message["content"])))
 
 
 def _file(path: Path) -> Path:

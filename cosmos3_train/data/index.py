@@ -47,7 +47,8 @@ FEATURES = Features(
 def assign_splits(dataset: str, episodes: Sequence[int], heldout_fraction: float, seed: int) -> dict[int, str]:
     """Episode → "train" or "heldout", by a hash of (seed, dataset, episode): adding episodes moves none of the others.
 
-    With two episodes or more and a fraction above 0, at least one is held out, and at least one trains.
+    With two episodes or more and a fraction above 0, at least one is held out, and at least one trains. An episode may
+    be any number that a thing always has, such as a hash of a conversation.
     """
     score = {episode: fold(seed, "heldout", dataset, episode) / 2**63 for episode in episodes}
     heldout = {episode for episode in episodes if score[episode] < heldout_fraction}

@@ -17,6 +17,14 @@ def write(tmp_path, lines):
     return path
 
 
+def said(dataset):
+    """The assistant's words of each split."""
+    return {
+        split: [dataset.sample(split, i, "conversation", 0).messages[1]["content"] for i in range(dataset.count(split))]
+        for split in ("train", "heldout")
+    }
+
+
 def test_both_forms_and_empty_lines(tmp_path):
     system = {"role": "system", "content": "Be brief."}
     bare, named = json.dumps([ASK, SAY], ensure_ascii=False), json.dumps({"messages": [system, ASK, SAY]})
@@ -30,14 +38,42 @@ def test_both_forms_and_empty_lines(tmp_path):
 
 def test_heldout_lines(tmp_path):
     path = write(tmp_path, [json.dumps([ASK, {**SAY, "content": str(i)}]) for i in range(50)])
-    dataset = ConversationDataset(path, heldout_fraction=0.2)
-    said = {
-        split: {dataset.sample(split, i, "conversation", 0).messages[1]["content"] for i in range(dataset.count(split))}
-        for split in ("train", "heldout")
-    }
-    assert len(said["train"]) + len(said["heldout"]) == 50
-    assert 0 < len(said["heldout"]) < 25
+    words = said(ConversationDataset(path, heldout_fraction=0.2))
+    assert sorted(int(word) for split in words.values() for word in split) == list(range(50))
+    assert 0 < len(words["heldout"]) < 25
     assert ConversationDataset(path, heldout_fraction=0.001).count("heldout") == 1
+
+
+def test_adding_and_moving_lines_moves_no_other(tmp_path):
+    lines = [json.dumps([ASK, {**SAY, "content": str(i)}]) for i in range(60)]
+    before = said(ConversationDataset(write(tmp_path, lines[:50]), heldout_fraction=0.2))
+    more = said(ConversationDataset(write(tmp_path, [lines[55], *lines[49::-1], *lines[50:55]]), heldout_fraction=0.2))
+    for split in ("train", "heldout"):
+        assert set(before[split]) == {words for words in more[split] if int(words) < 50}
+
+
+def test_copies_of_a_conversation_are_on_one_side_however_they_are_written(tmp_path):
+    turns = [[ASK, {**SAY, "content": str(i)}] for i in range(40)]
+    forms = (
+        json.dumps,
+        lambda talk: json.dumps({"messages": talk}, ensure_ascii=False, indent=None, separators=(",", ":")),
+        lambda talk: json.dumps([dict(reversed(message.items())) for message in talk]),
+    )
+    (tmp_path / "one").mkdir()
+    first = said(ConversationDataset(write(tmp_path, [form(t) for form in forms for t in turns]), heldout_fraction=0.3))
+    assert not set(first["train"]) & set(first["heldout"])
+    assert len(first["heldout"]) == 3 * len(set(first["heldout"])) > 0
+    path = write(tmp_path / "one", [json.dumps(t) for t in turns])
+    assert set(said(ConversationDataset(path.rename(path.with_name("b.jsonl")), heldout_fraction=0.3))["heldout"]) == (
+        set(first["heldout"])
+    ), "nor does it matter which file it stands in"
+
+
+def test_copies_alone_are_never_held_out(tmp_path):
+    for number in range(8):
+        line = json.dumps([ASK, {**SAY, "content": str(number)}])
+        dataset = ConversationDataset(write(tmp_path, [line] * 5), heldout_fraction=0.9)
+        assert (dataset.count("train"), dataset.count("heldout")) == (5, 0)
 
 
 def test_a_folder_with_one_file(tmp_path):
