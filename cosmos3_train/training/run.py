@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 EXPERIMENT = "experiment.yaml"
 BASE = "base.json"
+DATA = "data.json"
 CHECKPOINTS = "checkpoints"
 
 FREE = (
@@ -182,6 +183,7 @@ def build(loaded: Loaded) -> Run:
         seed=experiment.training.seed,
     )
     opened = open_datasets(loaded, encoder)
+    _refuse_other_data(loaded, opened)
     if not encodes and experiment.evaluation.closed_loop_episodes == 0:
         encoder.parts.vae.to("cpu")  # every latent is cached, so the video tokenizer leaves the GPU
     talks = any(isinstance(dataset, ConversationDataset) for dataset, _ in opened.values())
@@ -271,6 +273,27 @@ def _refuse_another_base(loaded: Loaded) -> None:
             f"{folder}: it was trained on {before['name']!r} with weights {before['weights'][:12]}, but model.path "
             f"{model.path!r} now has weights {found['weights'][:12]}; give the base that it was trained on, or --fresh"
         )
+
+
+def _refuse_other_data(loaded: Loaded, opened: Opened) -> None:
+    """Remember what each dataset holds, and refuse to go on with (or to hand over) a run under which one has changed.
+
+    Rows would be drawn in another order, held-out ones might train, and statistics would be others than the trained.
+    """
+    folder = loaded.run_folder
+    if not is_first_rank() or not folder.is_dir():
+        return
+    path, now = folder / DATA, {name: dataset.fingerprint for name, (dataset, _) in opened.items()}
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for name, fingerprint in now.items():
+        if before.get(name, fingerprint) != fingerprint:
+            raise UserError(
+                f"{folder}: data.datasets.{name} has changed since the run there was started (fingerprint "
+                f"{before[name][:12]}, now {fingerprint[:12]}); put the data back to go on, give another name, or use "
+                f"--fresh to start over"
+            )
+    if before != now:
+        write_whole(path, (json.dumps(now, indent=2) + "\n").encode())
 
 
 def _refuse_changes(before: Mapping, experiment: Experiment, folder: Path) -> None:

@@ -20,6 +20,7 @@ from cosmos3_train.training.checkpoints import list_checkpoints
 from cosmos3_train.training.module import TrainingFailed
 from cosmos3_train.training.run import build, claim_folder, train
 from cosmos3_train.training.throughput import RATES
+from tests.data.logs import CAMERA, make_log
 from tests.training.project import FRESH, load, write_project
 
 PARTS = ("trainables", "average", "optimizer")
@@ -204,6 +205,34 @@ def test_how_a_run_is_carried_out_may_change_while_it_is_interrupted(project):
     for name, value in ours.items():
         if name.startswith("trainables/"):
             assert float((value - theirs[name]).norm() / theirs[name].norm()) < 1e-3, name
+
+
+def test_data_that_changed_under_a_half_finished_run_are_refused_by_name(tmp_path):
+    """Another order of samples and other statistics would follow, and held-out lines might train."""
+    root = write_project(tmp_path / "root")
+    loaded = load(root, "name=half", "training.evaluate_every_n_steps=1")
+    assert train(loaded, evaluate=stop_after(2, {})) == "interrupted"
+    kept = tensors(loaded.run_folder, 2)
+    talk = (root / "talk.jsonl").read_text()
+    (root / "talk.jsonl").write_text(talk + talk.replace("left", "right"))
+    with pytest.raises(UserError, match=r"half: data\.datasets\.talk has changed since the run .*--fresh") as caught:
+        train(loaded)
+    assert "\n" not in str(caught.value)
+    (root / "talk.jsonl").write_text(talk)
+    (root / "log").rename(root / "first_log")
+    make_log(root / "log", [14, 13, 12, 14, 15], cameras={CAMERA: (32, 48)})
+    with pytest.raises(UserError, match="prepared/moves: the log has changed since"):
+        train(loaded)
+    (root / "prepared" / "moves").rename(root / "prepared" / "first_moves")
+    with pytest.raises(
+        UserError, match=r"half: data\.datasets\.moves has changed since the run .* \(fingerprint \w{12},"
+    ):
+        train(loaded)
+    assert_same(tensors(loaded.run_folder, 2), kept)
+    for name in ("log", "prepared/moves"):
+        (root / name).rename((root / name).with_name("second"))
+        (root / name).with_name(f"first_{Path(name).name}").rename(root / name)
+    assert train(loaded, evaluate=lambda run: {}) == "finished"
 
 
 # ------------------------------------------------------------------------------------------------ what trains
