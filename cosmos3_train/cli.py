@@ -1,4 +1,5 @@
-"""The command line. It alone, with its commands, chains the floors: prepare, check, train, evaluate, export, show.
+"""The command line. It alone, with its commands, chains the floors: prepare, check, train, evaluate, export, show,
+benchmark.
 
 Exit codes: 0 finished, 2 the user's mistake (one line on standard error), 75 interrupted and to be run again, 130
 stopped by Ctrl-C or a closed pipe (nothing is said), 1 else.
@@ -78,6 +79,13 @@ def _show(options: argparse.Namespace) -> int:
     return show.run(_load(options))
 
 
+def _benchmark(options: argparse.Namespace) -> int:
+    loaded = _load(options)
+    from cosmos3_train.commands import benchmark
+
+    return benchmark.run(loaded, against=options.against, output=options.output)
+
+
 def _export(options: argparse.Namespace) -> int:
     from cosmos3_train.commands import export
 
@@ -129,6 +137,7 @@ def _add_experiments(commands: argparse._SubParsersAction) -> None:
         ("train", _train, "carry out an experiment, or go on with it; export and report its result"),
         ("check", _check, "look for mistakes in config, data, model and disk, in seconds and without a GPU"),
         ("show", _show, "print every resolved value and the layer that set it"),
+        ("benchmark", _benchmark, "measure how fast an experiment trains on this machine"),
     ):
         command = commands.add_parser(name, help=words, description=words)
         command.add_argument("experiment", type=Path, metavar="EXPERIMENT", help="a file under experiments/")
@@ -138,6 +147,11 @@ def _add_experiments(commands: argparse._SubParsersAction) -> None:
         command.set_defaults(command=function)
         if name == "train":
             command.add_argument("--fresh", action="store_true", help="throw away the run of that name and start over")
+        if name == "benchmark":
+            command.add_argument(
+                "--against", choices=("stock",), help="also time a loop over stock diffusers and PEFT, at its best"
+            )
+            command.add_argument("--output", type=Path, metavar="DIR", help="folder of the result (runs/NAME)")
 
 
 def _add_results(commands: argparse._SubParsersAction) -> None:

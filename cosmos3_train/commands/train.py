@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,13 +30,11 @@ def run(loaded: Loaded, *, fresh: bool, began: float) -> int:
     """
     from cosmos3_train.export.verify import VerificationError
     from cosmos3_train.training.measures import measure
-    from cosmos3_train.training.run import TrainingFailed, build, is_finished, train
+    from cosmos3_train.training.run import TrainingFailed, build, is_finished, quieten_lightning, train
 
     if (fresh or not is_finished(loaded.run_folder)) and _mistakes(loaded):
         return USER_ERROR
-    # Lightning advertises and announces devices that we name ourselves; its warnings still come through.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    quieten_lightning()
     try:
         ended = train(loaded, fresh=fresh, evaluate=measure, deliver=lambda run: _deliver(run, began))
         if ended == "interrupted":

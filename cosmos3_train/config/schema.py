@@ -417,12 +417,34 @@ class Evaluation:
 class Logging:
     """Where numbers go besides metrics.csv, which is always written.
 
-    wandb:   also send them to Weights & Biases;  project: its project;  offline: write its files, send nothing
+    wandb:   also send them to Weights & Biases, as its own settings say (WANDB_API_KEY, WANDB_MODE, `wandb login`)
+    project: its project;  offline: write its files into the run's folder and send nothing, whatever those say
     """
 
     wandb: bool = False
     project: str = "cosmos3_train"
     offline: bool = False
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What `cosmos3 benchmark` measures, and the log that it makes to measure on.
+
+    first_step:    the median is over this step and all later ones; those before it warm up (compilation, loader)
+    height, width: of the log's frames, pixels
+    text_tokens:   of every prompt, whose instruction is filled up with words
+    windows:       of the log
+    """
+
+    first_step: int = 20
+    height: int = 256
+    width: int = 256
+    text_tokens: int = 180
+    windows: int = 256
+
+    def __post_init__(self) -> None:
+        _require("benchmark", self, "at least 1", lambda x: x >= 1, "first_step", "text_tokens", "windows")
+        _require("benchmark", self, "even and above 0 (video)", lambda x: x > 0 and x % 2 == 0, "height", "width")
 
 
 @dataclass(frozen=True)
@@ -447,6 +469,7 @@ class Experiment:
     strategy: Strategy = field(default_factory=Strategy)
     evaluation: Evaluation = field(default_factory=Evaluation)
     logging: Logging = field(default_factory=Logging)
+    benchmark: Benchmark = field(default_factory=Benchmark)
     export: Literal["none", "adapter", "merged"] = "adapter"
 
     def __post_init__(self) -> None:

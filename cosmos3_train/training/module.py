@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import lightning
@@ -86,12 +87,8 @@ class PostTraining(lightning.LightningModule):
         assert batch.step == self.position.drawn, "the loader and the run disagree about where they are"
         torch.manual_seed(fold(self.experiment.training.seed, "dropout", batch.step, rank()))
         step = self.packer(batch) if isinstance(batch, StepBatch) else batch
-        counts = self._step_counts(step)
-        sums = dict.fromkeys(LOSSES, torch.zeros((), device=self.device))
-        for pack in step.packs:
-            losses = self.pack_losses(pack.to(self.device))
-            self.manual_backward(self._weighted(losses, counts))
-            sums = {name: sums[name] + losses[name].detach() if name in losses else sums[name] for name in LOSSES}
+        counts = self.step_counts(step)
+        sums = self.accumulate(step.packs, counts)
         self._descend(batch.step)
         self.report = replace(
             self.report,
@@ -102,9 +99,28 @@ class PostTraining(lightning.LightningModule):
         )
         self._sums, self._counts = sums, counts
 
+    def accumulate(self, packs: Iterable[PackedSequence], counts: Tensor) -> dict[str, Tensor]:
+        """Forward and backward of packs, one after the other; gradients add up. Returns the summed losses by modality.
+
+        Args:
+            counts: `step_counts` of the whole step.
+        """
+        sums = dict.fromkeys(LOSSES, torch.zeros((), device=self.device))
+        for pack in packs:
+            losses = self.pack_losses(pack.to(self.device))
+            self.manual_backward(self._weighted(losses, counts))
+            sums = {name: sums[name] + losses[name].detach() if name in losses else sums[name] for name in LOSSES}
+        return sums
+
     def on_train_batch_start(self, batch: StepBatch | PackedStep, batch_idx: int) -> int | None:
         """End the epoch, and so the run, once its steps are made."""
         return -1 if self.position.step >= self.experiment.training.steps else None
+
+    def step_counts(self, step: PackedStep) -> Tensor:
+        """The denominators of the whole step in the order of LOSSES: samples of each modality and labelled tokens, over
+        all ranks. Never read on the host within the step, which would wait for all work queued on the device."""
+        counts = torch.tensor([step.counts[name] for name in LOSSES], dtype=torch.float32)
+        return summed(counts.to(self.device, non_blocking=True)) if dist.is_initialized() else counts
 
     def pack_losses(self, pack: PackedSequence) -> dict[str, Tensor]:
         """Summed losses of a pack by modality, float32 scalars with gradient."""
@@ -131,12 +147,6 @@ class PostTraining(lightning.LightningModule):
     def _weights(self) -> dict[str, float]:
         objective = self.experiment.objective
         return {"video": objective.video, "action": objective.action, "sound": objective.sound, TEXT: objective.text}
-
-    def _step_counts(self, step: PackedStep) -> Tensor:
-        """The denominators of the whole step in the order of LOSSES: samples of each modality and labelled tokens, over
-        all ranks. Never read on the host within the step, which would wait for all work queued on the device."""
-        counts = torch.tensor([step.counts[name] for name in LOSSES], dtype=torch.float32)
-        return summed(counts.to(self.device, non_blocking=True)) if dist.is_initialized() else counts
 
     def _weighted(self, losses: dict[str, Tensor], counts: Tensor) -> Tensor:
         weights, least_one = self._weights(), counts.clamp(min=1)

@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,7 @@ FREE = (
     "parts",
     "strategy",
     "logging",
+    "benchmark",
     "evaluation",
     "export",
     "data.workers",
@@ -96,6 +98,9 @@ Evaluate = Callable[[Run], Mapping[str, float]]
 Deliver = Callable[[Run], None]
 """Takes a run that has just finished; called on the first rank alone, with the run on its device again."""
 
+Watch = Callable[[Run, StepTime], None]
+"""Sees every step's time as soon as it is made, and the run as that step left it."""
+
 
 def train(
     loaded: Loaded,
@@ -103,7 +108,7 @@ def train(
     fresh: bool = False,
     evaluate: Evaluate | None = None,
     deliver: Deliver | None = None,
-    watch: Callable[[StepTime], None] | None = None,
+    watch: Watch | None = None,
 ) -> Ended:
     """Carry out an experiment, or go on with it.
 
@@ -111,7 +116,7 @@ def train(
         fresh: throw away the run that is in the folder.
         evaluate: called before the first step, every `evaluate_every_n_steps`, and after the last one.
         deliver: called once the run has made its last step; not for a run that was finished before.
-        watch: called after every step with its time.
+        watch: called after every step.
 
     Raises:
         UserError: the configuration, the data or the checkpoint does not allow it.
@@ -127,19 +132,19 @@ def train(
         return "interrupted"
 
 
-def _carry_out(
-    loaded: Loaded,
-    evaluate: Evaluate | None,
-    deliver: Deliver | None,
-    watch: Callable[[StepTime], None] | None,
-) -> Ended:
+def _carry_out(loaded: Loaded, evaluate: Evaluate | None, deliver: Deliver | None, watch: Watch | None) -> Ended:
     run = build(loaded)
     position = run.module.position
     logger.info("seed %d", run.experiment.training.seed)
     logger.info("%s", run.trainables.description)
     data = StepData(loaded, run.opened, run.module.packer)
     data.first_step = position.drawn
-    loop = RunLoop(run.module, run.folder, None if evaluate is None else lambda: evaluate(run), watch)
+    loop = RunLoop(
+        run.module,
+        run.folder,
+        None if evaluate is None else lambda: evaluate(run),
+        None if watch is None else lambda time: watch(run, time),
+    )
     trainer = make_trainer(run.experiment, run.device, loop)
     try:
         trainer.fit(run.module, datamodule=data)
@@ -305,6 +310,12 @@ def _refuse_changes(before: Mapping, experiment: Experiment, folder: Path) -> No
                 f"{folder}: {key} is {new.get(key)!r}, but the run there was started with {old.get(key)!r}; "
                 f"set it back to go on, give another name, or use --fresh to start over"
             )
+
+
+def quieten_lightning() -> None:
+    """Lightning advertises and announces devices that we name ourselves; its warnings still come through."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
 
 
 def make_trainer(experiment: Experiment, device: torch.device, loop: RunLoop) -> lightning.Trainer:

@@ -92,7 +92,7 @@ def test_the_readme_has_command_lines_for_every_command():
     words = {
         word for line in shell_lines((ROOT / "README.md").read_text()) for word in re.findall(r"cosmos3 (\w+)", line)
     }
-    assert words == {"train", "evaluate", "export", "prepare", "check", "show"}
+    assert words == {"train", "evaluate", "export", "prepare", "check", "show", "benchmark"}
 
 
 def test_the_readmes_tree_names_real_files():

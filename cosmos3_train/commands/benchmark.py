@@ -1,0 +1,113 @@
+"""cosmos3 benchmark EXPERIMENT: how fast it trains on this machine, as a table, a JSON file and a Markdown file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from cosmos3_train.commands.console import FAILED, FINISHED, INTERRUPTED, say, say_error, say_table
+from cosmos3_train.config import Loaded
+
+if TYPE_CHECKING:
+    from cosmos3_train.training.benchmark import Rate, Result
+
+NUMBERS, TABLE = "benchmark.json", "benchmark.md"
+
+HEAD = (
+    "way",
+    "steps",
+    "s/step",
+    "samples/s",
+    "tokens/s",
+    "MFU",
+    "peak GiB",
+    "waits for data",
+    "warm-up s",
+    "× bare step",
+    "× stock",
+)
+
+
+def run(loaded: Loaded, *, against: Literal["stock"] | None, output: Path | None) -> int:
+    """Measure, print, write.
+
+    Args:
+        output: folder of the two files; None takes the run's.
+
+    Raises:
+        UserError: the experiment is no benchmark.
+    """
+    from cosmos3_train.data.files import write_whole
+    from cosmos3_train.training.benchmark import measure
+    from cosmos3_train.training.run import TrainingFailed, quieten_lightning
+
+    quieten_lightning()
+    try:
+        result = measure(loaded, against)
+    except TrainingFailed as error:
+        say_error(error)
+        return FAILED
+    if result is None:
+        return INTERRUPTED
+    folder = output or loaded.run_folder
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / NUMBERS, (json.dumps(result.plain(), indent=2) + "\n").encode())
+    write_whole(folder / TABLE, markdown(result).encode())
+    say()
+    for line in about(result):
+        say(line)
+    say_table(table(result.rates))
+    say(f"written to {folder / TABLE} and {folder / NUMBERS}")
+    return FINISHED
+
+
+def about(result: Result) -> list[str]:
+    """What was measured, on what, in words."""
+    compiled = f"compiled by {result.compiler}" if result.compiler else "not compiled"
+    recomputed = "activations recomputed" if result.recomputed else "activations kept"
+    found = [
+        f"{result.workload}: {result.gpu}, torch {result.torch}",
+        f"a step: {result.samples} samples, {result.generation_tokens:,} generation and {result.text_tokens:,} text "
+        f"tokens, {result.flops / 1e12:.4g} TFLOP that it must do",
+        f"cosmos3 train: attention {result.attention}, layers {compiled}, {recomputed}",
+    ]
+    if result.stock_tried:
+        tried = "; ".join(f"{way} {rate:.3g}" for way, rate in result.stock_tried.items())
+        found.append(f"diffusers + PEFT, samples/s by a few samples: {tried}")
+    return found
+
+
+def table(rates: Sequence[Rate]) -> list[tuple[str, ...]]:
+    """The head and a line for each way, as words."""
+    return [HEAD, *(_line(rate) for rate in rates)]
+
+
+def markdown(result: Result) -> str:
+    """The same as a Markdown file."""
+    head, *lines = table(result.rates)
+    rows = [head, ("---",) * len(head), *lines]
+    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    words = "\n".join(f"- {line}" for line in about(result))
+    return f"# {result.workload}\n\n{words}\n\n{text}\n"
+
+
+def _line(rate: Rate) -> tuple[str, ...]:
+    return (
+        rate.way,
+        str(rate.steps),
+        f"{rate.step_seconds:.4g}",
+        f"{rate.samples_per_second:.3g}",
+        f"{rate.tokens_per_second:,.0f}",
+        _number(rate.mfu, ".1%"),
+        _number(rate.peak_memory_gib, ".1f"),
+        _number(rate.data_wait_share, ".1%"),
+        _number(rate.warm_up_seconds, ".1f"),
+        _number(rate.to_bare, ".3f"),
+        _number(rate.to_stock, ".2f"),
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)

@@ -1,0 +1,260 @@
+"""How fast an experiment trains here: the run itself, the bare step beside it, and stock diffusers with PEFT.
+
+The run is `training.run.train` with everything that a run has: Lightning, the loader, packing, cached latents, the
+optimizer, the log. The bare step is the same arithmetic on packs that lie on the device already. Counted is what a step
+must do (`throughput.Arithmetic`), the same for all three.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from cosmos3_train.config import Loaded, UserError
+from cosmos3_train.data.mixture import Mixture, StepDataset
+from cosmos3_train.runtime import world_size
+from cosmos3_train.training.benchmark_log import ensure_benchmark_data, only_dataset, only_task
+from cosmos3_train.training.gpus import find_gpu
+from cosmos3_train.training.optimizer import clip_gradients
+from cosmos3_train.training.run import Run, train
+from cosmos3_train.training.stock import time_stock
+from cosmos3_train.training.strategy import device_for
+from cosmos3_train.training.throughput import StepTime
+from cosmos3_train.types import TokenSample
+
+BARE_PACKED = 4
+"""Steps of different data that the bare step goes through in turn."""
+BARE_ROUNDS, BARE_STEPS = 3, 8
+"""The bare step's seconds are the median of this many rounds, each the mean of so many steps without a wait between."""
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Rate:
+    """One way of making the steps. None where the way or the machine has no such number.
+
+    way:               in words;  steps: measured
+    step_seconds:      median
+    tokens_per_second: of both streams
+    mfu:               of the GPU's bf16 peak
+    peak_memory_gib:   of the whole of it, from loading on
+    data_wait_share:   of the measured seconds, waiting for the loader
+    warm_up_seconds:   compilation, mostly: what the steps before the measured ones took above the median
+    to_bare, to_stock: samples a second over those of the bare step, and of stock
+    """
+
+    way: str
+    steps: int
+    step_seconds: float
+    samples_per_second: float
+    tokens_per_second: float
+    mfu: float | None
+    peak_memory_gib: float | None
+    data_wait_share: float | None = None
+    warm_up_seconds: float | None = None
+    to_bare: float | None = None
+    to_stock: float | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a benchmark found.
+
+    gpu:   as torch calls it, 'cpu' without;  torch: its version
+    text_tokens, generation_tokens, samples, flops: of one step, which all rates share
+    attention, compiler, recomputed: how the run was carried out
+    stock_tried: samples a second of every setting of stock, by a few samples
+    """
+
+    workload: str
+    gpu: str
+    torch: str
+    samples: int
+    text_tokens: int
+    generation_tokens: int
+    flops: int
+    attention: str
+    compiler: str | None
+    recomputed: bool
+    rates: list[Rate]
+    stock_tried: dict[str, float] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class _Watcher:
+    """Gathers the run's step times; after the last step it times the bare one, where everything is in place still."""
+
+    def __init__(self) -> None:
+        self.times: list[StepTime] = []
+        self.bare_seconds = 0.0
+        self.run_peak = self.bare_peak = 0
+        self.samples: list[TokenSample] = []
+        self.how: tuple[str, str | None, bool] = ("", None, False)
+
+    def __call__(self, run: Run, step: StepTime) -> None:
+        self.times.append(step)
+        if run.module.position.step < run.experiment.training.steps:
+            return
+        self.run_peak = _peak(run.device)
+        backbone = run.backbone
+        self.how = (backbone.attention_backend, backbone.compiler, backbone.gradient_checkpointing)
+        steps = _steps(run)
+        self.samples = run.encoder.encode(steps[0].samples)
+        self.bare_seconds = time_bare_step(run, steps)
+        self.bare_peak = _peak(run.device)
+
+
+def measure(loaded: Loaded, against: Literal["stock"] | None = None) -> Result | None:
+    """Make the data, carry out the run anew, and time it; None where a signal interrupted it.
+
+    Raises:
+        UserError: the experiment is no benchmark, or several processes were started.
+        TrainingFailed: the numbers do not allow it.
+    """
+    experiment = loaded.experiment
+    only_task(only_dataset(experiment))
+    if world_size() > 1:
+        raise UserError(f"{world_size()} processes were started; a benchmark is of one")
+    first, steps = experiment.benchmark.first_step, experiment.training.steps
+    if first > steps:
+        raise UserError(f"benchmark.first_step is {first}, but training.steps is {steps}; measure at least one step")
+    if against == "stock" and experiment.tuning.method != "lora":
+        raise UserError(
+            f"tuning.method is {experiment.tuning.method!r}; the stock loop that it is compared with trains 'lora'"
+        )
+    ensure_benchmark_data(loaded)
+    device = device_for(experiment.strategy)
+    watcher = _Watcher()
+    if train(loaded, fresh=True, watch=watcher) == "interrupted":
+        return None
+    _free(device)
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    times = watcher.times[first - 1 :]
+    shape = _Shape.of(times, watcher.samples, gpu)
+    median = statistics.median(step.seconds for step in times)
+    ours = shape.rate(
+        "cosmos3 train",
+        len(times),
+        median,
+        watcher.run_peak,
+        data_wait_share=sum(step.waited for step in times) / sum(step.seconds for step in times),
+        warm_up_seconds=max(0.0, sum(step.seconds for step in watcher.times[: first - 1]) - (first - 1) * median),
+    )
+    bare = shape.rate("bare step", BARE_ROUNDS * BARE_STEPS, watcher.bare_seconds, watcher.bare_peak)
+    rates, tried = [ours, bare], {}
+    if against == "stock":
+        stock = time_stock(loaded.model, experiment.tuning, watcher.samples, device)
+        rates.append(shape.rate(f"diffusers + PEFT: {stock.way}", stock.steps, stock.seconds, stock.peak_bytes))
+        tried = stock.tried
+    attention, compiler, recomputed = watcher.how
+    return Result(
+        workload=experiment.name,
+        gpu=gpu,
+        torch=torch.__version__,
+        samples=shape.samples,
+        text_tokens=sum(sample.text.numel() for sample in watcher.samples),
+        generation_tokens=shape.tokens - sum(sample.text.numel() for sample in watcher.samples),
+        flops=shape.flops,
+        attention=attention,
+        compiler=compiler,
+        recomputed=recomputed,
+        rates=_compared(rates),
+        stock_tried=tried,
+    )
+
+
+def time_bare_step(run: Run, steps: Sequence[Any]) -> float:
+    """Seconds of an optimizer step on packs that are on the device: forward, backward, clipping, AdamW."""
+    module, device = run.module, run.device
+    packed = [module.packer(step) for step in steps]
+    ready = [([pack.to(device) for pack in step.packs], module.step_counts(step)) for step in packed]
+    parameters = list(run.trainables.parameters.values())
+
+    def make_steps(count: int) -> None:
+        for number in range(count):
+            packs, counts = ready[number % len(ready)]
+            module.accumulate(packs, counts)
+            clip_gradients(parameters, run.experiment.optimizer.clip)
+            module.optimizer.step()
+            module.optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    make_steps(1)
+    found = []
+    for _ in range(BARE_ROUNDS):
+        began = time.perf_counter()
+        make_steps(BARE_STEPS)
+        found.append((time.perf_counter() - began) / BARE_STEPS)
+    return statistics.median(found)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What every way does in a step."""
+
+    samples: int
+    tokens: int
+    flops: int
+    peak_flops: float | None
+
+    @staticmethod
+    def of(times: Sequence[StepTime], samples: Sequence[TokenSample], gpu: str) -> _Shape:
+        (step,) = {(time.samples, time.tokens, time.flops) for time in times}  # all steps of a benchmark are alike
+        assert step[0] == len(samples)
+        known = find_gpu(gpu)
+        return _Shape(*step, peak_flops=known.bfloat16 * 1e12 if known else None)
+
+    def rate(self, way: str, steps: int, seconds: float, peak_bytes: int, **more: float) -> Rate:
+        return Rate(
+            way=way,
+            steps=steps,
+            step_seconds=seconds,
+            samples_per_second=self.samples / seconds,
+            tokens_per_second=self.tokens / seconds,
+            mfu=self.flops / seconds / self.peak_flops if self.peak_flops else None,
+            peak_memory_gib=peak_bytes / GIB if peak_bytes else None,
+            **more,
+        )
+
+
+def _compared(rates: Sequence[Rate]) -> list[Rate]:
+    """The rates with their ratios; the second is the bare step's, the third, if there is one, stock's."""
+    bare, stock = rates[1], rates[2] if len(rates) > 2 else None
+    return [
+        Rate(
+            **{
+                **asdict(rate),
+                "to_bare": rate.samples_per_second / bare.samples_per_second,
+                "to_stock": rate.samples_per_second / stock.samples_per_second if stock else None,
+            }
+        )
+        for rate in rates
+    ]
+
+
+def _steps(run: Run) -> list[Any]:
+    """A few steps' samples, as the loader reads them."""
+    training = run.experiment.training
+    steps = StepDataset(Mixture(run.opened, training.seed), training.samples_per_step, 0, 1, BARE_PACKED)
+    return [steps[step] for step in range(BARE_PACKED)]
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _free(device: torch.device) -> None:
+    """Give the run's memory back: Lightning has moved the model to the CPU, and cycles hold it there."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

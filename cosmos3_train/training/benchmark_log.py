@@ -1,0 +1,143 @@
+"""The log that a benchmark trains on: made up, but in the form and geometry of a real one, and prepared as one is."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cosmos3_train.config import Benchmark, Dataset, Embodiment, Experiment, Loaded, UserError
+from cosmos3_train.data.card import DatasetCard
+from cosmos3_train.data.lerobot_writer import LeRobotWriter
+from cosmos3_train.data.prepare import CARD_FILE, prepare, read_card
+from cosmos3_train.flow.tasks import TASKS
+from cosmos3_train.model.loading import load_parts
+from cosmos3_train.model.prompts import canvas, robot_prompt, video_prompt
+
+logger = logging.getLogger(__name__)
+
+WORD = " push"
+"""Fills instructions up: one token of most tokenizers, Pico's among them."""
+WINDOWS_AN_EPISODE = 32
+CELL = 16
+"""Side of the squares of the made-up pictures, pixels: flat enough to encode and decode as fast as real ones."""
+
+
+def ensure_benchmark_data(loaded: Loaded) -> None:
+    """Make the log of an experiment's one dataset and its prepared rows, unless they are there.
+
+    Raises:
+        UserError: the experiment has not one dataset with an embodiment, one task and no card of its own.
+    """
+    experiment = loaded.experiment
+    entry = only_dataset(experiment)
+    embodiment = experiment.embodiments[entry.embodiment or ""]
+    prepared = loaded.root / entry.prepared
+    log = prepared.with_name(f"{prepared.name}_log_{_geometry(experiment.benchmark, embodiment)}")
+    if not log.is_dir():
+        instruction = fill_instruction(loaded, embodiment, only_task(entry))
+        logger.info("making %s", log)
+        write_log(log, experiment.benchmark, embodiment, instruction)
+    # Prepared rows point at their log: those of a log of another geometry, or of another place, are made anew.
+    stale = (prepared / CARD_FILE).is_file() and read_card(prepared)["source"] != str(log.resolve())
+    prepare(
+        DatasetCard(name=prepared.name, format="lerobot_v3"),
+        embodiment,
+        log,
+        prepared,
+        window_stride=experiment.data.window_stride,
+        heldout_fraction=experiment.data.heldout_fraction,
+        workers=max(1, experiment.data.workers),
+        fresh=stale,
+        progress=False,
+    )
+
+
+def only_dataset(experiment: Experiment) -> Dataset:
+    """The one dataset of a benchmark.
+
+    Raises:
+        UserError: there is none, there are several, or it is one of the user's.
+    """
+    datasets = experiment.data.datasets
+    if len(datasets) != 1:
+        raise UserError(f"data.datasets has {len(datasets)} entries; a benchmark has one, whose log it makes")
+    name, entry = next(iter(datasets.items()))
+    if entry.card is not None or entry.source is not None or entry.embodiment is None:
+        raise UserError(
+            f"data.datasets.{name}: a benchmark makes its own log; name an embodiment, and neither card nor source "
+            "(see experiments/benchmark_policy256.yaml)"
+        )
+    return entry
+
+
+def only_task(entry: Dataset) -> str:
+    """The one task of a benchmark: its samples have all the same length."""
+    tasks = [task for task, weight in entry.tasks.items() if weight]
+    if len(tasks) != 1:
+        raise UserError(f"a benchmark's dataset has one task, this has {len(tasks)}: {', '.join(tasks)}")
+    return tasks[0]
+
+
+def fill_instruction(loaded: Loaded, embodiment: Embodiment, task: str) -> str:
+    """An instruction whose prompt has the benchmark's number of tokens, or those its template needs."""
+    parts = load_parts(loaded.model, torch.device("cpu"), vae_weights=False)
+    size = (loaded.experiment.benchmark.height, loaded.experiment.benchmark.width)
+
+    def tokens(words: int) -> int:
+        text = (WORD * words).strip()
+        if TASKS[task].has_robot:
+            return robot_prompt(parts, text, embodiment, size).numel()
+        place = canvas(size, embodiment.resolution_tier)
+        return video_prompt(parts, text, embodiment.frames, place, embodiment.control_hz).numel()
+
+    return (WORD * _words(tokens, loaded.experiment.benchmark.text_tokens)).strip()
+
+
+def _words(tokens: Callable[[int], int], wanted: int) -> int:
+    """The fewest words, at least one, of which `tokens` makes as many as are wanted."""
+    words = max(1, wanted - tokens(1))
+    while words > 1 and tokens(words) > wanted:
+        words -= 1
+    while tokens(words) < wanted:
+        words += 1
+    return words
+
+
+def write_log(folder: Path, benchmark: Benchmark, embodiment: Embodiment, instruction: str) -> None:
+    """A LeRobot log with the benchmark's number of windows: squares that slide, actions between -1 and 1."""
+    cameras = {camera: (benchmark.height, benchmark.width) for camera in embodiment.cameras}
+    columns = {embodiment.action_key: [channel.name for channel in embodiment.action]}
+    if embodiment.state_key is not None:
+        columns[embodiment.state_key] = columns[embodiment.action_key]
+    episodes = math.ceil(benchmark.windows / WINDOWS_AN_EPISODE)
+    with LeRobotWriter(
+        folder, fps=embodiment.control_hz, cameras=cameras, columns=columns, robot_type=embodiment.name
+    ) as writer:
+        for episode in range(episodes):
+            windows = benchmark.windows * (episode + 1) // episodes - benchmark.windows * episode // episodes
+            length = embodiment.chunk + windows
+            random = np.random.default_rng(episode)
+            values = random.uniform(-1, 1, (length, embodiment.width)).astype(np.float32)
+            writer.add_episode(
+                {camera: _pictures(random, length, size) for camera, size in cameras.items()},
+                dict.fromkeys(columns, values),
+                instruction,
+            )
+
+
+def _pictures(random: np.random.Generator, length: int, size: tuple[int, int]) -> np.ndarray:
+    """uint8 [T, H, W, 3]."""
+    height, width = size
+    cells = random.integers(0, 256, (math.ceil(height / CELL), math.ceil(width / CELL), 3), dtype=np.uint8)
+    still = cells.repeat(CELL, 0).repeat(CELL, 1)[:height, :width]
+    return np.stack([np.roll(still, 2 * frame, axis=1) for frame in range(length)])
+
+
+def _geometry(benchmark: Benchmark, embodiment: Embodiment) -> str:
+    size = f"{embodiment.frames}x{benchmark.height}x{benchmark.width}"
+    return f"{size}_{benchmark.text_tokens}tokens_{benchmark.windows}windows"

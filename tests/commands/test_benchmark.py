@@ -1,0 +1,142 @@
+"""`cosmos3 benchmark` from end to end on a CPU, with a transformer of two tiny layers in place of Nano's."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields
+from types import SimpleNamespace
+
+import pytest
+
+from cosmos3_train.commands.benchmark import HEAD
+from cosmos3_train.config import Tuning
+from cosmos3_train.training.benchmark import Rate
+from cosmos3_train.training.throughput import Arithmetic
+
+TINY = {
+    "num_hidden_layers": 2,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 1152,
+}
+QUICK = (
+    *(f"model.random.{key}={value}" for key, value in TINY.items()),
+    "model.random.rope_axes_dim=[4,2,2]",
+    "model.dtype=float32",
+    "tuning.rank=4",
+    "data.workers=0",
+    "training.steps=4",
+    "training.samples_per_step=2",
+    "training.tokens_per_micro_batch=1000",
+    "benchmark.first_step=2",
+    "benchmark.height=32",
+    "benchmark.width=64",
+    "benchmark.windows=3",
+    "strategy.accelerator=cpu",
+)
+TEXT, GENERATION = 180, 5 * 1 * 2 + 16
+"""Tokens of a sample: 17 frames of 32×64 are 5 latent frames of 2×4 cells."""
+
+
+def stock_baseline_flops(cfg, n_text: int, n_gen: int) -> float:
+    """The yardstick's count, as it stands there."""
+    H, M, L = cfg.hidden_size, cfg.intermediate_size, cfg.num_hidden_layers
+    kv = cfg.num_key_value_heads * cfg.head_dim
+    q = cfg.num_attention_heads * cfg.head_dim
+    per = L * (2 * H * q + 2 * H * kv + 3 * H * M)
+    lin = 4 * per * n_gen + 2 * per * n_text
+    att_gen = L * 4 * q * n_gen * (n_gen + n_text)
+    att_und = L * 2 * q * n_text * n_text
+    return lin + 3 * att_gen + att_und
+
+
+@pytest.fixture
+def policy(cosmos3):
+    def run(*words: str) -> int:
+        return cosmos3("benchmark", "experiments/benchmark_policy256.yaml", *QUICK, *words)
+
+    return run
+
+
+def test_a_benchmark_measures_the_run_the_bare_step_and_stock(policy, project, tmp_path, capsys):
+    assert policy("--against", "stock", "--output", str(tmp_path)) == 0
+    found = json.loads((tmp_path / "benchmark.json").read_text())
+    assert found["workload"] == "benchmark_policy256" and found["gpu"] == "cpu"
+    assert (found["samples"], found["text_tokens"], found["generation_tokens"]) == (2, 2 * TEXT, 2 * GENERATION)
+    assert found["flops"] == 2 * stock_baseline_flops(SimpleNamespace(**TINY), TEXT, GENERATION)
+    run, bare, stock = found["rates"]
+    assert (run["way"], bare["way"]) == ("cosmos3 train", "bare step")
+    assert stock["way"].startswith("diffusers + PEFT: native, with")
+    assert run["steps"] == 3, "steps 2 to 4"
+    for rate in found["rates"]:
+        assert set(rate) == {field.name for field in fields(Rate)}
+        assert rate["step_seconds"] > 0
+        assert rate["samples_per_second"] == pytest.approx(2 / rate["step_seconds"])
+        assert rate["tokens_per_second"] == pytest.approx(2 * (TEXT + GENERATION) / rate["step_seconds"])
+        assert rate["mfu"] is None, "a CPU has no peak to compare with"
+        assert rate["to_bare"] == pytest.approx(bare["step_seconds"] / rate["step_seconds"])
+        assert rate["to_stock"] == pytest.approx(stock["step_seconds"] / rate["step_seconds"])
+    assert 0 <= run["data_wait_share"] <= 1 and run["warm_up_seconds"] >= 0
+    assert set(found["stock_tried"]) == {"native, with checkpointing", "native, without checkpointing"}
+    markdown, printed = (tmp_path / "benchmark.md").read_text(), capsys.readouterr().out
+    for text in (markdown, printed):
+        assert all(title in text for title in HEAD)
+        assert all(rate["way"] in text for rate in found["rates"])
+    assert (project / "runs" / "benchmark_policy256" / "metrics.csv").is_file(), "the run wrote its log"
+
+
+def test_a_second_benchmark_uses_the_log_of_the_first_and_another_geometry_makes_its_own(policy, project):
+    assert policy() == 0
+    rows = project / "prepared" / "benchmark_policy256" / "card.json"
+    first = rows.stat().st_mtime_ns
+    assert policy() == 0
+    assert rows.stat().st_mtime_ns == first
+    assert policy("benchmark.text_tokens=200") == 0
+    assert rows.stat().st_mtime_ns != first
+    found = json.loads((project / "runs" / "benchmark_policy256" / "benchmark.json").read_text())
+    assert found["text_tokens"] == 400
+    assert [rate["to_stock"] for rate in found["rates"]] == [None, None]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("benchmark.first_step=5",), "benchmark.first_step is 5, but training.steps is 4"),
+        (("data.datasets.made.card=data/pusht/log.yaml",), "data.datasets.made: a benchmark makes its own log"),
+        (("data.datasets.made.tasks.inverse_dynamics=1",), "a benchmark's dataset has one task, this has 2"),
+        (("tuning.method=tower", "--against", "stock"), "the stock loop that it is compared with trains 'lora'"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(policy, capsys, words, message):
+    assert policy(*words) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, text, grid, action", [
+    ("policy256", 180, (5, 8, 8), 16),
+    ("policy480", 250, (9, 17, 23), 32),
+    ("video480", 400, (24, 15, 26), 0),
+    ("video720", 400, (24, 23, 40), 0),
+])  # fmt: skip
+def test_the_experiments_are_the_yardsticks_workloads(name, text, grid, action):
+    from cosmos3_train.commands.check_data import latent_shape
+    from cosmos3_train.config import load_experiment
+    from cosmos3_train.flow.tasks import TASKS
+    from tests.commands.tiny import ROOT
+
+    experiment = load_experiment(ROOT / "experiments" / f"benchmark_{name}.yaml").experiment
+    benchmark, robot = experiment.benchmark, experiment.embodiments[f"benchmark_{name}"]
+    t, h, w = latent_shape(robot, (benchmark.height, benchmark.width))
+    assert (t, math.ceil(h / 2), math.ceil(w / 2)) == grid
+    (task,) = experiment.data.datasets["made"].tasks
+    assert (robot.rows if TASKS[task].has_robot else 0) == action
+    assert benchmark.text_tokens == text
+    tokens = text + math.prod(grid) + action
+    assert experiment.training.tokens_per_micro_batch >= tokens
+    nano = SimpleNamespace(**experiment.model.random, hidden_act="silu")
+    counted = Arithmetic.of(nano, Tuning()).flops([text], [math.prod(grid) + action])
+    assert counted == stock_baseline_flops(nano, text, math.prod(grid) + action)
