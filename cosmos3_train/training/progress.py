@@ -5,17 +5,20 @@ from __future__ import annotations
 import csv
 import json
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tqdm import tqdm
 
 from cosmos3_train.config import Experiment, UserError, to_plain
+from cosmos3_train.data.files import write_whole
 
 State = Literal["running", "interrupted", "finished", "failed"]
 
+WANDB_ID = "wandb_id"
 SKIPPED = "skipped"
 """The metric that a step leaves which was left out: how many were, so far."""
 
@@ -127,15 +130,37 @@ def _one_line_if_the_disk_is_full(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _start_wandb(folder: Path, experiment: Experiment):
+def _start_wandb(folder: Path, experiment: Experiment) -> Any:
+    """W&B's run of this folder, gone on with where it is there already.
+
+    Raises:
+        UserError: W&B does not start: no key, no network.
+    """
     import wandb
 
-    return wandb.init(
-        project=experiment.logging.project,
-        name=experiment.name,
-        id=experiment.name.replace("/", "-"),
-        resume="allow",
-        dir=folder,
-        mode="offline" if experiment.logging.offline else "online",
-        config=to_plain(experiment),
-    )
+    try:
+        return wandb.init(
+            project=experiment.logging.project,
+            name=experiment.name,
+            id=_wandb_id(folder),
+            resume="allow",
+            dir=folder,
+            mode="offline" if experiment.logging.offline else None,  # None: as W&B's own settings say
+            config=to_plain(experiment),
+            # It would copy what is printed and the address of the repository, either of which may hold a secret.
+            settings=wandb.Settings(console="off", disable_git=True, save_code=False),
+        )
+    except wandb.Error as error:
+        raise UserError(
+            f"logging.wandb is true, but W&B did not start ({' '.join(str(error).split())}); run 'wandb login', or set "
+            f"logging.offline=true and send the files later with 'wandb sync'"
+        ) from error
+
+
+def _wandb_id(folder: Path) -> str:
+    """An id of the run in this folder alone, the same after every interruption. A name would meet another's run."""
+    path = folder / WANDB_ID
+    if not path.is_file():
+        with _one_line_if_the_disk_is_full(path):
+            write_whole(path, f"{secrets.token_hex(8)}\n".encode())
+    return path.read_text(encoding="utf-8").strip()
