@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 KEPT_FLOAT32 = ("time_embedder.",)
 """Upstream keeps these in float32 whatever the rest runs in (`_keep_in_fp32_modules`)."""
+SWITCHES = ("default_use_system_prompt", "use_native_flow_schedule")
+"""Of a folder's model_index.json: what upstream's pipeline takes from there; what is absent has upstream's default."""
 RANDOM_STD = 0.02
 """Spread of weights drawn at random: what such transformers start from, so that activations keep a usual size."""
 
@@ -109,11 +111,15 @@ def load_backbone(model: Model, device: torch.device, *, text_logits: bool = Tru
 def load_parts(model: Model, device: torch.device, *, vae_weights: bool = True) -> Cosmos3OmniPipeline:
     """Upstream's pipeline without its transformer: tokenizer, video tokenizer, scheduler, and all its builders.
 
+    With the folder's own switches: whether plain clips have a system prompt, and at which noise levels the sampler
+    steps.
+
     Args:
         vae_weights: without them the video tokenizer stays on the meta device: enough for prompts and canvases.
     """
     folder = model_folder(model)
     try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         tokenizer = AutoTokenizer.from_pretrained(folder / "text_tokenizer")
         scheduler: Any = UniPCMultistepScheduler.from_pretrained(folder, subfolder="scheduler")
         vae: Any
@@ -128,7 +134,7 @@ def load_parts(model: Model, device: torch.device, *, vae_weights: bool = True) 
     except (OSError, SafetensorError, json.JSONDecodeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{folder}: its tokenizer, scheduler or vae cannot be read ({reason}); fetch it again"
+            f"{folder}: its model_index.json, tokenizer, scheduler or vae cannot be read ({reason}); fetch it again"
         ) from error
     return Cosmos3OmniPipeline(
         transformer=cast(Any, None),
@@ -136,6 +142,7 @@ def load_parts(model: Model, device: torch.device, *, vae_weights: bool = True) 
         vae=vae,
         scheduler=scheduler,
         enable_safety_checker=False,
+        **{switch: index[switch] for switch in SWITCHES if switch in index},
     )
 
 

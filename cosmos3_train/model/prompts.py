@@ -1,8 +1,9 @@
 """Token ids of a sample's text, made by upstream's own templates, so that training and deployment cannot drift.
 
 `parts` below is upstream's pipeline without a transformer (`loading.load_parts`). Robots get the action caption (a JSON
-text with the instruction, view point, rate, duration and canvas); plain video gets the caption with upstream's duration
-and resolution sentences. Neither has a system prompt, as the checkpoints were trained.
+text with the instruction, view point, rate, duration and canvas) and no system prompt, as the checkpoints were trained;
+plain video gets the caption with upstream's duration and resolution sentences, and a system prompt where the folder's
+pipeline gives it one by default, for that is how it is deployed.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def video_prompt(parts: Cosmos3OmniPipeline, caption: str, frames: int, size: tu
         height=size[0],
         width=size[1],
         fps=fps,
-        use_system_prompt=False,
+        use_system_prompt=None,  # as the folder's model_index.json says
         add_resolution_template=plain,
         add_duration_template=plain,
     )

@@ -7,14 +7,17 @@ import shutil
 
 import pytest
 import torch
-from diffusers import Cosmos3OmniTransformer
+from diffusers import Cosmos3OmniPipeline, Cosmos3OmniTransformer
 from safetensors.torch import load_file, save_file
 
 from cosmos3_train.config import Model, UserError
+from cosmos3_train.evaluation.sampling import solver_schedule
 from cosmos3_train.model.loading import load_backbone, load_parts
-from tests.training.project import write_model
+from cosmos3_train.model.prompts import robot_prompt, video_prompt
+from tests.training.project import robot, write_model
 
 CPU = torch.device("cpu")
+SYSTEM, NATIVE = "default_use_system_prompt", "use_native_flow_schedule"
 
 
 @pytest.fixture(scope="module")
@@ -111,5 +114,35 @@ def test_bad_files_are_named(folder, tmp_path):
         load_backbone(model(copy), CPU)
     shutil.rmtree(copy / "vae")
     (copy / "transformer" / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="its tokenizer, scheduler or vae cannot be read"):
+    with pytest.raises(UserError, match=r"its model_index.json, tokenizer, scheduler or vae cannot be read"):
         load_parts(model(copy), CPU)
+
+
+@pytest.mark.parametrize("switches", [{}, {SYSTEM: False, NATIVE: True}, {SYSTEM: True, NATIVE: False}], ids=str)
+def test_the_switches_of_the_folder_are_upstream_s(folder, tmp_path, switches):
+    """Plain clips have the prompt that the folder's pipeline gives them by default, and its noise levels; robots have
+    no system prompt whatever the default."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    index = json.loads((copy / "model_index.json").read_text())
+    kept = {key: value for key, value in index.items() if key not in (SYSTEM, NATIVE)}
+    (copy / "model_index.json").write_text(json.dumps(kept | switches))
+    ours = load_parts(model(copy, "float32"), CPU, vae_weights=False)
+    theirs = Cosmos3OmniPipeline.from_pretrained(copy, enable_safety_checker=False)
+    assert (ours.config[SYSTEM], ours.config[NATIVE]) == (theirs.config[SYSTEM], theirs.config[NATIVE])
+    assert (ours.config[SYSTEM], ours.config[NATIVE]) == (switches.get(SYSTEM, True), switches.get(NATIVE, False))
+    ids, _ = theirs.tokenize_prompt("a block", num_frames=5, height=64, width=96, fps=10.0)
+    assert video_prompt(ours, "a block", 5, (64, 96), 10.0).tolist() == ids
+    words = ours.text_tokenizer.decode(ids)
+    assert ("<|im_start|>system" in words) == ours.config[SYSTEM]
+    assert "system" not in ours.text_tokenizer.decode(robot_prompt(ours, "push", robot(), (64, 96)))
+    native, otherwise = [999, 899, 749, 499], [999, 900, 750, 500]
+    assert solver_schedule(ours, 4).timesteps.tolist() == (native if ours.config[NATIVE] else otherwise)
+
+
+def test_a_folder_without_its_index_is_refused(folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "model_index.json").unlink()
+    with pytest.raises(UserError, match=r"copy: its model_index.json, tokenizer.* cannot be read .*fetch it again"):
+        load_parts(model(copy), CPU, vae_weights=False)
