@@ -31,7 +31,7 @@ from cosmos3_train.flow.tasks import TASKS
 from cosmos3_train.types import Sample
 
 LATENTS = Path("caches") / "latents"
-OPEN_SHARDS = 8
+OPEN_SHARDS = 256
 
 
 class PreparedDataset:

@@ -68,13 +68,10 @@ class Encoder:
         return self._prompts[key]
 
     def encode_frames(self, frames: Sequence[Tensor], embodiment: Embodiment | None) -> list[Tensor]:
-        """Latents float32 [C, t, h, w] on the CPU of clips uint8 [T, 3, H, W], all of one size."""
-        prepared, sizes = zip(*(self._prepare(clip, embodiment) for clip in frames), strict=True)
-        with torch.no_grad():
-            latents = self.parts._encode_video(torch.cat(prepared)).float()
-        if sizes[0] is not None:
-            latents = self.parts._remove_action_video_padding_from_latent(latents, sizes[0])
-        return list(latents.cpu())
+        """Latents float32 [C, t, h, w] on the CPU of clips uint8 [T, 3, H, W], all of one size, some at a time."""
+        at_once = max(1, PIXELS_AT_ONCE // frames[0].numel())
+        parts = [frames[start : start + at_once] for start in range(0, len(frames), at_once)]
+        return [latent for part in parts for latent in self._encode_together(part, embodiment)]
 
     # -------------------------------------------------------------------------------------------- details
 
@@ -87,13 +84,17 @@ class Encoder:
         for (_, name), places in groups.items():
             embodiment = self.embodiments[name] if name else None
             frames = [cast(Tensor, samples[place].frames) for place in places]
-            at_once = max(1, PIXELS_AT_ONCE // frames[0].numel())
-            for start in range(0, len(places), at_once):
-                part = slice(start, start + at_once)
-                latents = self.encode_frames(frames[part], embodiment)
-                for place, latent in zip(places[part], latents, strict=True):
-                    found[place] = latent
+            for place, latent in zip(places, self.encode_frames(frames, embodiment), strict=True):
+                found[place] = latent
         return found
+
+    def _encode_together(self, frames: Sequence[Tensor], embodiment: Embodiment | None) -> list[Tensor]:
+        prepared, sizes = zip(*(self._prepare(clip, embodiment) for clip in frames), strict=True)
+        with torch.no_grad():
+            latents = self.parts._encode_video(torch.cat(prepared)).float()
+        if sizes[0] is not None:
+            latents = self.parts._remove_action_video_padding_from_latent(latents, sizes[0])
+        return list(latents.cpu())
 
     def _token_sample(self, sample: Sample, latent: Tensor | None) -> TokenSample:
         if sample.task == CONVERSATION:

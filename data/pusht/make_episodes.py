@@ -6,7 +6,9 @@ Episodes are planned in `--workers` processes and written in the order of their 
 on how many there are. An episode ends one second after coverage first passes 0.95, or after 30 s; one whose
 largest coverage is below `--least-coverage` is counted and left out, and the next seed takes its place.
 `--states FILE.npz` also stores the poses, from which `--from-states FILE.npz ...` draws the same log without
-planning, with neither the physics nor OpenCV installed; without `--output` nothing is drawn.
+planning, with neither the physics nor OpenCV installed; without `--output` nothing is drawn. The contracts
+pusht_turned and pusht_swapped are drawn so from pusht's poses alone: the same play, told by robots with other
+actions and cameras, from which Cosmos3-Pico learns that robots differ.
 
 `--disturbed SHARE` knocks the agent off its course every few seconds in that share of the seeds. What happens
 during a knock is not recorded: the log goes on with a new episode right after it, so that every recorded action is
@@ -17,10 +19,10 @@ Seeds 0 to 89,999 make data; 100,000 to 100,049 are for evaluation and are never
 
 import argparse
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cosmos3_train.data.lerobot_writer import LeRobotWriter
-from cosmos3_train.evaluation.simulators.pusht_camera import IMAGE_PIXELS, PushTCamera
+from cosmos3_train.evaluation.simulators.pusht_camera import IMAGE_PIXELS, TABLE_PIXELS, PushTCamera
 
 INSTRUCTION = "Push the T-shaped block onto the T-shaped target."
 CAMERA = "observation.images.top"
@@ -47,17 +49,34 @@ KNOCK_PX = 45.0
 
 @dataclass(frozen=True)
 class Contract:
-    """What differs between the two logs."""
+    """What differs between the logs.
+
+    look:    of the camera, a key of `LOOKS`
+    told:    (actions, states) of this contract from target and agent [T, 2] in table pixels; None where the contract
+             has a simulator, in which the expert plays
+    """
 
     fps: int
     channels: tuple[str, str]
     state: tuple[str, str]
-    moved_camera: bool
+    look: str
+    told: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
 
 
+def _told_as_moves(target: np.ndarray, agent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return target - agent, agent
+
+
+def _told_swapped(target: np.ndarray, agent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return target[:, ::-1] / PIXELS_PER_DECIMETRE, agent[:, ::-1] / PIXELS_PER_DECIMETRE
+
+
+PIXELS_PER_DECIMETRE = TABLE_PIXELS / 10.0
 CONTRACTS = {
-    "pusht": Contract(10, ("target_x_px", "target_y_px"), ("agent_x_px", "agent_y_px"), False),
-    "pusht_moves": Contract(5, ("move_y_cm", "move_x_cm"), ("agent_y_cm", "agent_x_cm"), True),
+    "pusht": Contract(10, ("target_x_px", "target_y_px"), ("agent_x_px", "agent_y_px"), "own"),
+    "pusht_moves": Contract(5, ("move_y_cm", "move_x_cm"), ("agent_y_cm", "agent_x_cm"), "warm"),
+    "pusht_turned": Contract(10, ("move_x_px", "move_y_px"), ("agent_x_px", "agent_y_px"), "cool", _told_as_moves),
+    "pusht_swapped": Contract(10, ("target_y_dm", "target_x_dm"), ("agent_y_dm", "agent_x_dm"), "dim", _told_swapped),
 }
 
 
@@ -134,7 +153,7 @@ def _episode(seed: int, max_coverage: float, rows: list[_Row]) -> Episode:
 
 def draw(contract: str, episode: Episode) -> np.ndarray:
     """Pictures uint8 [T, 96, 96, 3] of an episode, by the contract's camera."""
-    camera = PushTCamera(moved=CONTRACTS[contract].moved_camera)
+    camera = PushTCamera(CONTRACTS[contract].look)
     poses = zip(episode.agent.tolist(), episode.block.tolist(), strict=True)
     return np.stack([camera.draw(agent, block) for agent, block in poses])
 
@@ -172,16 +191,25 @@ def planned_episodes(options: argparse.Namespace) -> Iterator[_Drawn]:
 
 
 def read_states(contract: str, file: Path) -> list[Episode]:
-    """Episodes of a states file, as `save_states` wrote it; ValueError where it is of another contract."""
+    """Episodes of a states file, as `save_states` wrote it, told as `contract` tells them.
+
+    Raises:
+        ValueError: the file is of another contract's play.
+    """
+    told = CONTRACTS[contract].told
     with np.load(file, allow_pickle=False) as stored:
-        if str(stored["contract"]) != contract:
+        if str(stored["contract"]) != (contract if told is None else "pusht"):
             raise ValueError(f"--from-states {file} holds contract {stored['contract']}; --contract is {contract}")
         arrays = {name: stored[name] for name in stored.files}
     ends = np.cumsum(arrays["length"])
     episodes = []
     for k, (end, length) in enumerate(zip(ends.tolist(), arrays["length"].tolist(), strict=True)):
         part = {name: arrays[name][end - length : end] for name in ("agent", "block", "action", "state")}
-        episodes.append(Episode(int(arrays["seed"][k]), float(arrays["max_coverage"][k]), **part))
+        episode = Episode(int(arrays["seed"][k]), float(arrays["max_coverage"][k]), **part)
+        if told is not None:
+            action, state = told(episode.action, episode.agent)
+            episode = replace(episode, action=action.astype(np.float32), state=state.astype(np.float32))
+        episodes.append(episode)
     return episodes
 
 
@@ -270,6 +298,8 @@ def main() -> None:
     options = parser.parse_args()
     if not 0 <= options.first_seed <= LAST_DATA_SEED:
         parser.error(f"--first-seed {options.first_seed}: data come from seeds 0 to {LAST_DATA_SEED}")
+    if CONTRACTS[options.contract].told is not None and not options.from_states:
+        parser.error(f"--contract {options.contract} is drawn from pusht's poses: give their file with --from-states")
     if options.output is None and (options.states is None or options.from_states):
         parser.error("nothing to write: name an --output folder, or a --states file for what is planned")
     if options.output is not None and options.output.exists():

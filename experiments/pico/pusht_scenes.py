@@ -2,7 +2,7 @@
 
 gym-pusht draws a 512 px scene with pygame and samples it at 96 x 96 without antialiasing; this draws the same
 geometry and colours from signed distances at the very points which that sampling reads, thousands of frames a
-second on a GPU and without pygame or OpenCV. No physics: the codec sees poses and motion, never forces.
+second on a GPU and without pygame or OpenCV at work. No physics: the codec sees poses and motion, never forces.
 A scene is `poses`, float32 [B, T, 5]: agent x, agent y, block x, block y (table px, 0-512), block angle (rad).
 Images are float32 [B, 3, T, H, W] in [-1, 1].
 """
@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from cosmos3_train.evaluation.simulators.pusht_camera import Look
 
 TABLE_PX = 512.0
 GOAL_POSE = (256.0, 256.0, math.pi / 4)
@@ -127,13 +129,13 @@ def random_poses(batch: int, frames: int, generator: torch.Generator) -> Tensor:
     return torch.cat([agent_path, block_path], 2)
 
 
-def moves_camera(clips: Clips) -> Clips:
-    """The same clips through the second camera: turned by 90 degrees, warmer, darker."""
+def change_look(clips: Clips, look: Look) -> Clips:
+    """The same clips as another of the simulator's cameras sees them: turned and tinted."""
     device = clips.pixels.device
-    gain = torch.tensor([0.84, 0.74, 0.60], device=device).view(1, 3, 1, 1, 1)
-    lift = torch.tensor([10.0, 6.0, 4.0], device=device).view(1, 3, 1, 1, 1) / 127.5
-    pixels = ((clips.pixels + 1) * gain + lift - 1).clamp(-1, 1)
-    return Clips(pixels.rot90(1, (3, 4)).contiguous(), clips.weight.rot90(1, (3, 4)).contiguous())
+    gain = torch.tensor(look.gain, device=device).view(1, 3, 1, 1, 1)
+    offset = gain - 1 + torch.tensor(look.lift, device=device).view(1, 3, 1, 1, 1) / 127.5  # of pixels in [-1, 1]
+    pixels = (clips.pixels * gain + offset).clamp(-1, 1)
+    return Clips(*(x.rot90(look.turns, (3, 4)).contiguous() for x in (pixels, clips.weight)))
 
 
 def palettes(batch: int, generator: torch.Generator, plain: float) -> Tensor:

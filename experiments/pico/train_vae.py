@@ -30,8 +30,8 @@ from pusht_bank import Bank, make_banks
 from pusht_scenes import (
     PALETTE,
     Clips,
+    change_look,
     disguise,
-    moves_camera,
     pad_canvas,
     palettes,
     random_poses,
@@ -39,6 +39,8 @@ from pusht_scenes import (
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from cosmos3_train.evaluation.simulators.pusht_camera import LOOKS
 
 logger = logging.getLogger("train_vae")
 
@@ -57,7 +59,7 @@ CONTENT_SIZES = (
 )  # height, width; the first is PushT's own
 KL_WEIGHT = 1e-5
 BANK = 0.75  # share of the steps on clips that a camera drew
-MOVED_CAMERA = 0.3  # of them, share seen by the second camera
+OTHER_LOOKS = 0.4  # of them, share seen by one of the other cameras
 PLAIN = 0.5  # share of made-up clips that keep PushT's own look
 REPORT_EVERY_SECONDS = 20
 
@@ -150,7 +152,8 @@ def training_clips(
     if draws.random() < BANK and size == CONTENT_SIZES[0]:
         chosen = torch.randint(len(bank.poses), (batch,), generator=generator, device=generator.device)
         clips = bank_clips(bank, chosen, frames, first=int(draws.integers(CLIP_FRAMES[-1] - frames + 1)))
-        return moves_camera(clips) if draws.random() < MOVED_CAMERA else clips
+        others = [look for name, look in LOOKS.items() if name != "own"]
+        return change_look(clips, others[draws.integers(len(others))]) if draws.random() < OTHER_LOOKS else clips
     palette = palettes(batch, generator, PLAIN)
     clips = render(random_poses(batch, frames, generator), palette, height, width)
     return disguise(clips, generator, PLAIN)
@@ -171,7 +174,7 @@ def losses(vae: AutoencoderKLWan, clips: Clips, margin: int) -> tuple[Tensor, Te
 def held_out_clips(held_out: Bank) -> dict[str, Clips]:
     """All clips of the held-out bank under each contract's camera."""
     own = bank_clips(held_out, torch.arange(len(held_out.poses), device=held_out.poses.device), CLIP_FRAMES[-1])
-    return {"pusht": own, "pusht_moves": moves_camera(own)}
+    return {"pusht": own, "pusht_moves": change_look(own, LOOKS["warm"])}
 
 
 @torch.no_grad()
@@ -306,14 +309,15 @@ def train(
 
 @torch.no_grad()
 def write_statistics(vae: AutoencoderKLWan, bank: Bank, clips: int) -> dict[str, float]:
-    """Put the latents' mean and std per channel, over the content of both cameras, into the config.
+    """Put the latents' mean and std per channel, over the content of all cameras, into the config.
 
     A channel that the codec hardly uses would be blown up into noise: its std is held at 5 % of the median.
     """
     latents = []
+    looks = list(LOOKS.values())
     for index, chosen in enumerate(torch.arange(clips, device=bank.poses.device).split(16)):
-        seen = bank_clips(bank, chosen, CLIP_FRAMES[-1])
-        mean, _ = encode_content(vae, (moves_camera(seen) if index % 4 == 3 else seen).pixels)
+        seen = change_look(bank_clips(bank, chosen, CLIP_FRAMES[-1]), looks[index % len(looks)])
+        mean, _ = encode_content(vae, seen.pixels)
         latents.append(mean.float().transpose(0, 1).flatten(1))
     stacked = torch.cat(latents, 1)
     mean, std = stacked.mean(1), stacked.std(1)

@@ -73,3 +73,16 @@ def test_stored_poses_draw_the_same_pictures(make_episodes: ModuleType, tmp_path
         np.testing.assert_array_equal(pictures, make_episodes.draw("pusht_moves", kept))
     with pytest.raises(ValueError, match="contract"):
         next(make_episodes.stored_episodes("pusht", [file], 1))
+
+
+def test_other_robots_tell_the_same_play(make_episodes: ModuleType, tmp_path: Path) -> None:
+    (episode,) = make_episodes.plan_episodes("pusht", 21)
+    file = tmp_path / "states.npz"
+    make_episodes.save_states("pusht", [episode], file)
+    (turned,), (swapped,) = (make_episodes.read_states(name, file) for name in ("pusht_turned", "pusht_swapped"))
+    np.testing.assert_allclose(turned.agent + turned.action, episode.action, atol=1e-4)
+    np.testing.assert_allclose(swapped.action[:, ::-1] * 51.2, episode.action, atol=1e-3)
+    own, cool = make_episodes.draw("pusht", episode), make_episodes.draw("pusht_turned", turned)
+    assert np.corrcoef(own[0, ..., 1].ravel(), np.rot90(cool[0], 2)[..., 1].ravel())[0, 1] > 0.99
+    with pytest.raises(ValueError, match="contract"):
+        make_episodes.read_states("pusht_moves", file)

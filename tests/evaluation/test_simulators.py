@@ -98,7 +98,7 @@ def test_targets_off_the_table_are_clipped() -> None:
 
 def test_the_moved_camera_is_turned_and_warmer() -> None:
     agent, block = (100.0, 400.0), (300.0, 200.0, 1.0)
-    plain, moved = PushTCamera().draw(agent, block), PushTCamera(moved=True).draw(agent, block)
+    plain, moved = PushTCamera().draw(agent, block), PushTCamera("warm").draw(agent, block)
     turned = np.rot90(plain).astype(float)
     # The tint is monotonic in every channel, so the turned picture correlates with it and the unturned one less.
     for c in range(3):

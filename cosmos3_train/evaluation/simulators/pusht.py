@@ -146,7 +146,7 @@ class PushTMoves(PushT):
 
     def __init__(self) -> None:
         super().__init__()
-        self._camera = PushTCamera(moved=True)
+        self._camera = PushTCamera("warm")
 
     def target_of(self, action: np.ndarray) -> tuple[float, float]:
         """Table pixels (x, y) that the move `action` asks for from where the agent stands now."""

@@ -1,4 +1,4 @@
-"""The two cameras that watch the PushT table: 96×96 pictures from poses alone.
+"""The cameras that watch the PushT table: 96×96 pictures from poses alone.
 
 gym-pusht draws the table at 512×512 with pygame and shrinks it with OpenCV (bilinear, no antialiasing); that
 costs 1.9 ms a picture. This camera makes the same picture (to one grey level) in about a fifth of the time: the
@@ -8,6 +8,7 @@ It needs neither a window nor OpenCV nor the physics, so episodes stored as pose
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pygame
@@ -28,10 +29,23 @@ _AGENT, _AGENT_FILL = (65, 105, 225), (78, 126, 255)
 _WALLS = (((5, 506), (5, 5)), ((5, 5), (506, 5)), ((506, 5), (506, 506)), ((5, 506), (506, 506)))
 _OUTLINE_RADIUS = 2
 
-# The quickstart's other camera: a warm, darker picture. Kept modest: every colour stays distinct.
-_WARM_GAIN = np.array([0.84, 0.74, 0.60])
-_WARM_LIFT = np.array([10.0, 6.0, 4.0])
-_WARM_TABLE = np.clip(np.rint(np.arange(256)[:, None] * _WARM_GAIN + _WARM_LIFT), 0, 255).astype(np.uint8)
+
+class Look(NamedTuple):
+    """How a camera sees the table: quarter turns counter-clockwise, and gain and lift of each channel (R, G, B)."""
+
+    turns: int = 0
+    gain: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    lift: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+
+# Tints are kept modest: every colour stays distinct.
+LOOKS = {
+    "own": Look(),
+    "warm": Look(1, (0.84, 0.74, 0.60), (10.0, 6.0, 4.0)),
+    "cool": Look(2, (0.66, 0.78, 0.86), (4.0, 6.0, 10.0)),
+    "dim": Look(3, (0.70, 0.74, 0.70), (8.0, 12.0, 6.0)),
+}
+"""`own` is gym-pusht's camera, `warm` the quickstart's; with `cool` and `dim` Pico learns that cameras differ."""
 
 
 def block_corners(pose: Sequence[float]) -> list[list[tuple[float, float]]]:
@@ -68,10 +82,12 @@ def _shrink_plan() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 class PushTCamera:
-    """Draws the table from poses. `moved=True` is the quickstart's camera: turned by 90° and warmer."""
+    """Draws the table from poses, as a look of `LOOKS` has it."""
 
-    def __init__(self, *, moved: bool = False) -> None:
-        self._moved = moved
+    def __init__(self, look: str = "own") -> None:
+        self._look = LOOKS[look]
+        tinted = np.arange(256)[:, None] * np.array(self._look.gain) + np.array(self._look.lift)
+        self._tint = np.clip(np.rint(tinted), 0, 255).astype(np.uint8)
         # depth=32 works without a display; channels lie as B, G, R, X in memory.
         self._surface = pygame.Surface((TABLE_PIXELS, TABLE_PIXELS), depth=32)
         self._empty = pygame.Surface((TABLE_PIXELS, TABLE_PIXELS), depth=32)
@@ -98,11 +114,8 @@ class PushTCamera:
             pygame.draw.polygon(surface, _BLOCK_FILL, points)
             for a, b in zip(points, points[1:] + points[:1], strict=True):
                 _draw_thick(surface, a, b, _BLOCK)
-        image = self._shrink(surface)
-        if not self._moved:
-            return image
-        turned = np.rot90(image)
-        return np.ascontiguousarray(_WARM_TABLE[turned, np.arange(3)])
+        turned = np.rot90(self._shrink(surface), self._look.turns)
+        return np.ascontiguousarray(self._tint[turned, np.arange(3)])
 
     def _shrink(self, surface: pygame.Surface) -> np.ndarray:
         # [x, y] in memory order y, x: the transpose is a view. It locks the surface until this returns.
