@@ -10,7 +10,7 @@ import torch
 
 from cosmos3_train.commands.check_data import CheckedData
 from cosmos3_train.config import Experiment, Model
-from cosmos3_train.model.base_identity import shard_files
+from cosmos3_train.model.base_identity import check_shards
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.loading import load_parts, make_backbone
 from cosmos3_train.model.packing import Layout
@@ -32,10 +32,11 @@ def check_model(folder: Path, experiment: Experiment) -> CheckedModel:
     """Build the backbone on the meta device and choose what trains, as a run does.
 
     Raises:
-        UserError: a shard is missing, a pattern matches nothing, or a robot's slot would stay untrained.
+        UserError: a file is missing or damaged, a pattern matches nothing, or a robot's slot would stay untrained.
     """
     drawn = bool(experiment.model.random)
-    stored = 0 if drawn else sum(file.stat().st_size for file in shard_files(folder / "transformer"))
+    stored = 0 if drawn else check_shards(folder / "transformer")
+    check_shards(folder / "vae")
     with torch.device("meta"):
         backbone = make_backbone(folder / "transformer", experiment.model)
     total = sum(parameter.numel() for parameter in backbone.parameters())

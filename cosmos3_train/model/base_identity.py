@@ -11,7 +11,7 @@ import json
 import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from cosmos3_train.config import UserError
 
@@ -61,15 +61,33 @@ def identify_base(folder: Path, name: str | None = None) -> BaseIdentity:
     )
 
 
+def check_shards(part: Path) -> int:
+    """Bytes of a part's weights on disk. Reads the files' headers alone, which say how long the files must be.
+
+    Args:
+        part: the folder of a checkpoint's transformer or video tokenizer.
+
+    Raises:
+        UserError: a file is missing, damaged or cut short; names it.
+    """
+    for shard in shard_files(part):
+        with shard.open("rb") as file:
+            _read_header(file, shard)
+    return sum(shard.stat().st_size for shard in shard_files(part))
+
+
 def shard_files(transformer: Path) -> list[Path]:
     """The safetensors files that hold the transformer: those of its index, or the single one.
 
     Raises:
-        UserError: there is none, or the index names a file that is missing.
+        UserError: there is none, the index cannot be read, or it names a file that is missing.
     """
     indexes = sorted(transformer.glob("*.safetensors.index.json"))
     if indexes:
-        names = sorted(set(json.loads(indexes[0].read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(indexes[0].read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{indexes[0]}: not a readable index of shards; fetch it again") from None
         files = [transformer / name for name in names]
     else:
         files = sorted(transformer.glob("*.safetensors"))
@@ -83,14 +101,8 @@ def _probe(shard: Path) -> dict[str, tuple[str, list[int], bytes]]:
     """Dtype, shape and a few bytes of every tensor of a file, by name."""
     found: dict[str, tuple[str, list[int], bytes]] = {}
     with shard.open("rb") as file:
-        try:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header: dict[str, Any] = json.loads(file.read(length))
-        except (struct.error, ValueError, OverflowError, MemoryError):
-            raise UserError(f"{shard}: damaged (no safetensors header); fetch it again") from None
+        length, header = _read_header(file, shard)
         for name, entry in header.items():
-            if name == "__metadata__":
-                continue
             begin, end = entry["data_offsets"]
             content = b""
             for place in (begin, (begin + end) // 2, max(begin, end - PROBE_BYTES)):
@@ -98,3 +110,18 @@ def _probe(shard: Path) -> dict[str, tuple[str, list[int], bytes]]:
                 content += file.read(min(PROBE_BYTES, end - place))
             found[name] = (entry["dtype"], entry["shape"], content)
     return found
+
+
+def _read_header(file: BinaryIO, shard: Path) -> tuple[int, dict[str, Any]]:
+    """Length of a safetensors file's header, and the dtype, shape and place of every tensor by name."""
+    try:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header: dict[str, Any] = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (struct.error, ValueError, OverflowError, MemoryError, AttributeError, KeyError, TypeError):
+        raise UserError(f"{shard}: damaged (no safetensors header); fetch it again") from None
+    size = shard.stat().st_size
+    if size != end:
+        raise UserError(f"{shard}: damaged ({size:,} bytes, but its header says {end:,}); fetch it again")
+    return length, header

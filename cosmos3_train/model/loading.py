@@ -153,9 +153,14 @@ def make_backbone(folder: Path, model: Model) -> Cosmos3PackedTransformer:
         folder: the checkpoint's transformer.
 
     Raises:
-        UserError: a key of `model.random` is none of upstream's, or a size is none that it takes.
+        UserError: config.json cannot be read, a key of `model.random` is none of upstream's, or a size is none that it
+            takes.
     """
-    config: Any = Cosmos3PackedTransformer.load_config(folder)
+    try:
+        config: Any = Cosmos3PackedTransformer.load_config(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}/config.json cannot be read ({reason}); fetch it again") from error
     if model.random:
         known = set(inspect.signature(Cosmos3OmniTransformer.__init__).parameters) - {"self"}
         for key in model.random:
