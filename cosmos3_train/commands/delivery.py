@@ -20,7 +20,7 @@ from cosmos3_train.evaluation.report import Picture, write_report
 from cosmos3_train.export.adapter import write_adapter
 from cosmos3_train.export.merged import write_merged
 from cosmos3_train.export.usage import Robot
-from cosmos3_train.export.verify import VerifyReport, verify_adapter, verify_merged
+from cosmos3_train.export.verify import VerifyReport, read_report, verify_adapter, verify_merged
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.loading import model_folder
 from cosmos3_train.training.measures import episodes_of, film_path, loss_of, read_evaluation
@@ -35,7 +35,7 @@ PICTURES = "pictures"
 
 
 def export(run: Run, form: Form, output: Path | None = None) -> tuple[Path, VerifyReport]:
-    """Write the run's result where it stands and load it with upstream's classes.
+    """Write the run's result, load it with upstream's classes, and only then let it have its name.
 
     Args:
         output: the folder to be made; None takes runs/NAME/export/FORM.
@@ -44,20 +44,25 @@ def export(run: Run, form: Form, output: Path | None = None) -> tuple[Path, Veri
         The folder, and how far upstream's numbers with it are from the trained model's.
 
     Raises:
-        UserError: this run has no such form, or the folder or the disk does not allow it.
-        VerificationError: the numbers differ.
+        UserError: this run has no such form, or the folder, the disk or the memory does not allow it.
+        VerificationError: the numbers differ; an earlier export stays, see `export.folder.whole_folder`.
     """
     experiment = run.experiment
     refuse_form(experiment, form)
     folder = output if output is not None else run.folder / "export" / form
     base = model_folder(run.loaded.model)
     names = {"run": experiment.name, "base_name": experiment.model.path, "robots": robots_of(run)}
+    samples = probe_samples(run)
     with trained(run):
         if form == "adapter":
-            write_adapter(run.backbone, folder, base, **names)
-            return folder, verify_adapter(folder, base, run.backbone, probe_samples(run))
-        write_merged(run.backbone, base, folder, **names)
-        return folder, verify_merged(folder, base, run.backbone, probe_samples(run))
+            write_adapter(
+                run.backbone, folder, base, **names, verify=lambda new: verify_adapter(new, base, run.backbone, samples)
+            )
+        else:
+            write_merged(
+                run.backbone, base, folder, **names, verify=lambda new: verify_merged(new, base, run.backbone, samples)
+            )
+    return folder, read_report(folder)
 
 
 def refuse_form(experiment: Experiment, form: str) -> None:

@@ -52,9 +52,7 @@ def whole_folder(output: Path, description: dict[str, Any]) -> Iterator[Path]:
             output.rename(former)
         temporary.rename(output)
     except VerificationError as error:
-        refused = output.with_name(f"{output.name}.refused")
-        shutil.rmtree(refused, ignore_errors=True)
-        temporary.rename(refused)
+        refused = _set_aside(temporary, output)
         raise VerificationError(f"{error}; the export is kept as {refused} for inspection") from None
     except (OSError, SafetensorError) as error:
         if not is_disk_full(error):
@@ -65,6 +63,15 @@ def whole_folder(output: Path, description: dict[str, Any]) -> Iterator[Path]:
             former.rename(output)
         shutil.rmtree(former, ignore_errors=True)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _set_aside(folder: Path, output: Path) -> Path:
+    """Name a refused export after what it should have become; an earlier refused one goes, anything else stays."""
+    refused = output.with_name(f"{output.name}.refused")
+    if refused.exists() and not (refused / MARKER).is_file():
+        refused = output.with_name(f"{output.name}.{os.getpid()}.refused")
+    shutil.rmtree(refused, ignore_errors=True)
+    return folder.rename(refused)
 
 
 def _bring_to_disk(folder: Path) -> None:

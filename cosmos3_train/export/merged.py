@@ -34,7 +34,7 @@ Change = Callable[[Tensor], Tensor]
 """From the base's tensor as it is on disk to the merged one in float32."""
 
 WEIGHT_FILES = (".safetensors", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt")
-"""How files that hold a transformer's weights end: all but the merged shards stay behind, or a deployer may load them."""
+"""How files that hold a transformer's weights end: all but the merged shards stay behind, lest a deployer load them."""
 
 
 def write_merged(

@@ -23,13 +23,15 @@ from cosmos3_train.model.packing import Layout, pack, unpatchify
 def model_in(
     backbone: Cosmos3PackedTransformer, dtype: torch.dtype, *, a_layer_at_a_time: bool = False
 ) -> Cosmos3PackedTransformer:
-    """The backbone itself where it already runs in that dtype, else a copy on the CPU that does.
+    """The backbone itself where it already runs in that dtype below float32, else a copy on the CPU that does. What is
+    there in that dtype already is shared with the backbone.
 
     Args:
         a_layer_at_a_time: the copy has no weights of the decoder layers, of the embedding table and of the language
             model's head but the backbone's own, and converts those of a layer while the layer runs.
     """
-    if backbone.compute_dtype == dtype and not a_layer_at_a_time:
+    # In float32 never itself: on a GPU its products may be TF32's, and its kernels others than upstream's.
+    if backbone.compute_dtype == dtype != torch.float32:
         return backbone
     shared = [*backbone.layers, backbone.embed_tokens, *([backbone.lm_head] if hasattr(backbone, "lm_head") else [])]
     stays = {id(p) for module in shared for p in module.parameters()} if a_layer_at_a_time else set()
@@ -94,7 +96,8 @@ def final_outputs(
     found: list[dict[str, Tensor]] = []
     for sample in samples:
         outputs: dict[str, Tensor] = {}
-        outputs["text"], text = text.tensor_split([sample.text.numel()])
+        own, text = text.tensor_split([sample.text.numel()])
+        outputs["text"] = own.clone()
         assert sample.video is not None and sample.video_given is not None
         generated = ~sample.video_given
         if generated.any():
@@ -148,8 +151,8 @@ def layer_outputs(model: Cosmos3PackedTransformer, probes: Sequence[Probe], layo
     generated = [_generation_length(probe, layout) for probe in probes]
     for boundary in range(len(model.layers) + 1):
         for name, counts in zip(stream_names(boundary), (lengths, generated), strict=True):
-            for outputs, part in zip(found, streams[name].split(counts), strict=True):
-                outputs[name] = part
+            for outputs, part in zip(found, streams.pop(name).split(counts), strict=True):
+                outputs[name] = part.clone()  # a view would keep the whole pack's, and no file takes it
     return found
 
 

@@ -23,8 +23,9 @@ from cosmos3_train.types import NoiseLevels, TokenSample
 SUBSTITUTE_LATENT = (2, 4, 4)
 """Latent frames, height and width of the clip that stands in where a sample (a conversation) generates nothing."""
 
-SMALL = 8
-"""Latent cells along height and width to which clips are cropped where a large model's layers are compared."""
+LARGEST_SIDE = 8
+"""Latent cells along height and width to which clips are cropped: every weight takes part, and a large model on a CPU
+has minutes of work, not hours."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class Probe:
     levels: NoiseLevels
 
 
-def make_probes(samples: Sequence[TokenSample], layout: Layout, *, small: bool = False, seed: int = 0) -> list[Probe]:
-    """Each sample with noise of its own, at σ spread evenly over (0, 1), and hidden states asked of all its text.
-    Conversations get a random clip to generate, which sees what the adapter does to the text."""
+def make_probes(samples: Sequence[TokenSample], layout: Layout, seed: int = 0) -> list[Probe]:
+    """Each sample, its clip cropped, with noise of its own, at σ spread evenly over (0, 1), and hidden states asked of
+    all its text. Conversations get a random clip to generate, which sees what the adapter does to the text."""
     probes = []
     for place, sample in enumerate(samples):
         if sample.video is None:
@@ -46,9 +47,8 @@ def make_probes(samples: Sequence[TokenSample], layout: Layout, *, small: bool =
             video = torch.randn(shape, generator=draw(seed, "export clip", sample.number))
             given = torch.zeros(SUBSTITUTE_LATENT[0], dtype=torch.bool)
             sample = replace(sample, video=video, video_given=given)
-        if small:
-            assert sample.video is not None
-            sample = replace(sample, video=sample.video[:, :, :SMALL, :SMALL].contiguous())
+        assert sample.video is not None
+        sample = replace(sample, video=sample.video[:, :, :LARGEST_SIDE, :LARGEST_SIDE].contiguous())
         sigma = (place + 0.5) / len(samples)
         levels = NoiseLevels(sigma, sigma, sigma)
         sample = replace(sample, labels=torch.zeros_like(sample.text))

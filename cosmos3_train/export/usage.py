@@ -117,8 +117,8 @@ pipe.to("cuda")"""
 def add_verification(folder: Path, words: str) -> None:
     """Say at the end of an export's README how it was verified; what an earlier verification said there goes."""
     path = folder / "README.md"
-    text = path.read_text(encoding="utf-8").partition(VERIFIED)[0]
-    write_whole(path, f"{text}{VERIFIED}\n\n{words} Each difference stands in `verification.json`.\n".encode())
+    text = path.read_text(encoding="utf-8").partition(VERIFIED)[0].rstrip()
+    write_whole(path, f"{text}\n\n{VERIFIED}\n\n{words} Each difference stands in `verification.json`.\n".encode())
 
 
 def _robot_text(robots: Sequence[Robot]) -> list[str]:

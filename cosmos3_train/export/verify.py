@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +33,7 @@ from cosmos3_train.export.adapter import PEFT_FOLDER, check_adapter
 from cosmos3_train.export.base_identity import check_base
 from cosmos3_train.export.folder import VerificationError, is_disk_full, write_json
 from cosmos3_train.export.trained_outputs import final_outputs, layer_outputs, model_in
-from cosmos3_train.export.upstream_inputs import make_probes, upstream_arguments
+from cosmos3_train.export.upstream_inputs import LARGEST_SIDE, Probe, make_probes, upstream_arguments
 from cosmos3_train.export.usage import WEIGHT_NAME, add_verification
 from cosmos3_train.model.base_identity import shard_files
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
@@ -55,12 +55,16 @@ BFLOAT16_LIMIT = 5e-2
 (LoRA left out, a wrong alpha), and only what the layers' own comparison cannot see, how they are put together."""
 MERGED_LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 """Largest difference that merging may cost, by the dtype in which weights are stored or the run held them."""
+MERGED_DEPTH = 6
+"""Layers of a whole model of which MERGED_LIMIT holds. Roundings of more add up like their root: rounding random
+weights to bfloat16 costs 6e-3 through 6 layers and 1.2e-2 through 36, and that is no fault of the export."""
 MEMORY_MARGIN = 1.15
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The worst over the samples: ‖upstream − ours‖ / ‖ours‖, and ‖with − without‖ / ‖without‖ the export."""
+    """The worst over the samples: ‖upstream − ours‖ / ‖ours‖, and ‖with − without‖ / ‖without‖ the export. Of a stream
+    after a layer the denominators are of what the layer adds to it."""
 
     difference: float
     change: float
@@ -70,7 +74,7 @@ class Difference:
 class VerifyReport:
     """What `verification.json` says.
 
-    relative_difference: the largest difference in float32;  limit: what it had to stay within
+    relative_difference: the largest difference in `dtype`;  limit: what it had to stay within
     change:     the largest change: how much the export changes the base (0: nothing was loaded)
     way:        "whole": final outputs of the whole model; "layers": every part by itself, from the trained model's
         inputs;  how: the same in words, and why
@@ -89,6 +93,7 @@ class VerifyReport:
     forms: dict[str, float]
     outputs: dict[str, dict[str, Difference]]
     bfloat16: dict[str, float] | None = None
+    dtype: Literal["float32"] = "float32"
 
 
 def verify_adapter(
@@ -111,7 +116,7 @@ def verify_adapter(
     check_base(folder, base_folder)
     check_adapter(folder)
     forms = {"adapter": folder, "peft": folder / PEFT_FOLDER}
-    return _verify(folder, base_folder, backbone, samples, forms, ADAPTER_LIMIT, memory)
+    return _verify(folder, base_folder, backbone, samples, forms, lambda way: ADAPTER_LIMIT, memory)
 
 
 def verify_merged(
@@ -123,8 +128,18 @@ def verify_merged(
 ) -> VerifyReport:
     """Load a merged folder with upstream's class and report what storing its weights costs. As `verify_adapter`."""
     check_base(folder, base_folder)
-    limit = max(MERGED_LIMIT.get(dtype, 1e-2) for dtype in (_stored_dtype(base_folder), backbone.compute_dtype))
+    dtypes = (_stored_dtype(base_folder), backbone.compute_dtype)
+
+    def limit(way: Way) -> float:
+        return merged_limit(dtypes, len(backbone.layers) if way == "whole" else 1)
+
     return _verify(folder, base_folder, backbone, samples, {"merged": folder}, limit, memory)
+
+
+def merged_limit(dtypes: Sequence[torch.dtype], layers: int) -> float:
+    """Largest difference that merging may cost what passes through that many decoder layers."""
+    rounding = max(MERGED_LIMIT.get(dtype, 1e-2) for dtype in dtypes)
+    return rounding * max(1.0, layers / MERGED_DEPTH) ** 0.5
 
 
 def read_report(folder: Path) -> VerifyReport:
@@ -142,22 +157,26 @@ def _verify(
     backbone: Cosmos3PackedTransformer,
     samples: Sequence[TokenSample],
     forms: Mapping[str, Path],
-    limit: float,
+    limit_of: Callable[[Way], float],
     memory: float | None,
 ) -> VerifyReport:
     if not samples:
         raise UserError("export: no samples to verify the export with; give at least one")
-    way, then_bfloat16, how = choose_way(backbone, runtime.free_memory() if memory is None else memory)
+    layout = Layout.of(backbone.config)
+    probes = make_probes(samples, layout)
+    tokens = sum(layout.tokens(probe.sample) for probe in probes)
+    way, then_bfloat16, how = choose_way(backbone, runtime.free_memory() if memory is None else memory, tokens)
+    limit = limit_of(way)
     question = {
         "base": str(base_folder.resolve()),
         "forms": {form: str(path.resolve()) for form, path in forms.items()},
         "weight_name": WEIGHT_NAME,
     }
-    rows = _ask(backbone, samples, question, way, torch.float32, small=way == "layers")
+    rows = _ask(backbone, probes, question, way, torch.float32)
     _require_close(rows, limit)
     halves: Rows | None = None
     if then_bfloat16:
-        halves = _ask(backbone, samples, question, "whole", torch.bfloat16, small=True)
+        halves = _ask(backbone, probes, question, "whole", torch.bfloat16)
         _require_close(halves, BFLOAT16_LIMIT)
     outputs = {form: _worst(found) for form, found in rows.items()}
     differences = {form: max(d.difference for d in found.values()) for form, found in outputs.items()}
@@ -193,7 +212,7 @@ def _require_close(rows: Rows, limit: float) -> None:
         if not worst["difference"] <= limit:
             raise VerificationError(
                 f"{form}: {worst['output']} differs by {worst['difference']:.2e} from the trained model for sample "
-                f"{worst['sample']!r}, more than {limit:g}"
+                f"{worst['sample']!r}, more than {limit:.2g}"
             )
         if not max(row["change"] for row in found) > 0:
             raise VerificationError(f"{form}: gives the base's own numbers: nothing was trained, or nothing loads")
@@ -202,9 +221,10 @@ def _require_close(rows: Rows, limit: float) -> None:
 def _words(report: VerifyReport) -> str:
     """A paragraph for the export's README."""
     text = (
-        f"The trained model and this folder, loaded by upstream's classes, were compared on {report.samples} samples: "
-        f"{report.how}. Largest relative difference {report.relative_difference:.1e} (limit {report.limit:g}); the "
-        f"export changes the base's numbers by up to {report.change:.1e}."
+        f"The trained model and this folder, loaded by upstream's classes, were compared on {report.samples} samples "
+        f"(clips of at most {LARGEST_SIDE} latent cells a side): {report.how}. Largest relative difference "
+        f"{report.relative_difference:.1e} (limit {report.limit:.2g}); the export changes the base's numbers by up to "
+        f"{report.change:.1e}."
     )
     if report.bfloat16 is not None:
         largest = max(report.bfloat16.values())
@@ -215,8 +235,11 @@ def _words(report: VerifyReport) -> str:
 # ------------------------------------------------------------------------------------------------ the way
 
 
-def choose_way(backbone: Cosmos3PackedTransformer, memory: float | None) -> tuple[Way, bool, str]:
+def choose_way(backbone: Cosmos3PackedTransformer, memory: float | None, tokens: int = 0) -> tuple[Way, bool, str]:
     """How the export can be compared in `memory` bytes (None: no limit is known).
+
+    Args:
+        tokens: of all samples, which by layers are kept in float32 before the first layer and after each.
 
     Returns:
         The way in float32, whether the whole model is to be compared in bfloat16 as well, and both in words.
@@ -229,16 +252,20 @@ def choose_way(backbone: Cosmos3PackedTransformer, memory: float | None) -> tupl
         return count * width * MEMORY_MARGIN
 
     # The head of the language model is not loaded by parts: no velocity sees it.
-    ends = (p.numel() for n, p in backbone.named_parameters() if not n.startswith(("layers.", "lm_head.")))
-    layers = (sum(p.numel() for p in layer.parameters()) for layer in backbone.layers)
-    everything, part = sum(p.numel() for p in backbone.parameters()), max(sum(ends), *layers)
+    ends = sum(p.numel() for n, p in backbone.named_parameters() if not n.startswith(("layers.", "lm_head.")))
+    layer = max(sum(p.numel() for p in layer.parameters()) for layer in backbone.layers)
+    table = backbone.embed_tokens.weight.numel()
+    streams = tokens * backbone.embed_tokens.weight.shape[1] * (len(backbone.layers) + 1)
+    everything = sum(p.numel() for p in backbone.parameters())
+    # Upstream's process has the ends or a layer; ours, before it, a layer or the table beside the other ends.
+    part = max(ends, layer, ends - table + max(layer, table) + streams)
     where = "in a process without this package"
     if memory is None or needed(everything, 4) <= memory:
         return "whole", False, f"the whole model in float32, sample by sample, {where}"
     if needed(part, 4) > memory:
         raise UserError(
-            f"export: verifying needs {needed(part, 4) / 1e9:.1f} GB for the largest part of the model in float32, and "
-            f"{memory / 1e9:.1f} GB of memory are free; free some or export on a larger machine"
+            f"export: verifying needs {needed(part, 4) / 1e9:.3g} GB for the largest part of the model in float32, and "
+            f"{memory / 1e9:.3g} GB of memory are free; free some or export on a larger machine"
         )
     how = (
         "embeddings, heads and one decoder layer at a time in float32, each from the trained model's own inputs, "
@@ -262,16 +289,13 @@ def _stored_dtype(base_folder: Path) -> torch.dtype:
 
 def _ask(
     backbone: Cosmos3PackedTransformer,
-    samples: Sequence[TokenSample],
+    probes: Sequence[Probe],
     question: Mapping[str, Any],
     way: Way,
     dtype: torch.dtype,
-    *,
-    small: bool,
 ) -> Rows:
     """Save what our model says and what upstream is to be asked, and let the other process compare."""
     layout = Layout.of(backbone.config)
-    probes = make_probes(samples, layout, small=small)
     was_training = backbone.training
     model = model_in(backbone, dtype, a_layer_at_a_time=way == "layers")
     model.eval()  # no dropout
@@ -288,7 +312,7 @@ def _ask(
     for place, (probe, outputs) in enumerate(zip(probes, expected, strict=True)):
         arguments = upstream_arguments(backbone, probe, layout)
         encoded = {name: _encode(value, f"{place}.{name}", tensors) for name, value in arguments.items()}
-        tensors |= {f"{place}.expected.{name}": value.float().cpu() for name, value in outputs.items()}
+        tensors |= {f"{place}.expected.{name}": value for name, value in outputs.items()}
         names = {name: f"{place}.expected.{name}" for name in outputs}
         described.append({"key": probe.sample.key, "arguments": encoded, "expected": names})
     with tempfile.TemporaryDirectory(prefix="cosmos3_verify_") as scratch:
@@ -303,7 +327,7 @@ def _ask(
             "samples": described,
         }
         try:
-            save_file({name: value.detach().contiguous().clone() for name, value in tensors.items()}, job["tensors"])
+            save_file(tensors, job["tensors"])
         except (OSError, SafetensorError) as error:
             if not is_disk_full(error):
                 raise
@@ -316,14 +340,14 @@ def _ask(
 
 
 def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """An argument as JSON can hold it; its tensors go to `tensors`, each with memory of its own as the file wants."""
     if isinstance(value, Tensor):
-        tensors[name] = value
+        tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)
         return {"tensor": name}
     if isinstance(value, int):
         return {"number": value}
     if isinstance(value[0], Tensor):
-        tensors |= {f"{name}.{index}": item for index, item in enumerate(value)}
-        return {"tensors": [f"{name}.{index}" for index in range(len(value))]}
+        return {"tensors": [_encode(item, f"{name}.{index}", tensors)["tensor"] for index, item in enumerate(value)]}
     return {"shapes": [list(shape) for shape in value]}
 
 

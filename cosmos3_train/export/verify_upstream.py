@@ -47,6 +47,7 @@ def main(job_file: str) -> None:
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     block(job["blocked"])
     results = _by_part(job) if job["way"] == "layers" else _whole(job)
+    _require_all_compared(job, results)
     if job["blocked"] in {name.partition(".")[0] for name in sys.modules}:
         raise SystemExit(f"{job['blocked']} was imported on the way, so this proves nothing")
     Path(job["result"]).write_text(json.dumps(results), encoding="utf-8")
@@ -80,7 +81,7 @@ def _load_base(folder: str, job: dict[str, Any], form: str | None) -> Any:
     )
     if job["dtype"] != job["rounded"]:
         for name, parameter in transformer.named_parameters():
-            parameter.data = _rounded(name, parameter.data, job, form)
+            parameter.data = _rounded(name, parameter.data, job, form).to(parameter.dtype)
     return transformer.eval()
 
 
@@ -90,7 +91,7 @@ def _rounded(name: str, value: Any, job: dict[str, Any], form: str | None) -> An
 
     if form == "merged" or name.startswith("time_embedder."):
         return value
-    return value.to(getattr(torch, job["rounded"])).to(value.dtype)
+    return value.to(getattr(torch, job["rounded"]))
 
 
 # ------------------------------------------------------------------------------------------------ a part at a time
@@ -106,7 +107,7 @@ def _by_part(job: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     for layer in (None, *range(count)):
         base = _part_outputs(layer, None, job, count, rotary)
         for form in job["forms"]:
-            rows[form] += _compare(job, _part_outputs(layer, form, job, count, rotary), base)
+            rows[form] += _compare(job, _part_outputs(layer, form, job, count, rotary), base, layer)
     return rows
 
 
@@ -182,7 +183,7 @@ def _load_part(folder: str, layer: int | None, job: dict[str, Any], form: str | 
         if name.startswith("layers.") != (layer is not None) or name.startswith("lm_head."):
             continue  # no velocity sees the language model's head
         with safe_open(files[name], framework="pt") as shard:
-            value = _rounded(name, shard.get_tensor(name).float(), job, form)
+            value = _rounded(name, shard.get_tensor(name), job, form).float()
         if value.shape != parameter.shape:
             raise SystemExit(f"{files[name].name}: {name!r} is {list(value.shape)}, not {list(parameter.shape)}")
         owner, _, leaf = name.rpartition(".")
@@ -193,7 +194,8 @@ def _load_part(folder: str, layer: int | None, job: dict[str, Any], form: str | 
 def _config(folder: str) -> dict[str, Any]:
     from diffusers import Cosmos3OmniTransformer
 
-    return dict(Cosmos3OmniTransformer.load_config(folder, subfolder="transformer", local_files_only=True))
+    config: Any = Cosmos3OmniTransformer.load_config(folder, subfolder="transformer", local_files_only=True)
+    return dict(config)
 
 
 def _files(folder: str) -> dict[str, Path]:
@@ -326,20 +328,38 @@ def _tensor(job: dict[str, Any], name: str) -> Any:
         return file.get_tensor(name)
 
 
-def _compare(job: dict[str, Any], found: list[Outputs], base: list[Outputs]) -> list[dict[str, Any]]:
-    """Of every output that something is expected of: how far it is from that, and from the base's."""
+def _compare(
+    job: dict[str, Any], found: list[Outputs], base: list[Outputs], layer: int | None = None
+) -> list[dict[str, Any]]:
+    """Of every output that something is expected of: how far it is from that, and from the base's; of a layer in
+    proportion to what it adds, for beside the stream that goes through it a fault would look small."""
     rows = []
-    for sample, ours, without in zip(job["samples"], found, base, strict=True):
+    for place, (sample, ours, without) in enumerate(zip(job["samples"], found, base, strict=True)):
+        through: Outputs = {}
+        if layer is not None:
+            through = dict(zip(stream_names(layer + 1), _recorded(job, place, layer), strict=True))
         for name in ours:
             if name not in sample["expected"]:
                 continue  # nothing of it is generated
             expected = _tensor(job, sample["expected"][name])
-            difference = (ours[name] - expected).norm() / expected.norm()
-            change = (ours[name] - without[name]).norm() / without[name].norm().clamp(min=1e-30)
+            difference = (ours[name] - expected).norm() / (expected - through.get(name, 0)).norm()
+            change = (ours[name] - without[name]).norm() / (without[name] - through.get(name, 0)).norm().clamp(
+                min=1e-30
+            )
             rows.append(
                 {"sample": sample["key"], "output": name, "difference": float(difference), "change": float(change)}
             )
     return rows
+
+
+def _require_all_compared(job: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> None:
+    """Whatever the trained model said of a sample must have met upstream's, in every form."""
+    for form in job["forms"]:
+        compared = {(row["sample"], row["output"]) for row in results[form]}
+        for sample in job["samples"]:
+            for name in sample["expected"]:
+                if (sample["key"], name) not in compared:
+                    raise SystemExit(f"{form}: upstream gave no {name!r} of sample {sample['key']!r} to compare")
 
 
 if __name__ == "__main__":

@@ -20,10 +20,11 @@ from cosmos3_train.config import Tuning, UserError
 from cosmos3_train.data.actions import Normaliser
 from cosmos3_train.export.adapter import METADATA_KEY, check_adapter, write_adapter, write_safetensors
 from cosmos3_train.export.base_identity import check_base
+from cosmos3_train.export.folder import VerificationError
 from cosmos3_train.export.usage import WEIGHT_NAME
-from cosmos3_train.export.verify import VerificationError, verify_adapter
+from cosmos3_train.export.verify import read_report, verify_adapter
 from cosmos3_train.model.base_identity import identify_base
-from tests.export.trained import DOMAIN, PICO, odd_samples, robot, token_samples, trained_pico
+from tests.export.trained import DOMAIN, PICO, odd_samples, owned, robot, token_samples, trained_pico
 
 BOTH = ["understanding", "generation"]
 TUNINGS = {
@@ -64,29 +65,29 @@ def test_upstream_gives_the_trained_models_numbers(tuning, run_dtype, tmp_path):
     folder = write_adapter(backbone, tmp_path / "adapter", PICO, run="a")
     report = verify_adapter(folder, PICO, backbone, samples)
     assert backbone.training and backbone.proj_in.weight.dtype == getattr(torch, run_dtype)
-    assert report.dtype == "float32"
+    assert report.way == "whole" and report.dtype == "float32" and report.limit == 1e-5
     assert set(report.forms) == {"adapter", "peft"}
     assert report.relative_difference <= 1e-5
     assert report.change > 1e-2  # far above the tolerance: it is the adapter that was compared
-    assert json.loads((folder / "verification.json").read_text())["how"] == report.how
+    assert read_report(folder) == report
+    assert report.how in (folder / "README.md").read_text()
 
 
-@pytest.mark.slow
-def test_where_float32_does_not_fit_bfloat16_is_compared(tmp_path):
-    backbone = trained_pico(TUNINGS["hybrid, rsLoRA, alpha is not rank"], dtype="bfloat16")
-    folder = write_adapter(backbone, tmp_path / "adapter", PICO, run="a")
-    report = verify_adapter(folder, PICO, backbone, token_samples(("policy",)), dtype="bfloat16")
-    assert report.dtype == "bfloat16" and "bfloat16" in report.how
-    assert report.relative_difference <= 2e-2
-
-
-def test_another_training_is_refused_and_set_aside(tmp_path):
-    folder = write_adapter(trained_pico(TUNINGS["lora with dropout"]), tmp_path / "adapter", PICO, run="a")
+def test_another_training_is_refused_and_set_aside(tmp_path, upstream_here):
+    trained, folder = trained_pico(TUNINGS["lora with dropout"]), tmp_path / "adapter"
     other = trained_pico(TUNINGS["lora with dropout"], step=0.06)
+
+    def verify(new: Path) -> None:
+        verify_adapter(new, PICO, trained, token_samples(("text_to_video",)))
+
+    write_adapter(trained, folder, PICO, run="a", verify=verify)
+    kept = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     with pytest.raises(VerificationError, match=r"differs by .* kept as .*adapter\.refused"):
-        verify_adapter(folder, PICO, other, token_samples(("text_to_video",)))
-    assert not folder.exists()
-    assert (tmp_path / "adapter.refused" / WEIGHT_NAME).is_file()
+        write_adapter(other, folder, PICO, run="a", verify=verify)
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == kept
+    refused = tmp_path / "adapter.refused"
+    assert (refused / WEIGHT_NAME).read_bytes() != (folder / WEIGHT_NAME).read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "adapter.refused"}
 
 
 def test_file_is_what_upstreams_loader_needs(exported):
@@ -233,11 +234,6 @@ def test_robot_module_refuses_a_state_row(tmp_path):
     with pytest.raises(ValueError, match="has a state row"):
         _load(folder / "robot.py", "stateful_robot").register()
     assert "state row" in (folder / "README.md").read_text()
-
-
-def owned(file: Path) -> dict[str, torch.Tensor]:
-    """A file's tensors in memory of their own: the file is about to be written over."""
-    return {name: value.clone() for name, value in load_file(file).items()}
 
 
 def _load(path: Path, name: str):

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from cosmos3_train.config import Channel, Embodiment, Model, Tuning
 from cosmos3_train.data.statistics import Moments, Statistics
@@ -78,6 +79,11 @@ def token_samples(tasks: tuple[str, ...] = ("policy", "inverse_dynamics", "text_
             )
         )
     return found
+
+
+def owned(file: Path) -> dict[str, torch.Tensor]:
+    """A file's tensors in memory of their own: the file is about to be written over."""
+    return {name: value.clone() for name, value in load_file(file).items()}
 
 
 def odd_samples() -> list[TokenSample]:
