@@ -31,7 +31,8 @@ SHARD = 256
 """Windows a file: a policy window at the 256 tier is about 0.25 MB in bf16."""
 
 BATCH = 64
-"""Windows read at a time for a GPU, which encodes as many of them at once as it holds. On a CPU the loader's workers encode one each: a core a clip, no waiting."""
+"""Windows read at a time for a GPU, which encodes as many of them at once as it holds. On a CPU the loader's workers
+encode one each: a core a clip, no waiting."""
 
 
 def latent_fingerprint(vae: AutoencoderKLWan, dataset: PreparedDataset) -> str:

@@ -34,7 +34,7 @@ R = TypeVar("R")
 
 
 def choose_compiler(wanted: Literal["auto", True, False], device: torch.device) -> Compiler | None:
-    """What compiles the backbone's functions, None where they run as written, with one log line that says which and why.
+    """What compiles the backbone's functions, None where they run as written; one log line says which and why.
 
     Args:
         wanted: True, False, or 'auto': on a GPU where the tools are there.

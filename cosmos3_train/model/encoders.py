@@ -88,12 +88,12 @@ class Encoder:
                 found[place] = latent
         return found
 
-    def _encode_together(self, frames: Sequence[Tensor], embodiment: Embodiment | None) -> list[Tensor]:
-        prepared, sizes = zip(*(self._prepare(clip, embodiment) for clip in frames), strict=True)
+    def _encode_together(self, clips: Sequence[Tensor], embodiment: Embodiment | None) -> list[Tensor]:
+        prepared, sizes = self._prepare(torch.stack(list(clips)), embodiment)
         with torch.no_grad():
-            latents = self.parts._encode_video(torch.cat(prepared)).float()
-        if sizes[0] is not None:
-            latents = self.parts._remove_action_video_padding_from_latent(latents, sizes[0])
+            latents = self.parts._encode_video(prepared).float()
+        if sizes is not None:
+            latents = self.parts._remove_action_video_padding_from_latent(latents, sizes)
         return list(latents.cpu())
 
     def _token_sample(self, sample: Sample, latent: Tensor | None) -> TokenSample:
@@ -134,21 +134,25 @@ class Encoder:
         frames = 4 * (latent.shape[1] - 1) + 1
         return video_prompt(self.parts, sample.caption, frames, canvas(sample.size, tier), sample.fps)
 
-    def _prepare(self, clip: Tensor, embodiment: Embodiment | None) -> tuple[Tensor, Tensor | None]:
-        """float [1, 3, T, H', W'] in [-1, 1] on the canvas; for a robot also upstream's (canvas, content) sizes."""
+    def _prepare(self, clips: Tensor, embodiment: Embodiment | None) -> tuple[Tensor, Tensor | None]:
+        """Clips uint8 [B, T, 3, H, W] → float [B, 3, T, H', W'] in [-1, 1] on the canvas; for a robot also upstream's
+        (canvas, content) sizes. Upstream prepares frame by frame, so all clips pass as one long one."""
         device = self.parts.vae.device
-        size = (clip.shape[-2], clip.shape[-1])
+        count, length = clips.shape[:2]
+        size = (clips.shape[-2], clips.shape[-1])
+        frames = clips.flatten(0, 1)
         if embodiment is None:
-            return _cover(clip.to(device).float() / 255 * 2 - 1, canvas(size, VIDEO_TIER)), None
-        pixels: Any = clip.to(device).float() / 255
+            covered = _cover(frames.to(device).float() / 255 * 2 - 1, canvas(size, VIDEO_TIER))
+            return covered.unflatten(0, (count, length)).transpose(1, 2), None
+        pixels: Any = frames.to(device).float() / 255
         if whole(size) != size:
             # Upstream first resizes such frames to whole latent cells: pictures smoothly, tensors to the nearest pixel.
             # A robot is served pictures.
-            pixels = [Image.fromarray(frame.permute(1, 2, 0).cpu().numpy()) for frame in clip]
-        frames, sizes, _, _ = self.parts._prepare_action_video_conditioning(
-            pixels, embodiment.resolution_tier, clip.shape[0], device=device, dtype=torch.float32
+            pixels = [Image.fromarray(frame.permute(1, 2, 0).cpu().numpy()) for frame in frames]
+        prepared, sizes, _, _ = self.parts._prepare_action_video_conditioning(
+            pixels, embodiment.resolution_tier, count * length, device=device, dtype=torch.float32
         )
-        return frames, sizes
+        return prepared[0].unflatten(1, (count, length)).transpose(0, 1), sizes
 
 
 def action_fields(action: Tensor, state: Tensor | None, embodiment: Embodiment, task: str) -> dict[str, Any]:
@@ -164,7 +168,7 @@ def action_fields(action: Tensor, state: Tensor | None, embodiment: Embodiment, 
 
 
 def _cover(clip: Tensor, size: tuple[int, int]) -> Tensor:
-    """[T, 3, H, W] resized to cover `size` and cropped to its middle → [1, 3, T, *size]."""
+    """[N, 3, H, W] resized to cover `size` and cropped to its middle → [N, 3, *size]."""
     height, width = clip.shape[-2:]
     scale = max(size[0] / height, size[1] / width)
     resized = F.interpolate(
@@ -175,4 +179,4 @@ def _cover(clip: Tensor, size: tuple[int, int]) -> Tensor:
         antialias=True,
     ).clamp(-1, 1)
     top, left = (resized.shape[-2] - size[0]) // 2, (resized.shape[-1] - size[1]) // 2
-    return resized[:, :, top : top + size[0], left : left + size[1]].transpose(0, 1)[None]
+    return resized[:, :, top : top + size[0], left : left + size[1]]

@@ -1,6 +1,8 @@
 """Train Cosmos3-Pico's VAE: an `AutoencoderKLWan` with Wan 2.2's contract (48 channels, 4 x 16 x 16), tiny.
 
-    python experiments/pico/train_vae.py --output DIR --minutes 5 --seed 0 --workers 16 [--states FILE.npz]
+    torchrun --nproc-per-node GPUS experiments/pico/train_vae.py --output DIR --minutes 4 --workers 16 --states FILE.npz
+
+Without torchrun it is one process, on one GPU or the CPU.
 
 Notable choices. Most clips are drawn beforehand by the simulator's own camera (pusht_bank.py), the others on the
 training device as they are needed, in other looks and sizes (pusht_scenes.py). Sizes are set by
@@ -17,12 +19,15 @@ import copy
 import json
 import logging
 import math
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
 from PIL import Image
@@ -46,7 +51,7 @@ logger = logging.getLogger("train_vae")
 
 SPATIAL, TEMPORAL, CHANNELS = 16, 4, 48
 CLIP_FRAMES = (1, 5, 17)
-STILL_SHARE = 0.4  # of the time, spent on single frames before clips come in
+STILL_SHARE = 0.3  # of the time, spent on single frames before clips come in
 CLIPS_AFTERWARDS = (0.3, 0.2, 0.5)  # shares of the lengths from then on
 MARGIN, WHOLE_MARGIN = 32, 96  # px of canvas around the content: in most of the run, and in its last part
 WHOLE_MARGIN_FROM = 0.85  # of the time: the codec reaches 96 px, so a smaller canvas shows in the last cells
@@ -58,7 +63,7 @@ CONTENT_SIZES = (
     (144, 144),
 )  # height, width; the first is PushT's own
 KL_WEIGHT = 1e-5
-BANK = 0.75  # share of the steps on clips that a camera drew
+BANK = 0.85  # share of the steps on clips that a camera drew
 OTHER_LOOKS = 0.4  # of them, share seen by one of the other cameras
 PLAIN = 0.5  # share of made-up clips that keep PushT's own look
 REPORT_EVERY_SECONDS = 20
@@ -166,7 +171,7 @@ def losses(vae: AutoencoderKLWan, clips: Clips, margin: int) -> tuple[Tensor, Te
     latents = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
     error = (decode_unclamped(vae, latents).float() - clips.pixels).abs()
     weight = clips.weight / clips.weight.mean()
-    reconstruction = (weight * (error + 2.0 * error.square())).mean()
+    reconstruction = (weight * (error + 5.0 * error.square())).mean()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     return reconstruction, kl
 
@@ -203,7 +208,10 @@ def learning_rate(progress: float, step: int, peak: float) -> float:
 
 
 class Steps:
-    """Optimizer steps, one CUDA graph a shape: the codec is so small that launching its kernels would be the cost."""
+    """Optimizer steps, one CUDA graph a shape: the codec is so small that launching its kernels would be the cost.
+
+    Gradients lie in one buffer, which is what several processes sum between the graphs of backward and of descent.
+    """
 
     def __init__(self, vae: AutoencoderKLWan, average: AutoencoderKLWan, peak: float) -> None:
         self.vae = vae
@@ -217,94 +225,127 @@ class Steps:
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=self.graphed, capturable=self.graphed
         )
+        self.gradients = torch.zeros(sum(p.numel() for p in self.trained), device=self.device)
+        for parameter, part in zip(self.trained, self.gradients.split([p.numel() for p in self.trained]), strict=True):
+            parameter.grad = part.view_as(parameter)
         self.graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Clips, Tensor]] = {}
+        self.descent: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
         self.memory = torch.cuda.graph_pool_handle() if self.graphed else None
 
-    def __call__(self, clips: Clips, margin: int, rate: float, keep: float) -> Tensor:
-        """One step on a batch; returns (reconstruction, KL, gradient norm) without waiting for them."""
+    def __call__(self, clips: Clips, margin: int, rate: float, keep: float) -> tuple[Tensor, Tensor]:
+        """One step on a batch; returns (reconstruction, KL) of this process's share and the gradient's norm, without
+        waiting for them."""
         self.rate.fill_(rate)
         self.keep.fill_(1 - keep)
         if not self.graphed:
             self.optimizer.param_groups[0]["lr"] = rate
-            return self._step(clips, margin)
+            return self._backward(clips, margin), self._descend()
         shape = (*clips.pixels.shape, margin)
         if shape not in self.graphs:
-            self.graphs[shape] = self._capture(clips, margin)
-        graph, buffers, out = self.graphs[shape]
+            buffers = Clips(clips.pixels.clone(), clips.weight.clone())
+            graph, seen = self._captured(lambda: self._backward(buffers, margin))
+            self.graphs[shape] = graph, buffers, seen
+        graph, buffers, seen = self.graphs[shape]
         buffers.pixels.copy_(clips.pixels)
         buffers.weight.copy_(clips.weight)
         graph.replay()
-        return out
+        if dist.is_initialized():
+            dist.all_reduce(self.gradients, op=dist.ReduceOp.AVG)
+        if self.descent is None:
+            self.descent = self._captured(self._descend)  # its trial runs are steps too, on the same gradient
+        graph, norm = self.descent
+        graph.replay()
+        return seen, norm
 
-    def _capture(self, clips: Clips, margin: int) -> tuple[torch.cuda.CUDAGraph, Clips, Tensor]:
-        buffers = Clips(clips.pixels.clone(), clips.weight.clone())
+    def _captured(self, work: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(3):
-                self._step(buffers, margin)
+                work()
         torch.cuda.current_stream().wait_stream(aside)
-        self.optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.memory):
-            out = self._step(buffers, margin)
-        return graph, buffers, out
+        with torch.cuda.graph(graph, pool=self.memory, capture_error_mode="thread_local"):
+            out = work()
+        return graph, out
 
-    def _step(self, clips: Clips, margin: int) -> Tensor:
-        self.optimizer.zero_grad(set_to_none=True)
+    def _backward(self, clips: Clips, margin: int) -> Tensor:
+        self.gradients.zero_()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.graphed, cache_enabled=False):
             reconstruction, kl = losses(self.vae, clips, margin)
         (reconstruction + KL_WEIGHT * kl).backward()
+        return torch.stack((reconstruction.detach(), kl.detach()))
+
+    def _descend(self) -> Tensor:
         norm = nn.utils.clip_grad_norm_(self.trained, 1.0, foreach=True)
         self.optimizer.step()
         with torch.no_grad():
             for average, parameter in zip(self.averaged, self.trained, strict=True):
                 average.lerp_(parameter, self.keep)  # with a tensor: a graph would freeze a number
-        return torch.stack((reconstruction.detach(), kl.detach(), norm.detach()))
+        return norm
+
+
+class Clock:
+    """How much of the run's time has passed, 0 to 1, the same in all processes: told by the first every few steps."""
+
+    def __init__(self, seconds: float, device: torch.device) -> None:
+        self.started, self.seconds, self.device = time.monotonic(), seconds, device
+        self._told = 0.0
+
+    def progress(self, step: int) -> float:
+        """Of step `step`; a new reading every 16 steps."""
+        if step % 16 == 0:
+            told = torch.tensor((time.monotonic() - self.started) / self.seconds, device=self.device)
+            if dist.is_initialized():
+                dist.broadcast(told, 0)
+            self._told = float(told)
+        return self._told
 
 
 def train(
     args: argparse.Namespace, bank: Bank, held_out: dict[str, Clips], device: torch.device
 ) -> tuple[AutoencoderKLWan, dict[str, Any]]:
     """Run the clock down; returns the averaged codec (fp32) and what the run was."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
     torch.manual_seed(args.seed)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
-    generator = torch.Generator(device).manual_seed(args.seed)
-    draws = np.random.default_rng(args.seed)
+    draws = np.random.default_rng(args.seed)  # of lengths and sizes: the same in all processes
     vae = build_vae().train()
     nn.Module.to(vae, device=device)  # upstream's own is decorated out of its type
     average = copy.deepcopy(vae).eval()
     make_step = Steps(vae, average, args.lr)
-    started = reported = time.monotonic()
-    seconds, step, frames_seen = args.minutes * 60, 0, 0
-    while (elapsed := time.monotonic() - started) < seconds:
+    generator = torch.Generator(device).manual_seed(args.seed + rank)
+    torch.manual_seed(args.seed + rank)  # of the latents' noise
+    clock = Clock(args.minutes * 60, device)
+    reported, step, frames_seen = clock.started, 0, 0
+    while (progress := clock.progress(step)) < 1:
         frames, size, batch = 1, CONTENT_SIZES[0], 4 * args.clips_per_step
-        if elapsed / seconds > STILL_SHARE:
+        if progress > STILL_SHARE:
             frames = int(draws.choice(CLIP_FRAMES, p=CLIPS_AFTERWARDS))
             batch = batch if frames == 1 else args.clips_per_step
         if frames == 1 and draws.random() < 0.08:
             size = CONTENT_SIZES[int(draws.integers(len(CONTENT_SIZES)))]
         clips = training_clips(bank, generator, draws, batch, frames, size)
         keep = min(0.999, (1 + step) / (10 + step))
-        margin = WHOLE_MARGIN if elapsed / seconds > WHOLE_MARGIN_FROM else MARGIN
-        seen = make_step(clips, margin, learning_rate(elapsed / seconds, step, args.lr), keep)
+        margin = WHOLE_MARGIN if progress > WHOLE_MARGIN_FROM else MARGIN
+        seen, norm = make_step(clips, margin, learning_rate(progress, step, args.lr), keep)
         step, frames_seen = step + 1, frames_seen + batch * frames
         if time.monotonic() - reported > REPORT_EVERY_SECONDS:
-            reconstruction, kl, norm = seen.tolist()
             reported = time.monotonic()
-            if not math.isfinite(norm):
-                raise FloatingPointError(f"gradient norm {norm} at step {step}: lower --lr")
-            logger.info(
-                "%5.0f s  step %d  loss %.4f  kl %.2f  frames/s %.0f  psnr %s",
-                elapsed,
-                step,
-                reconstruction,
-                kl,
-                frames_seen / (reported - started),
-                psnr(average, held_out["pusht"]),
-            )
-    seconds = round(time.monotonic() - started, 1)
-    return average, {"steps": step, "frames": frames_seen, "seconds": seconds}
+            if not math.isfinite(float(norm)):
+                raise FloatingPointError(f"gradient norm {float(norm)} at step {step}: lower --lr")
+            if rank == 0:
+                logger.info(
+                    "%5.0f s  step %d  loss %.4f  kl %.2f  frames/s %.0f  psnr %s",
+                    reported - clock.started,
+                    step,
+                    *seen.tolist(),
+                    frames_seen / (reported - clock.started),
+                    psnr(average, held_out["pusht"]),
+                )
+    seconds = round(time.monotonic() - clock.started, 1)
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    return average, {"steps": step, "frames": frames_seen * processes, "seconds": seconds, "processes": processes}
 
 
 @torch.no_grad()
@@ -368,12 +409,20 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args.output.mkdir(parents=True, exist_ok=True)
     WanCausalConv3d.forward = convolve_flat  # in this process alone; upstream's own is what the folder is used with
-    banks = make_banks(args.states, args.bank_clips, args.held_out_clips, args.seed, args.workers)
+    rank = int(os.environ.get("RANK", "0"))
+    banks = make_banks(args.states, args.bank_clips, args.held_out_clips, args.seed + 1000 * rank, args.workers)
     logger.info("drew %d + %d clips, seed %d", *(len(bank.poses) for bank in banks), args.seed)
     device = torch.device(args.device)
+    if "RANK" in os.environ:
+        torch.cuda.set_device(rank)
+        dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
     bank, kept = (part.to(device) for part in banks)
     held_out = held_out_clips(kept)
     vae, report = train(args, bank, held_out, device)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if rank:
+        return
     report["latents"] = write_statistics(vae, bank, min(256, 8 * args.held_out_clips, args.bank_clips))
     nn.Module.to(vae, dtype=torch.bfloat16)  # upstream's own is decorated out of its type
     vae.save_pretrained(args.output / "vae", safe_serialization=True)
