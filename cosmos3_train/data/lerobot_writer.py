@@ -7,6 +7,7 @@ subsample of the frames, per colour channel, in [0, 1], as LeRobot does.
 """
 
 import json
+import math
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -99,10 +100,26 @@ def _some(pictures: np.ndarray, most: int = 256) -> np.ndarray:
 
 
 def _camera_statistics(frames: np.ndarray) -> dict[str, np.ndarray]:
-    """The same of pictures uint8 [T, H, W, 3] per channel, shape [3, 1, 1], in [0, 1]; count is of pictures."""
-    pixels = frames.reshape(-1, 3).astype(np.float64) / 255.0
-    found = {name: value.reshape(3, 1, 1) for name, value in column_statistics(pixels).items() if name != "count"}
-    return found | {"count": np.array([len(frames)])}
+    """The same of pictures uint8 [T, H, W, 3] per channel, shape [3, 1, 1], in [0, 1]; count is of pictures.
+
+    From how often each of the 256 values occurs, which is exact and does not sort millions of pixels.
+    """
+    levels = np.arange(256) / 255.0
+    per_channel = []
+    for channel in range(3):
+        seen = np.bincount(frames[..., channel].ravel(), minlength=256)
+        total, reached = seen.sum(), np.cumsum(seen)
+        present = levels[seen > 0]
+        mean = float(seen @ levels) / total
+        found = {"min": present[0], "max": present[-1], "mean": mean}
+        found["std"] = np.sqrt(max(0.0, float(seen @ (levels - mean) ** 2) / total))
+        for name, q in _QUANTILES.items():
+            place = q * (total - 1)  # between two pixels of the sorted row, as numpy's quantile has it
+            below, above = (levels[np.searchsorted(reached, k, side="right")] for k in (int(place), math.ceil(place)))
+            found[name] = below + (above - below) * (place - int(place))
+        per_channel.append(found)
+    stacked = {name: np.array([found[name] for found in per_channel]).reshape(3, 1, 1) for name in per_channel[0]}
+    return stacked | {"count": np.array([len(frames)])}
 
 
 class LeRobotWriter:

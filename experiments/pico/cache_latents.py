@@ -1,32 +1,88 @@
-"""Prepare the log of experiments/pico.yaml and cache its latents, with the codec's convolutions made fast.
+"""Prepare the logs of experiments/pico.yaml and cache their latents, quickly.
 
-    python experiments/pico/cache_latents.py [key=value ...]
+    python experiments/pico/cache_latents.py [--only NAME ...] [--poses FILE.npz ...] [key=value ...]
 
 `cosmos3 train experiments/pico.yaml` does the same with upstream's own convolutions, whose tiny 3D kernels keep a GPU
-waiting: equal latents up to rounding, in several times the time.
+waiting; here each is one 2D convolution, with equal latents up to rounding. With `--poses`, the states files from
+which the logs were drawn, frames are drawn from them again instead of decoded, which takes no video at all and shows
+the codec what the simulator's camera will show the policy. `--only` names entries of the mixture, so that several
+processes can share the work.
 """
 
+import argparse
 import logging
 import sys
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
+import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+from torch import Tensor
 from train_vae import convolve_flat
 
-from cosmos3_train.config import load_experiment
+from cosmos3_train.config import Embodiment, load_experiment
+from cosmos3_train.data.reader import PreparedDataset
+from cosmos3_train.evaluation.simulators.pusht_camera import PushTCamera
+from cosmos3_train.model.caches import ensure_latents
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.loading import load_parts
 from cosmos3_train.runtime import set_up_logging
-from cosmos3_train.training.datamodule import open_datasets
+from cosmos3_train.training.datamodule import open_dataset
 from cosmos3_train.training.strategy import device_for
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "data" / "pusht"))
+from make_episodes import CONTRACTS, read_states
+
+
+class DrawnDataset(PreparedDataset):
+    """A prepared folder whose frames are drawn from the poses that its log was drawn from."""
+
+    def __init__(self, folder: Path, embodiment: Embodiment, source: Path | None, files: list[Path]) -> None:
+        super().__init__(folder, embodiment, source)
+        self._files = files
+
+    @cached_property
+    def _episodes(self) -> list[Any]:
+        return [episode for file in self._files for episode in read_states(self.embodiment.name, file)]
+
+    @cached_property
+    def _camera(self) -> PushTCamera:
+        return PushTCamera(CONTRACTS[self.embodiment.name].look)
+
+    def frames(self, row: dict[str, Any], first_only: bool = False) -> Tensor:
+        """As `PreparedDataset.frames`."""
+        episode, first = self._episodes[row["episode_index"]], row["start"]
+        last = first + (1 if first_only else len(row["timestamps"]))
+        poses = zip(episode.agent[first:last].tolist(), episode.block[first:last].tolist(), strict=True)
+        pictures = [torch.from_numpy(self._camera.draw(agent, block)) for agent, block in poses]
+        return torch.stack(pictures).permute(0, 3, 1, 2)
 
 
 def main() -> None:
     """Prepare, encode, say how much there is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME")
+    parser.add_argument("--poses", nargs="+", type=Path, metavar="FILE.npz")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_intermixed_args()
     set_up_logging()
-    loaded = load_experiment("experiments/pico.yaml", sys.argv[1:])
+    loaded = load_experiment("experiments/pico.yaml", options.overrides)
+    experiment = loaded.experiment
     WanCausalConv3d.forward = convolve_flat  # in this process alone
-    encoder = Encoder(load_parts(loaded.model, device_for(loaded.experiment.strategy)), loaded.experiment.embodiments)
-    for name, (dataset, _) in open_datasets(loaded, encoder).items():
+    encoder = Encoder(load_parts(loaded.model, device_for(experiment.strategy)), experiment.embodiments)
+    for name, entry in experiment.data.datasets.items():
+        if entry.embodiment is None or (options.only and name not in options.only):
+            continue
+        if not options.poses:
+            dataset = open_dataset(loaded, name, entry, encoder)
+        else:
+            if entry.card:
+                open_dataset(loaded, name, entry, None)
+            source = loaded.root / entry.source if entry.source else None
+            robot = experiment.embodiments[entry.embodiment]
+            dataset = DrawnDataset(loaded.root / entry.prepared, robot, source, options.poses)
+            ensure_latents(dataset, encoder, experiment.data.workers)
         logging.getLogger("cosmos3_train").info("%s: %d windows to train on", name, dataset.count("train"))
 
 

@@ -23,7 +23,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -102,7 +102,7 @@ def convolve_flat(self: WanCausalConv3d, x: Tensor, cache_x: Tensor | None = Non
     tap alone.
     """
     taps, stride = self.kernel_size[0], self.stride[0]
-    weight, padding = self.weight, self._padding
+    weight, padding = self.weight, cast(tuple[int, ...], self._padding)  # as F.pad wants it: last axis first
     past = 0 if cache_x is None else cache_x.shape[2]
     if past == 0 and x.shape[2] == 1 and padding[4] == taps - 1:
         weight, steps = weight[:, :, -1:], x
@@ -309,6 +309,7 @@ def train(
     rank = dist.get_rank() if dist.is_initialized() else 0
     torch.manual_seed(args.seed)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
     draws = np.random.default_rng(args.seed)  # of lengths and sizes: the same in all processes
     vae = build_vae().train()
     nn.Module.to(vae, device=device)  # upstream's own is decorated out of its type
