@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from accelerate import infer_auto_device_map
 from diffusers import Cosmos3OmniPipeline, Cosmos3OmniTransformer
 from safetensors.torch import load_file, save_file
 
@@ -146,3 +147,21 @@ def test_a_folder_without_its_index_is_refused(folder, tmp_path):
     (copy / "model_index.json").unlink()
     with pytest.raises(UserError, match=r"copy: its model_index.json, tokenizer.* cannot be read .*fetch it again"):
         load_parts(model(copy), CPU, vae_weights=False)
+
+
+def test_what_upstream_and_accelerate_ask_for_by_class_name_finds_the_packed_layers(folder):
+    """Our layers have another class name: with upstream's lists nothing would match, and without an error a layer would
+    be split between devices, or never compiled."""
+    backbone = load_backbone(model(folder, "float32"), CPU)
+    names = {type(layer).__name__ for layer in backbone.layers}
+    assert set(backbone._no_split_modules) == set(backbone._repeated_blocks) == names
+    assert not names & {*Cosmos3OmniTransformer._no_split_modules, *Cosmos3OmniTransformer._repeated_blocks}
+    layer = sum(p.numel() * p.element_size() for p in backbone.layers[0].parameters())
+    rest = sum(p.numel() * p.element_size() for p in backbone.parameters()) - 2 * layer
+    for room in range(layer // 4, 2 * rest + 2 * layer, layer // 3):
+        places = infer_auto_device_map(
+            backbone, {0: room, "cpu": 10**12}, no_split_module_classes=backbone._no_split_modules
+        )
+        assert not [name for name in places if name.startswith("layers.") and name.count(".") > 1]
+    backbone.compile_repeated_blocks()
+    assert all(layer._compiled_call_impl is not None for layer in backbone.layers)

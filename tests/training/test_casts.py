@@ -7,12 +7,12 @@ from dataclasses import replace
 import lightning
 import pytest
 import torch
-from lightning.pytorch.plugins.precision import DeepSpeedPrecision, HalfPrecision
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision, HalfPrecision, MixedPrecision
 
 from cosmos3_train.training.loop import RunLoop
 from cosmos3_train.training.run import make_trainer
 from cosmos3_train.types import StepBatch
-from tests.training.steps import CPU, make_module, mixed_samples
+from tests.training.steps import CPU, gradients, make_module, make_steps, mixed_samples
 
 POSITION = 15001.0
 
@@ -66,3 +66,15 @@ def test_the_run_s_own_trainer_casts_nothing(project, tmp_path):
     trainer.precision_plugin.convert_module(module)
     assert {name: p.dtype for name, p in module.named_parameters()} == before
     assert module.backbone.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_why_the_run_s_precision_is_not_bf16_mixed(project, tmp_path):
+    """Lightning's mixed precision refuses to clip for a fused optimizer; ours is fused, and is clipped by us."""
+    module = make_module(project / "model", dtype="bfloat16", clip=0.01)
+    assert all(group["fused"] for group in module.optimizer.param_groups)
+    with pytest.raises(RuntimeError, match="'fused' optimizer"):
+        MixedPrecision("bf16-mixed", "cpu").clip_gradients(module.optimizer, 0.01)
+    make_steps(module, [StepBatch(0, mixed_samples())], tmp_path)
+    assert module.report.gradient_norm > 0.1
+    total = torch.stack([gradient.norm() for gradient in gradients(module).values()]).norm()
+    assert float(total) == pytest.approx(0.01, rel=1e-3)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cosmos3_train.config import UserError
+from cosmos3_train.config import Tuning, UserError
 from cosmos3_train.objectives.flow_matching import noisy_pack
 from cosmos3_train.training.batching import split_into_packs
 from cosmos3_train.types import IGNORED_LABEL, StepBatch
-from tests.training.steps import difference, gradients, make_module, make_steps, mixed_samples, perturb
+from tests.training.steps import HYBRID, difference, gradients, make_module, make_steps, mixed_samples, perturb
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +139,41 @@ def test_chunked_logits_give_the_step_the_same_gradient(project, one_pack, tmp_p
     module = perturb(make_module(project / "model", logits_chunk=3))
     make_steps(module, [StepBatch(0, mixed_samples())], tmp_path)
     assert_equal_gradients(gradients(module), one_pack[0])
+
+
+def nodes(total: torch.Tensor) -> set[str]:
+    """Names of everything that the backward of a loss goes through."""
+    seen, todo = set(), [total.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [before for before, _ in node.next_functions]
+    return {node.name() for node in seen}
+
+
+@pytest.mark.parametrize("tuning", [HYBRID, Tuning(method="full")], ids=["hybrid", "full"])
+def test_the_backward_of_a_step_is_the_same_from_run_to_run(project, tuning):
+    """On a CPU that of x[index] with repeats is not: threads add in whatever order they come. Keys and values, noise
+    levels and heads' rows are all gathered with repeats."""
+    module = perturb(make_module(project / "model", tuning=tuning))
+    pack = module.packer(StepBatch(0, mixed_samples())).packs[0]
+    parameters, threads = list(module.trainables.parameters.values()), torch.get_num_threads()
+    total = torch.stack(list(module.pack_losses(pack).values())).sum()
+    gathers = {name for name in nodes(total) if name.startswith(("Index", "Embedding", "Gather", "Take", "Scatter"))}
+    assert {"IndexSelectBackward0", "EmbeddingBackward0"} <= gathers
+    assert gathers <= {"IndexSelectBackward0", "EmbeddingBackward0", "IndexAddBackward0", "IndexCopyBackward0"}
+    torch.set_num_threads(2)
+    try:
+        turns = [torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True) for _ in range(4)]
+    finally:
+        torch.set_num_threads(threads)
+    for again in turns[1:]:
+        assert all(a is b or torch.equal(a, b) for a, b in zip(turns[0], again, strict=True))
+
+
+def test_what_indexing_would_put_there():
+    x = torch.zeros(3, 2, requires_grad=True)
+    index = torch.tensor([0, 0, 2])
+    assert "IndexBackward0" in nodes(x[index].sum())
+    assert "IndexBackward0" not in nodes(x.index_select(0, index).sum())

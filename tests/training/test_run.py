@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from cosmos3_train.config import UserError
 from cosmos3_train.training.checkpoints import list_checkpoints
+from cosmos3_train.training.datamodule import StepData
 from cosmos3_train.training.module import TrainingFailed
 from cosmos3_train.training.run import build, claim_folder, train
 from cosmos3_train.training.throughput import RATES
@@ -233,6 +235,18 @@ def test_data_that_changed_under_a_half_finished_run_are_refused_by_name(tmp_pat
         (root / name).rename((root / name).with_name("second"))
         (root / name).with_name(f"first_{Path(name).name}").rename(root / name)
     assert train(loaded, evaluate=lambda run: {}) == "finished"
+
+
+def test_no_step_is_cut_short_where_the_data_begin_anew(project):
+    """Lightning would end a window of accumulation with its epoch. The run's order has no end, a step is one item."""
+    run = build(load(project, "name=endless", "training.samples_per_step=7", "data.workers=0"))
+    data = StepData(run.loaded, run.opened, run.module.packer)
+    steps = list(itertools.islice(data.train_dataloader(), 12))
+    assert 3 * data.mixture.windows < 12 * 7, "several epochs of the data"
+    assert [step.step for step in steps] == list(range(12))
+    assert [sum(pack.samples for pack in step.packs) for step in steps] == [7] * 12
+    data.first_step = 5
+    assert next(iter(data.train_dataloader())).step == 5, "a resumed run draws on where it stood, and nothing twice"
 
 
 # ------------------------------------------------------------------------------------------------ what trains
