@@ -67,7 +67,9 @@ def test_stored_poses_draw_the_same_pictures(make_episodes: ModuleType, tmp_path
     episodes = [make_episodes.plan_episodes("pusht_moves", seed)[0] for seed in (21, 24)]
     file = tmp_path / "states.npz"
     make_episodes.save_states("pusht_moves", episodes, file)
-    for kept, ((stored, pictures),) in zip(episodes, make_episodes.stored_episodes("pusht_moves", [file], 1), strict=True):
+    for kept, ((stored, pictures),) in zip(
+        episodes, make_episodes.stored_episodes("pusht_moves", [file], 1), strict=True
+    ):
         assert stored.seed == kept.seed
         np.testing.assert_array_equal(stored.action, kept.action)
         np.testing.assert_array_equal(pictures, make_episodes.draw("pusht_moves", kept))
