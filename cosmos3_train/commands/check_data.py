@@ -17,9 +17,10 @@ from cosmos3_train.data.index import check_log, columns_to_read, instructions
 from cosmos3_train.data.mixture import check_entry
 from cosmos3_train.data.prepare import read_card
 from cosmos3_train.data.reader import PreparedDataset
-from cosmos3_train.data.sources.lerobot_v3 import Episode, EpisodeRecord, LeRobotLog, open_lerobot
+from cosmos3_train.data.sources import open_log
+from cosmos3_train.data.sources.log import Episode, EpisodeRecord, Log
 from cosmos3_train.data.statistics import Statistics, compute_moments
-from cosmos3_train.data.video import compose, decode_frames
+from cosmos3_train.data.video import compose, frames_at
 from cosmos3_train.flow.tasks import TASKS
 from cosmos3_train.types import Sample
 
@@ -120,7 +121,7 @@ def _prepared(name: str, entry: Dataset, dataset: PreparedDataset) -> CheckedDat
 
 
 def _log(loaded: Loaded, name: str, entry: Dataset, card: DatasetCard, robot: Embodiment, source: Path) -> CheckedData:
-    log = open_lerobot(source)
+    log = open_log(card, source)
     check_log(log, card, robot)
     _check_files(log, robot)
     data = loaded.experiment.data
@@ -145,18 +146,17 @@ def _log(loaded: Loaded, name: str, entry: Dataset, card: DatasetCard, robot: Em
     return CheckedData(table, windows, latent_shape(robot, size), False, _samples(entry, robot, words, size))
 
 
-def _check_files(log: LeRobotLog, robot: Embodiment) -> None:
+def _check_files(log: Log, robot: Embodiment) -> None:
     """Raise `UserError` for the first data or video file that is named and not there."""
     places = {episode.data_file for episode in log.episodes}
     places |= {episode.video[camera].path for episode in log.episodes for camera in robot.cameras}
     for place in sorted(places):
-        if not (log.root / place).is_file():
-            raise UserError(
-                f"{log.root / place}: the file is missing, though meta/episodes names it; copy the log again"
-            )
+        file = log.root / place.partition("#")[0]
+        if not file.exists():
+            raise UserError(f"{file}: the file is missing, though the log names it; copy the log again")
 
 
-def _some_records(log: LeRobotLog, card: DatasetCard, robot: Embodiment, splits: dict[int, str]) -> list[EpisodeRecord]:
+def _some_records(log: Log, card: DatasetCard, robot: Embodiment, splits: dict[int, str]) -> list[EpisodeRecord]:
     """Episodes read whole, evenly over the log, up to about `FRAMES` frames."""
     usable: list[Episode] = [episode for episode in log.episodes if splits.get(episode.index) == "train"]
     total = sum(episode.length for episode in usable)
@@ -164,12 +164,12 @@ def _some_records(log: LeRobotLog, card: DatasetCard, robot: Embodiment, splits:
     return list(log.records(usable[::step], columns_to_read(card, robot)))
 
 
-def _frame_size(log: LeRobotLog, record: EpisodeRecord, robot: Embodiment) -> tuple[int, int]:
+def _frame_size(log: Log, record: EpisodeRecord, robot: Embodiment) -> tuple[int, int]:
     """(H, W) of the composed views, of the first frame of an episode."""
     views = []
     for camera in robot.cameras:
         path, start = record.video[camera]
-        views.append(decode_frames(log.root / path, [start + record.timestamps[0]]))
+        views.append(frames_at(log.root, path, [start + record.timestamps[0]]))
     shape = compose(views, robot.layout).shape
     return shape[-2], shape[-1]
 

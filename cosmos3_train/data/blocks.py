@@ -6,7 +6,6 @@ says that the block is done. So killed work goes on where it was, and the rows a
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 import multiprocessing
@@ -26,8 +25,9 @@ from cosmos3_train.data.actions import check_actions, check_finite
 from cosmos3_train.data.card import DatasetCard
 from cosmos3_train.data.files import write_whole
 from cosmos3_train.data.index import FEATURES, SPLITS, assign_splits, columns_to_read, episode_rows, window_starts
-from cosmos3_train.data.sources.lerobot_v3 import Episode, EpisodeRecord, LeRobotLog, open_lerobot
-from cosmos3_train.data.video import compose, decode_frames
+from cosmos3_train.data.sources import open_log
+from cosmos3_train.data.sources.log import Episode, EpisodeRecord, Log
+from cosmos3_train.data.video import compose, frames_at
 
 BLOCK_FRAMES = 4000
 
@@ -46,7 +46,7 @@ class Plan:
 
 
 def make_plan(
-    card: DatasetCard, embodiment: Embodiment, log: LeRobotLog, source: Path, work: Path, stride: int,
+    card: DatasetCard, embodiment: Embodiment, log: Log, source: Path, work: Path, stride: int,
     heldout_fraction: float, seed: int,
 ) -> tuple[Plan, int]:  # fmt: skip
     """The blocks and the splits, and how many episodes are too short for a window."""
@@ -81,7 +81,7 @@ def open_work_folder(work: Path, fingerprint: str) -> None:
     write_whole(marker, fingerprint.encode())
 
 
-def run_blocks(plan: Plan, log: LeRobotLog, workers: int, progress: bool) -> None:
+def run_blocks(plan: Plan, log: Log, workers: int, progress: bool) -> None:
     """Do the blocks that are not done. Returns when all are."""
     disable_progress_bars()  # of `datasets`, one a file, which would break ours
     todo = [number for number in range(len(plan.blocks)) if not report_path(plan, number).exists()]
@@ -119,15 +119,19 @@ def run_blocks(plan: Plan, log: LeRobotLog, workers: int, progress: bool) -> Non
 def _do_block_in_worker(plan: Plan, number: int) -> None:
     torch.set_num_threads(1)
     disable_progress_bars()
-    _do_block(plan, _opened_once(plan.source), number)
+    _do_block(plan, _opened_once(plan), number)
 
 
-@functools.lru_cache(maxsize=1)
-def _opened_once(source: Path) -> LeRobotLog:
-    return open_lerobot(source)  # only in a worker, which lives as long as one `prepare`
+def _opened_once(plan: Plan) -> Log:
+    if not _opened:  # only in a worker, which lives as long as one `prepare`
+        _opened.append(open_log(plan.card, plan.source))
+    return _opened[0]
 
 
-def _do_block(plan: Plan, log: LeRobotLog, number: int) -> None:
+_opened: list[Log] = []
+
+
+def _do_block(plan: Plan, log: Log, number: int) -> None:
     """Write a block's rows, its values of the train split, and last its report, which says that it is done."""
     first, stop = plan.blocks[number]
     episodes: list[Episode] = [e for e in log.episodes[first:stop] if e.index in plan.splits]
@@ -179,7 +183,7 @@ def _view_size(plan: Plan, record: EpisodeRecord) -> tuple[int, int]:
     views = []
     for camera in plan.embodiment.cameras:
         place = record.video[camera]
-        views.append(decode_frames(plan.source / place.path, ends + place.from_timestamp))
+        views.append(frames_at(plan.source, place.path, ends + place.from_timestamp))
     _, _, height, width = compose(views, plan.embodiment.layout).shape
     return height, width
 

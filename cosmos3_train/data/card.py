@@ -31,6 +31,8 @@ class DatasetCard:
     embodiment:       the embodiment card that it was recorded with
     caption_column:   column of the log with the instruction; None takes LeRobot's own task
     constant_caption: one instruction for every window, above both
+    mapping:          for formats without names of their own for things (HDF5, Zarr, ...): what is what in the file, as
+                      the source of that format says
     """
 
     name: str = MISSING
@@ -46,6 +48,7 @@ class DatasetCard:
     embodiment: str | None = None
     caption_column: str | None = None
     constant_caption: str | None = None
+    mapping: dict[str, Any] = field(default_factory=dict)
     known_faults: Any = None
     how_made: Any = None
 

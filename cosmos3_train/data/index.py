@@ -14,7 +14,7 @@ from datasets import Features, List, Value
 
 from cosmos3_train.config import Embodiment, UserError
 from cosmos3_train.data.card import DatasetCard
-from cosmos3_train.data.sources.lerobot_v3 import EpisodeRecord, LeRobotLog
+from cosmos3_train.data.sources.log import EpisodeRecord, Log
 from cosmos3_train.runtime import fold
 
 SPLITS = ("train", "heldout")
@@ -90,8 +90,8 @@ def columns_to_read(card: DatasetCard, embodiment: Embodiment) -> list[str]:
     return list(dict.fromkeys(name for name in named if name is not None))
 
 
-def check_log(log: LeRobotLog, card: DatasetCard, embodiment: Embodiment) -> None:
-    """Everything that `info.json` alone can show to be wrong.
+def check_log(log: Log, card: DatasetCard, embodiment: Embodiment) -> None:
+    """Everything that an opened log alone can show to be wrong.
 
     Raises:
         UserError: a camera or column that the log has not, another width, another rate.

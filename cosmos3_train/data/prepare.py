@@ -26,7 +26,8 @@ from cosmos3_train.data.blocks import Plan, make_plan, open_work_folder, report_
 from cosmos3_train.data.card import DatasetCard
 from cosmos3_train.data.files import disk_full_is_the_users, write_whole
 from cosmos3_train.data.index import SPLITS, check_log
-from cosmos3_train.data.sources.lerobot_v3 import LeRobotLog, open_lerobot
+from cosmos3_train.data.sources import OPENERS, open_log
+from cosmos3_train.data.sources.log import Log
 from cosmos3_train.data.statistics import FILE as STATISTICS_FILE
 from cosmos3_train.data.statistics import Statistics, compute_moments, draw_histograms
 
@@ -82,7 +83,7 @@ def prepare(
     began = time.monotonic()
     source, output = Path(source), Path(output)
     _check_settings(card, window_stride, heldout_fraction, workers)
-    log = open_lerobot(source)
+    log = open_log(card, source)
     check_log(log, card, embodiment)
     settings = _settings(card, embodiment, log, window_stride, heldout_fraction, seed)
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
@@ -148,8 +149,8 @@ def embodiment_settings(embodiment: Embodiment) -> dict[str, Any]:
 
 
 def _check_settings(card: DatasetCard, window_stride: int, heldout_fraction: float, workers: int) -> None:
-    if card.format != "lerobot_v3":
-        raise UserError(f"dataset {card.name!r}: format {card.format!r} is not prepared; only lerobot_v3 is")
+    if card.format not in OPENERS:
+        raise UserError(f"dataset {card.name!r}: format {card.format!r} is not prepared; {', '.join(OPENERS)} are")
     if window_stride < 1:
         raise UserError(f"window_stride is {window_stride}; it is at least 1")
     if not 0 <= heldout_fraction < 1:
@@ -159,7 +160,7 @@ def _check_settings(card: DatasetCard, window_stride: int, heldout_fraction: flo
 
 
 def _settings(
-    card: DatasetCard, embodiment: Embodiment, log: LeRobotLog, stride: int, heldout_fraction: float, seed: int
+    card: DatasetCard, embodiment: Embodiment, log: Log, stride: int, heldout_fraction: float, seed: int
 ) -> dict[str, Any]:
     """Everything that the rows and statistics are a function of. Paths are not: a log may be moved."""
     return {
@@ -167,6 +168,7 @@ def _settings(
         "dataset": card.name,
         "caption_column": card.caption_column,
         "constant_caption": card.constant_caption,
+        "mapping": card.mapping,
         "embodiment": embodiment_settings(embodiment),
         "window_stride": stride,
         "heldout_fraction": float(heldout_fraction),
@@ -175,19 +177,18 @@ def _settings(
     }
 
 
-def _log_digest(log: LeRobotLog) -> str:
-    """Of all of `meta/`, and of size and last 64 KiB of data and video files: hashing terabytes would take hours.
+def _log_digest(log: Log) -> str:
+    """Of what describes the log, and of size and last 64 KiB of other files: hashing terabytes would take hours.
 
     The end of a Parquet file holds the extremes of every column, the end of an mp4 the size of every frame.
     """
     digest = hashlib.sha256()
-    for path in sorted((log.root / "meta").rglob("*")):
-        if path.is_file():
-            digest.update(path.relative_to(log.root).as_posix().encode() + b"\0" + path.read_bytes())
+    for path in log.described_by():
+        digest.update(path.relative_to(log.root).as_posix().encode() + b"\0" + path.read_bytes())
     media = {episode.data_file for episode in log.episodes}
     media |= {place.path for episode in log.episodes for place in episode.video.values()}
     for name in sorted(media):
-        path = log.root / name
+        path = log.root / name.partition("#")[0]
         size = path.stat().st_size if path.is_file() else -1
         digest.update(f"{name}\0{size}\0".encode())
         if size > 0:

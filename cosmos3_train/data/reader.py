@@ -26,7 +26,7 @@ from cosmos3_train.data.files import disk_full_is_the_users
 from cosmos3_train.data.index import FEATURES, SPLITS
 from cosmos3_train.data.prepare import embodiment_settings, first_difference, read_card
 from cosmos3_train.data.statistics import Statistics
-from cosmos3_train.data.video import compose, decode_frames
+from cosmos3_train.data.video import compose, frames_at
 from cosmos3_train.flow.tasks import TASKS
 from cosmos3_train.types import Sample
 
@@ -108,7 +108,7 @@ class PreparedDataset:
         offsets = np.asarray(row["timestamps"]) - row["timestamps"][0]
         if first_only:
             offsets = offsets[:1]
-        views = [decode_frames(self.source / v["path"], v["start_time"] + offsets) for v in row["video"]]
+        views = [frames_at(self.source, v["path"], v["start_time"] + offsets) for v in row["video"]]
         return compose(views, self.embodiment.layout)
 
     def sample(

@@ -21,9 +21,21 @@ from av.video.stream import VideoStream
 from torch import Tensor
 
 from cosmos3_train.config import UserError
+from cosmos3_train.data.pictures import read_pictures
 
 OPEN_FILES = 8
 _open: OrderedDict[tuple[int, str, int], InputContainer] = OrderedDict()
+
+
+def frames_at(root: Path, place: str, timestamps: Sequence[float] | np.ndarray) -> Tensor:
+    """The frames of a place of a log at the given times, as `decode_frames`.
+
+    Args:
+        root: the log's folder.
+        place: "file.mp4", or "file#inside" for pictures that are stored one by one (`pictures.read_pictures`).
+    """
+    file, _, inside = place.partition("#")
+    return read_pictures(root / file, inside, timestamps) if inside else decode_frames(root / file, timestamps)
 
 
 def decode_frames(path: str | Path, timestamps: Sequence[float] | np.ndarray) -> Tensor:

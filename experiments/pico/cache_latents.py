@@ -1,6 +1,6 @@
 """Prepare the logs of experiments/pico.yaml and cache their latents, quickly.
 
-    python experiments/pico/cache_latents.py [--only NAME ...] [--poses FILE.npz ...] [key=value ...]
+    python experiments/pico/cache_latents.py [key=value ...] [--only NAME ...] [--poses FILE.npz ...]
 
 `cosmos3 train experiments/pico.yaml` does the same with upstream's own convolutions, whose tiny 3D kernels keep a GPU
 waiting; here each is one 2D convolution, with equal latents up to rounding. With `--poses`, the states files from

@@ -1,1 +1,25 @@
-"""One module a log format. Each opens a folder read-only and yields episodes; nothing here writes or decodes video."""
+"""Sources of robot logs: one file a format, and the table of those that exist."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from cosmos3_train.data.card import DatasetCard
+from cosmos3_train.data.sources.lerobot_v3 import open_lerobot
+from cosmos3_train.data.sources.log import Log
+
+OPENERS: dict[str, Callable[[DatasetCard, Path], Log]] = {
+    "lerobot_v3": lambda card, source: open_lerobot(source),
+}
+"""Format of a dataset card -> what opens such a log at `source`."""
+
+
+def open_log(card: DatasetCard, source: Path) -> Log:
+    """Open the log of a dataset card.
+
+    Args:
+        source: its folder (or file), which may differ from the card's.
+
+    Raises:
+        UserError: it is not there, is of another format, or is damaged.
+    """
+    return OPENERS[card.format](card, source)

@@ -12,62 +12,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cosmos3_train.config import UserError, nearest
+from cosmos3_train.data.sources.log import Episode, EpisodeRecord, VideoPlace
 
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 
 
-class VideoPlace(NamedTuple):
-    """Where an episode's frames lie: mp4 relative to the log's folder, and its first frame's time there in seconds."""
-
-    path: str
-    from_timestamp: float
-
-
-@dataclass(frozen=True)
-class Episode:
-    """What `meta/episodes` says about one episode; its rows are not read yet."""
-
-    index: int
-    length: int
-    tasks: tuple[str, ...]
-    data_file: str
-    video: dict[str, VideoPlace]
-
-
-@dataclass(frozen=True)
-class EpisodeRecord:
-    """One episode, read.
-
-    timestamps: float64 [T], seconds since the episode began
-    tasks:      the instruction at each of the T rows
-    columns:    asked-for name → float32 [T, W], or list of T strings for a text column
-    video:      camera → where its frames lie
-    """
-
-    index: int
-    length: int
-    timestamps: np.ndarray
-    tasks: tuple[str, ...]
-    columns: dict[str, Any]
-    video: dict[str, VideoPlace]
-
-    @property
-    def task(self) -> str:
-        """The instruction at the first row."""
-        return self.tasks[0]
-
-
 @dataclass(frozen=True)
 class LeRobotLog:
-    """An opened log. `features` is `info.json`'s; `cameras` are those of them that are stored as video."""
+    """A `Log`. `features` is `info.json`'s; `cameras` are those of them that are stored as video."""
 
     root: Path
     fps: float
@@ -94,6 +54,10 @@ class LeRobotLog:
         """How many numbers a row of the column holds, as `info.json` declares it (None where it does not)."""
         shape = self.features[column].get("shape")
         return int(np.prod(shape)) if shape is not None else None
+
+    def described_by(self) -> list[Path]:
+        """See `Log.described_by`: all of `meta/`."""
+        return [path for path in sorted((self.root / "meta").rglob("*")) if path.is_file()]
 
     def records(self, episodes: Sequence[Episode], columns: Sequence[str]) -> Iterator[EpisodeRecord]:
         """Read episodes in the order given, which should be the log's for speed.
