@@ -160,6 +160,7 @@ class PackedSequence:
 
     text_ids            int64 [U];  text_positions float32 [3, U]
     text_spans          borders of the samples in the understanding stream (B of them)
+    prompts             a name of each sample's token ids, the same for the same ids (`packing.prompt_key`)
     generation_lengths  tokens of each of the B samples in the generation stream (0 for a conversation)
     generation_spans    borders in the generation stream, samples without generated modalities left out
     joint_spans         borders of the keys that generation attends to: each sample's text, then its generation tokens
@@ -179,6 +180,7 @@ class PackedSequence:
     text_ids: Tensor
     text_positions: Tensor
     text_spans: Spans
+    prompts: tuple[str, ...]
     generation_lengths: tuple[int, ...]
     generation_spans: Spans
     joint_spans: Spans

@@ -10,7 +10,7 @@ import inspect
 import json
 import logging
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 from cosmos3_train.config import Model, UserError, nearest
 from cosmos3_train.model.attention import choose_backend
 from cosmos3_train.model.compiling import choose_compiler
-from cosmos3_train.model.omni import Cosmos3PackedTransformer
+from cosmos3_train.model.omni import Cosmos3PackedTransformer, is_understanding
 from cosmos3_train.runtime import fold
 
 logger = logging.getLogger(__name__)
@@ -77,11 +77,19 @@ def fetched_folder(model: Model) -> Path | None:
     return folder if (folder / "transformer" / "config.json").is_file() else None
 
 
-def load_backbone(model: Model, device: torch.device, *, text_logits: bool = True) -> Cosmos3PackedTransformer:
+Towers = Literal["both", "generation", "understanding"]
+
+
+def load_backbone(
+    model: Model, device: torch.device, *, text_logits: bool = True, towers: Towers = "both"
+) -> Cosmos3PackedTransformer:
     """The packed transformer with its weights, in the run's dtype, on its device, nothing trainable yet.
 
     Args:
         text_logits: whether the language model's output layer is needed; without it those tensors are not read.
+        towers: which are needed: the other's modules are left out, and its tensors are not read. Without the
+            understanding tower `recall` must be set before a forward; without the generation tower it has `understand`
+            alone.
 
     Raises:
         UserError: a file is missing or damaged, or its tensors are not those of this architecture.
@@ -91,8 +99,10 @@ def load_backbone(model: Model, device: torch.device, *, text_logits: bool = Tru
     with init_empty_weights():
         backbone = make_backbone(folder, model)
     config = backbone.config
-    if not text_logits:
+    if not text_logits or towers == "generation":
         del backbone.lm_head
+    if towers != "both":
+        _leave_out(backbone, understanding=towers == "generation")
     if model.random:
         fill_at_random(backbone, dtype, device)
     else:
@@ -106,6 +116,49 @@ def load_backbone(model: Model, device: torch.device, *, text_logits: bool = Tru
     if model.checkpoint_activations:
         backbone.enable_gradient_checkpointing()
     return backbone
+
+
+def read_understanding(backbone: Cosmos3PackedTransformer, model: Model) -> None:
+    """Give a backbone without it the understanding tower, all but the language model's output layer, on the CPU.
+
+    Raises:
+        UserError: as `load_backbone`.
+    """
+    folder = model_folder(model) / "transformer"
+    with init_empty_weights():
+        whole = make_backbone(folder, model)
+    del whole.lm_head
+    for owner in _owners(whole, understanding=True):
+        parent, _, leaf = owner.rpartition(".")
+        setattr(backbone.get_submodule(parent), leaf, whole.get_submodule(owner))
+    dtype = DTYPES[model.dtype]
+    if model.random:
+        fill_at_random(backbone, dtype, torch.device("cpu"))
+    else:
+        fill_from_shards(backbone, folder, dtype, torch.device("cpu"))
+
+
+def forget_understanding(backbone: Cosmos3PackedTransformer) -> None:
+    """Leave the understanding tower out of a backbone that has it."""
+    _leave_out(backbone, understanding=True)
+
+
+def _leave_out(backbone: Cosmos3PackedTransformer, *, understanding: bool) -> None:
+    """Delete one tower's modules, or parameters where the backbone itself owns them."""
+    for name in _owners(backbone, understanding=understanding):
+        parent, _, leaf = name.rpartition(".")
+        delattr(backbone.get_submodule(parent), leaf)
+
+
+def _owners(backbone: Cosmos3PackedTransformer, *, understanding: bool) -> list[str]:
+    """Names of what holds one tower's parameters: the smallest modules, or parameters of the backbone itself."""
+    found = dict.fromkeys(
+        name.rpartition(".")[0] or name
+        for name, _ in backbone.named_parameters()
+        # Edge's keys pass through it on their way to the generation tower, so whichever tower is there may need it.
+        if "k_norm_und_for_gen" not in name and is_understanding(name) == understanding
+    )
+    return list(found)
 
 
 def load_parts(model: Model, device: torch.device, *, vae_weights: bool = True) -> Cosmos3OmniPipeline:
@@ -176,12 +229,13 @@ def make_backbone(folder: Path, model: Model) -> Cosmos3PackedTransformer:
 
 
 def fill_at_random(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Give every parameter of a meta module values on the device, one at a time: matrices normal, norms 1, biases 0.
+    """Give every meta parameter of a module values on the device, one at a time: matrices normal, norms 1, biases 0.
 
-    The same values for one kind of device, whatever was drawn before.
+    The same values for one kind of device, whatever was drawn before and whichever parameters are left out.
     """
-    generator = torch.Generator(device).manual_seed(fold(0, "random weights"))
-    for name, parameter in list(module.named_parameters()):
+    generator = torch.Generator(device)
+    for name, parameter in _empty_parameters(module).items():
+        generator.manual_seed(fold(0, "random weights", name))
         keep = torch.float32 if name.startswith(KEPT_FLOAT32) else dtype
         value = torch.empty(parameter.shape, dtype=keep, device=device)
         if value.dim() > 1:
@@ -192,13 +246,13 @@ def fill_at_random(module: nn.Module, dtype: torch.dtype, device: torch.device) 
 
 
 def fill_from_shards(module: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-    """Give every parameter of a meta module its tensor, one at a time, from the folder's safetensors shards.
+    """Give every meta parameter of a module its tensor, one at a time, from the folder's safetensors shards.
 
     Raises:
         UserError: a shard is missing or damaged, a tensor is missing or has another shape; names file and tensor.
     """
     places = _tensor_files(folder)
-    wanted = {name: parameter.shape for name, parameter in module.named_parameters()}
+    wanted = {name: parameter.shape for name, parameter in _empty_parameters(module).items()}
     missing = sorted(wanted.keys() - places.keys())
     if missing:
         raise UserError(
@@ -221,6 +275,10 @@ def fill_from_shards(module: nn.Module, folder: Path, dtype: torch.dtype, device
                     _set_parameter(module, name, tensor.to(device=device, dtype=keep))
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file}: damaged or missing ({str(error).splitlines()[0]}); fetch it again") from error
+
+
+def _empty_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.is_meta}
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:

@@ -3,7 +3,8 @@
 Upstream's class is subclassed; its parameters keep their names, so a published checkpoint loads as it is. What differs
 is the order of the work. Text never attends to the generation stream, so the understanding tower runs first, layer by
 layer, and hands each layer's keys and values to the generation tower: without gradient and outside activation
-checkpointing when nothing in it trains, and not at all when its keys and values are given.
+checkpointing when nothing in it trains, and not at all when its keys and values are given or recalled from a cache,
+for which its weights need not be there.
 
 Sample borders, positions and noise levels are arguments everywhere. Nothing is kept on a module between the forward
 and the backward, because activation checkpointing reads it again in backward, when it may have changed.
@@ -11,7 +12,9 @@ and the backward, because activation checkpointing reads it again in backward, w
 
 from __future__ import annotations
 
+import fnmatch
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -38,12 +41,37 @@ KeysValues = tuple[Tensor, Tensor]
 """One layer's understanding keys (rotated, as generation sees them) and values, each [U, kv heads, head_dim]."""
 
 
+UNDERSTANDING_NAMES = (
+    "embed_tokens.*",
+    "lm_head.*",
+    "norm.*",
+    *(f"layers.*.self_attn.{name}.*" for name in ("to_q", "to_k", "to_v", "to_out", "norm_q", "norm_k")),
+    "layers.*.mlp.*",
+    "layers.*.input_layernorm.*",
+    "layers.*.post_attention_layernorm.*",
+)
+"""Parameter names (shell patterns) of the understanding tower; every other parameter is the generation tower's."""
+
+
+def is_understanding(name: str) -> bool:
+    """Whether a parameter of that name is the understanding tower's."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in UNDERSTANDING_NAMES)
+
+
 @dataclass(frozen=True)
 class Understood:
-    """What the understanding tower leaves behind: keys and values of every layer, hidden states at labelled text."""
+    """What the understanding tower leaves behind: keys and values of every layer, hidden states at labelled text.
+
+    joint_order: takes the place of the pack's where prompts that are alike stand once among the keys, not once a sample
+    """
 
     keys_values: list[KeysValues]
     text_hidden: Tensor
+    joint_order: Tensor | None = None
+
+
+Recall = Callable[[PackedSequence], Understood]
+"""Remembers what the understanding tower left behind of a pack's text; stands for a tower that is not loaded."""
 
 
 class PackedDecoderLayer(Cosmos3VLTextMoTDecoderLayer):
@@ -110,6 +138,7 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
     attention_backend: Backend = "sdpa"
     compiler: Compiler | None = None
     understanding_trains: bool = True
+    recall: Recall | None = None
     _compute_dtype: torch.dtype | None = None
 
     @functools.wraps(Cosmos3OmniTransformer.__init__)  # upstream reads the signature to know a config's keys
@@ -125,6 +154,11 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
     @compute_dtype.setter
     def compute_dtype(self, dtype: torch.dtype) -> None:
         self._compute_dtype = dtype
+
+    @property
+    def understands(self) -> bool:
+        """Whether the understanding tower's weights are there."""
+        return hasattr(self, "embed_tokens")
 
     def use_packed_layers(self) -> None:
         """Give upstream's layers and action heads the packed forward."""
@@ -154,7 +188,12 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
         return Velocities(video=video, sound=sound, action=action, text_hidden=understood.text_hidden)
 
     def understand(self, pack: PackedSequence) -> Understood:
-        """Run the understanding tower. With nothing to train in it, no gradient and no recomputation."""
+        """Run the understanding tower. With nothing to train in it, no gradient and no recomputation.
+
+        Where `recall` is set, it is asked instead.
+        """
+        if self.recall is not None:
+            return self.recall(pack)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.understanding_trains):
             assert pack.text_positions.dtype == torch.float32, "text positions were cast"
             hidden = self._as_input(self.embed_tokens(pack.text_ids).to(self.compute_dtype))
@@ -179,6 +218,7 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
         assert pack.positions.dtype == torch.float32, "positions were cast"
         hidden = self._as_input(self._embed_generation(pack))
         rotary = self._rotary(pack.positions, hidden.dtype)
+        joint_order = pack.joint_order if understood.joint_order is None else understood.joint_order
         for layer, keys_values in zip(self.layers, understood.keys_values, strict=True):
             hidden, _ = self._layer(
                 layer,
@@ -189,7 +229,7 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
                 pack.generation_spans,
                 pack.joint_spans,
                 keys_values,
-                pack.joint_order,
+                joint_order,
             )
         hidden = self.norm_moe_gen(hidden)
         video = self.proj_out(hidden.index_select(0, pack.video_out))

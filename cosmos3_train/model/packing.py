@@ -6,9 +6,11 @@ ids come from upstream's own builders; they are float32 here and must stay so (1
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,10 @@ from cosmos3_train.types import (
 
 VIDEO, SOUND, ACTION = 0, 1, 2
 """Order of the modalities inside a sample of the generation stream."""
+
+SHAPES_KEPT = 1024
+"""Of tensors that depend on a sample's shape alone: a robot's windows have a handful of shapes, whose positions and
+masks would otherwise be most of the packing. What is kept is shared, so it is never written to."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,11 @@ class Values:
     video: Tensor | None = None
     sound: Tensor | None = None
     action: Tensor | None = None
+
+
+def prompt_key(text: Tensor) -> str:
+    """A name of token ids int64 [L] on the CPU, the same for the same ids: what the reasoner cache knows them by."""
+    return hashlib.blake2b(text.contiguous().numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def draw_noise(sample: TokenSample, generator: torch.Generator) -> Values:
@@ -235,6 +246,7 @@ def _stream(place: int, sample: TokenSample, values: Values, layout: Layout) -> 
     return _Stream(torch.cat(modality), torch.cat(given), torch.cat(positions, dim=1), video, sound, action)
 
 
+@lru_cache(SHAPES_KEPT)
 def _positions(
     grid: tuple[int, int, int],
     offset: int,
@@ -261,18 +273,22 @@ def _positions(
 
 def _text_fields(samples: Sequence[TokenSample], layout: Layout) -> dict:
     """The understanding stream: ids, positions from 0 for each sample, and where labelled tokens are predicted."""
-    positions = [
-        get_3d_mrope_ids_text_tokens(s.text.numel(), 0, use_float_positions=layout.modulate)[0] for s in samples
-    ]
+    positions = [_text_positions(s.text.numel(), layout.modulate) for s in samples]
     labels = torch.cat([s.labels if s.labels is not None else torch.full_like(s.text, IGNORED_LABEL) for s in samples])
     places = torch.nonzero(labels != IGNORED_LABEL).flatten()
     return {
         "text_ids": torch.cat([s.text for s in samples]),
-        "text_positions": torch.cat(positions, dim=1).to(torch.float32),
+        "text_positions": torch.cat(positions, dim=1),
         "text_spans": Spans.of(s.text.numel() for s in samples),
+        "prompts": tuple(prompt_key(s.text) for s in samples),
         "text_out": places,
         "labels": labels[places],
     }
+
+
+@lru_cache(SHAPES_KEPT)
+def _text_positions(length: int, modulate: bool) -> Tensor:
+    return get_3d_mrope_ids_text_tokens(length, 0, use_float_positions=modulate)[0].to(torch.float32)
 
 
 def _row_fields(samples: Sequence[TokenSample], streams: Sequence[_Stream]) -> dict:
@@ -386,8 +402,14 @@ def _video_rows(sample: TokenSample, noise: Values, layout: Layout) -> _Rows | N
     assert noise.video is not None
     _, h, w = layout.grid(sample.video)
     c, _, rows, columns = sample.video.shape
-    valid = patchify(torch.ones_like(sample.video), layout.patch) > 0
+    valid = _valid_video(tuple(sample.video.shape), layout.patch)
     return _Rows(patchify(velocity(sample.video, noise.video), layout.patch), valid, h * w, c * rows * columns)
+
+
+@lru_cache(SHAPES_KEPT)
+def _valid_video(shape: tuple[int, ...], patch: int) -> Tensor:
+    """Which elements of a latent's tokens are its own, and not the padding of odd sides."""
+    return patchify(torch.ones(shape), patch) > 0
 
 
 def _sound_rows(sample: TokenSample, noise: Values) -> _Rows | None:

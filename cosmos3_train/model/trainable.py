@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from cosmos3_train.config import Embodiment, Tuning, UserError, nearest
 from cosmos3_train.model.domains import REGISTERED
-from cosmos3_train.model.omni import Cosmos3PackedTransformer
+from cosmos3_train.model.omni import Cosmos3PackedTransformer, is_understanding
 from cosmos3_train.runtime import fold
 
 logger = logging.getLogger(__name__)
@@ -37,17 +37,6 @@ ACTION_HEADS = ("action_proj_in", "action_proj_out")
 UNDERSTANDING_ATTENTION = ("to_q", "to_k", "to_v", "to_out")
 GENERATION_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 MLP = ("gate_proj", "up_proj", "down_proj")
-UNDERSTANDING_NAMES = (
-    "embed_tokens.*",
-    "lm_head.*",
-    "norm.*",
-    *(f"layers.*.self_attn.{name}.*" for name in (*UNDERSTANDING_ATTENTION, "norm_q", "norm_k")),
-    "layers.*.mlp.*",
-    "layers.*.input_layernorm.*",
-    "layers.*.post_attention_layernorm.*",
-)
-"""Parameter names (shell patterns) of the understanding tower; every other parameter is the generation tower's."""
-
 UPSTREAMS_DOMAINS = frozenset(REGISTERED.values())
 """Slots that published checkpoints may have trained."""
 
@@ -97,7 +86,12 @@ def make_trainable(
             _release(backbone, tuning)
     _keep_masters(backbone)
     parameters = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
-    backbone.understanding_trains = any(_is_understanding(n) or "k_norm_und_for_gen" in n for n in parameters)
+    backbone.understanding_trains = any(is_understanding(n) or "k_norm_und_for_gen" in n for n in parameters)
+    if backbone.understanding_trains and not backbone.understands:
+        raise UserError(
+            f"tuning.method is {tuning.method!r}, which trains what the understanding tower's keys pass through, so they "
+            "cannot be cached; set cache_reasoner to false for every dataset, or use lora on the generation tower"
+        )
     heads = tuple(f"{head}." for head in ACTION_HEADS)
     return Trainables(
         parameters=parameters,
@@ -191,13 +185,9 @@ def _start_rows(backbone: Cosmos3PackedTransformer, embodiments: Sequence[Embodi
 # ------------------------------------------------------------------------------------------------ whole weights
 
 
-def _is_understanding(name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in UNDERSTANDING_NAMES)
-
-
 def _release(backbone: Cosmos3PackedTransformer, tuning: Tuning) -> None:
     for name, parameter in backbone.named_parameters():
-        tower = "understanding" if _is_understanding(name) else "generation"
+        tower = "understanding" if is_understanding(name) else "generation"
         chosen = tuning.method == "full" or tower in tuning.towers
         parameter.requires_grad_(chosen and name != "action_modality_embed")
 
@@ -261,7 +251,7 @@ def _description(backbone: Cosmos3PackedTransformer, parameters: Mapping[str, nn
         if name.startswith(ACTION_HEADS):
             place = "action heads"
         else:
-            tower = "understanding" if _is_understanding(name.replace(f".{ADAPTER}", "")) else "generation"
+            tower = "understanding" if is_understanding(name.replace(f".{ADAPTER}", "")) else "generation"
             kind = "attention" if "self_attn" in name else "mlp" if "mlp" in name else "projections and norms"
             place = f"{tower} tower, {kind}"
         where[place] = where.get(place, 0) + parameter.numel()
