@@ -309,7 +309,6 @@ def train(
     rank = dist.get_rank() if dist.is_initialized() else 0
     torch.manual_seed(args.seed)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
     draws = np.random.default_rng(args.seed)  # of lengths and sizes: the same in all processes
     vae = build_vae().train()
     nn.Module.to(vae, device=device)  # upstream's own is decorated out of its type
