@@ -304,6 +304,12 @@ def test_cards_that_nobody_reads_or_that_have_another_name(root):
     fails(root, r"embodiments.arm.name is 'hand'; a card's name is its key")
 
 
+def test_the_command_line_may_name_another_robot(root):
+    write(root / "configs" / "embodiment" / "leg.yaml", ROBOT.replace("name: arm", "name: leg"))
+    (dataset,) = load(root).experiment.data.datasets
+    assert set(load(root, f"data.datasets.{dataset}.embodiment=leg").experiment.embodiments) == {"leg"}
+
+
 def test_nearest():
     assert nearest("stpes", ["steps", "seed"]) == " Did you mean 'steps'?"
     assert nearest("zzz", ["b", "a"]) == " Known: a, b."

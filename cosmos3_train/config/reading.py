@@ -259,16 +259,15 @@ def _from_command_line(overrides: Iterable[str]) -> dict[str, Any]:
 
 
 def _embodiment_layers(layers: list[tuple[str, dict]], root: Path) -> list[tuple[str, dict]]:
-    """One layer for each embodiment card that a dataset of any layer names."""
-    names: list[str] = []
+    """One layer for each embodiment card that a dataset names, where the last layer that speaks of it has its say."""
+    named: dict[str, str | None] = {}
     for _, content in layers:
         datasets = (content.get("data") or {}).get("datasets") or {}
-        for entry in datasets.values() if isinstance(datasets, Mapping) else ():
-            name = entry.get("embodiment") if isinstance(entry, Mapping) else None
-            if name and name not in names:
-                names.append(str(name))
+        for dataset, entry in datasets.items() if isinstance(datasets, Mapping) else ():
+            if isinstance(entry, Mapping) and "embodiment" in entry:
+                named[dataset] = entry["embodiment"]
     found = []
-    for name in names:
+    for name in dict.fromkeys(str(name) for name in named.values() if name):
         own = {name} & {key for _, content in layers for key in (content.get("embodiments") or {})}
         path = root / "configs" / "embodiment" / f"{name}.yaml"
         if own and not path.is_file():
