@@ -36,6 +36,11 @@ class LeRobotLog:
     tasks: dict[int, str]
     episodes: tuple[Episode, ...]
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The features that are not video."""
+        return tuple(key for key in self.features if key not in self.cameras)
+
     def check_camera(self, name: str) -> None:
         """Raise `UserError` unless `name` is a camera of the log."""
         if name in self.cameras:
@@ -47,8 +52,7 @@ class LeRobotLog:
     def check_column(self, name: str) -> None:
         """Raise `UserError` unless `name` is a column of the log that is not video."""
         if name not in self.features or name in self.cameras:
-            columns = [key for key in self.features if key not in self.cameras]
-            raise UserError(f"{self.root}: no column {name!r} in the log.{nearest(name, columns)}")
+            raise UserError(f"{self.root}: no column {name!r} in the log.{nearest(name, self.columns)}")
 
     def width(self, column: str) -> int | None:
         """How many numbers a row of the column holds, as `info.json` declares it (None where it does not)."""

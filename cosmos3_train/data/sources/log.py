@@ -62,6 +62,7 @@ class Log(Protocol):
     root:     the log's folder
     fps:      rows and frames a second
     episodes: in the log's order; indices are distinct
+    cameras, columns: names of what has frames that can be read, and of everything else that a row holds
     """
 
     @property
@@ -72,6 +73,12 @@ class Log(Protocol):
 
     @property
     def episodes(self) -> tuple[Episode, ...]: ...
+
+    @property
+    def cameras(self) -> tuple[str, ...]: ...
+
+    @property
+    def columns(self) -> tuple[str, ...]: ...
 
     def check_camera(self, name: str) -> None:
         """Raise `UserError` unless `name` is a camera of the log whose frames can be read."""
