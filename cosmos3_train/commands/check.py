@@ -12,13 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cosmos3_train.commands.check_data import CheckedData, check_dataset
-from cosmos3_train.commands.check_model import CheckedModel, check_model, longest_sample
+from cosmos3_train.commands.check_model import CheckedModel, check_model, longest_sample, reasoner_rows
 from cosmos3_train.commands.console import FINISHED, USER_ERROR, say, say_error, say_table
 from cosmos3_train.commands.delivery import refuse_form
 from cosmos3_train.config import Dataset, Loaded, UserError
 from cosmos3_train.evaluation.closed_loop import make_simulator
 from cosmos3_train.model.domains import refuse_taken_domains
 from cosmos3_train.model.loading import fetched_folder
+from cosmos3_train.model.reasoner_cache import size_in_words as _size
+from cosmos3_train.training.datamodule import caches_reasoner
 
 LATENT_BYTES = 48 * 2
 """Of one cell of a cached latent: 48 channels in bf16."""
@@ -26,12 +28,17 @@ LATENT_BYTES = 48 * 2
 
 @dataclass
 class Findings:
-    """rows: (what, found) of the table;  problems: one line each;  model: None where it is not on this disk"""
+    """rows: (what, found) of the table;  problems: one line each;  model: None where it is not on this disk
+
+    reasoner_cached: the run recalls keys and values from caches;  reasoner_bytes: that these still lack
+    """
 
     rows: list[tuple[str, str]] = field(default_factory=list)
     problems: list[UserError] = field(default_factory=list)
     data: dict[str, CheckedData] = field(default_factory=dict)
     model: CheckedModel | None = None
+    reasoner_cached: bool = False
+    reasoner_bytes: int = 0
 
     def look(self, check: Callable[[], None]) -> None:
         """Run a check; what it raises is a problem among others."""
@@ -64,6 +71,7 @@ def examine(loaded: Loaded) -> Findings:
     if not experiment.data.datasets:
         findings.problems.append(UserError("data.datasets is empty; name at least one dataset"))
     findings.look(lambda: _check_simulators(loaded, findings))
+    findings.look(lambda: setattr(findings, "reasoner_cached", caches_reasoner(loaded)))
     findings.look(lambda: _look_at_model(loaded, findings))
     findings.look(lambda: _check_disk(loaded, findings))
     return findings
@@ -80,9 +88,12 @@ def _look_at_model(loaded: Loaded, findings: Findings) -> None:
         findings.rows.append(("model", f"model not fetched: hf download {experiment.model.path}"))
         findings.rows.append(("trains, tokens", "not checked without the model"))
         return
-    findings.model = check_model(folder, experiment)
+    findings.model = check_model(folder, experiment, reasoner_cached=findings.reasoner_cached)
     findings.rows.extend(findings.model.rows)
     findings.rows.append(("longest sample", longest_sample(folder, findings.model.layout, experiment, findings.data)))
+    if findings.reasoner_cached:
+        rows, findings.reasoner_bytes = reasoner_rows(folder, loaded, findings.data)
+        findings.rows.extend(rows)
 
 
 def _check_simulators(loaded: Loaded, findings: Findings) -> None:
@@ -97,7 +108,7 @@ def _check_simulators(loaded: Loaded, findings: Findings) -> None:
 
 
 def _check_disk(loaded: Loaded, findings: Findings) -> None:
-    """Checkpoints and export of what trains, and latents that are not cached yet.
+    """Checkpoints and export of what trains, and latents, keys and values that are not cached yet.
 
     Raises:
         UserError: more than is free.
@@ -118,6 +129,9 @@ def _check_disk(loaded: Loaded, findings: Findings) -> None:
     if latents:
         needed += latents
         words.append(f"{_size(latents)} cached latents")
+    if findings.reasoner_bytes:
+        needed += findings.reasoner_bytes
+        words.append(f"{_size(findings.reasoner_bytes)} cached keys and values")
     place = loaded.run_folder
     while not place.exists():
         place = place.parent
@@ -128,7 +142,3 @@ def _check_disk(loaded: Loaded, findings: Findings) -> None:
             "are free; free some space, or lower training.keep_checkpoints"
         )
     findings.rows.append(("disk", f"about {_size(needed)} of {_size(free)} free ({', '.join(words) or 'no estimate'})"))
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from cosmos3_train.commands.check_data import CheckedData
-from cosmos3_train.config import Experiment, Model
+from cosmos3_train.config import Experiment, Loaded, Model
+from cosmos3_train.data.prepare import CARD_FILE
+from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.model.base_identity import check_shards
 from cosmos3_train.model.encoders import Encoder
-from cosmos3_train.model.loading import load_parts, make_backbone
+from cosmos3_train.model.loading import forget_understanding, load_parts, make_backbone
 from cosmos3_train.model.packing import Layout
+from cosmos3_train.model.reasoner_cache import Reasoner, missing_prompts, size_in_words
 from cosmos3_train.model.trainable import make_trainable
 from cosmos3_train.training.batching import split_into_packs
+from cosmos3_train.training.datamodule import run_prompts
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,11 @@ class CheckedModel:
     layout: Layout
 
 
-def check_model(folder: Path, experiment: Experiment) -> CheckedModel:
+def check_model(folder: Path, experiment: Experiment, *, reasoner_cached: bool = False) -> CheckedModel:
     """Build the backbone on the meta device and choose what trains, as a run does.
+
+    Args:
+        reasoner_cached: the run has no understanding tower.
 
     Raises:
         UserError: a file is missing or damaged, a pattern matches nothing, or a robot's slot would stay untrained.
@@ -40,11 +47,15 @@ def check_model(folder: Path, experiment: Experiment) -> CheckedModel:
     with torch.device("meta"):
         backbone = make_backbone(folder / "transformer", experiment.model)
     total = sum(parameter.numel() for parameter in backbone.parameters())
+    if reasoner_cached:
+        forget_understanding(backbone)
+    loaded = sum(parameter.numel() for parameter in backbone.parameters())
     robots = list(experiment.embodiments.values())
     trainables = make_trainable(backbone, experiment.tuning, robots, experiment.training.seed)
-    size = f"{total / 1e9:.1f} billion" if total >= 1e9 else f"{total / 1e6:.1f} million"
     name = "random weights" if drawn else experiment.model.path
-    rows = [("model", f"{name}: {size} parameters, {stored / 1e9:.2f} GB on disk")]
+    rows = [("model", f"{name}: {_count(total)} parameters, {stored / 1e9:.2f} GB on disk")]
+    if reasoner_cached:
+        rows.append(("loaded", f"{_count(loaded)} parameters: the understanding tower's keys and values are cached"))
     first, *others = trainables.description.splitlines()
     rows += [("trains", first.removeprefix("trains ")), *(("", line.strip()) for line in others)]
     for pattern, factor in experiment.tuning.learning_rate_multipliers.items():
@@ -52,6 +63,41 @@ def check_model(folder: Path, experiment: Experiment) -> CheckedModel:
         rows.append(("learning rate", f"× {factor:g} for {pattern} ({count} parameters)"))
     trained = sum(parameter.numel() for parameter in trainables.parameters.values())
     return CheckedModel(rows, trained, stored, Layout.of(backbone.config))
+
+
+def _count(numbers: int) -> str:
+    return f"{numbers / 1e9:.1f} billion" if numbers >= 1e9 else f"{numbers / 1e6:.1f} million"
+
+
+def reasoner_rows(folder: Path, loaded: Loaded, data: Mapping[str, CheckedData]) -> tuple[list[tuple[str, str]], int]:
+    """Of each dataset in `data` what its reasoner cache holds and lacks, and the bytes that are lacking in all.
+
+    Raises:
+        UserError: a cache is another model's, or cannot be read.
+    """
+    experiment, model = loaded.experiment, replace(loaded.model, path=str(folder))
+    encoder = Encoder(load_parts(model, torch.device("cpu"), vae_weights=False), experiment.embodiments)
+    on_gpu = experiment.strategy.accelerator != "cpu" and torch.cuda.is_available()  # random weights depend on it
+    reasoner = Reasoner(model, torch.device("cuda" if on_gpu else "cpu"))
+    rows, needed = [], 0
+    for name in data:
+        entry = experiment.data.datasets[name]
+        prepared = loaded.root / entry.prepared
+        if not (prepared / CARD_FILE).is_file() or entry.embodiment is None:
+            rows.append((f"reasoner {name}", "not cached yet; the run computes it once the log is prepared"))
+            continue
+        dataset = PreparedDataset(
+            prepared,
+            experiment.embodiments[entry.embodiment],
+            loaded.root / entry.source if entry.source else None,
+        )
+        prompts = run_prompts(loaded, dataset, entry, encoder)
+        missing = missing_prompts(prepared, prompts, reasoner)
+        size = sum(prompt.numel() for prompt in missing) * reasoner.bytes_a_token
+        needed += size
+        words = f"; the run computes {len(missing):,} first, {size_in_words(size)}" if missing else ""
+        rows.append((f"reasoner {name}", f"{len(prompts) - len(missing):,} of {len(prompts):,} prompts cached{words}"))
+    return rows, needed
 
 
 def longest_sample(folder: Path, layout: Layout, experiment: Experiment, data: Mapping[str, CheckedData]) -> str:

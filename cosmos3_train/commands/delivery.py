@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from cosmos3_train.commands.runs import trained
+from cosmos3_train.commands.runs import trained, whole
 from cosmos3_train.config import Experiment, UserError
 from cosmos3_train.data.mixture import Mixture
 from cosmos3_train.data.reader import PreparedDataset
@@ -53,7 +53,7 @@ def export(run: Run, form: Form, output: Path | None = None) -> tuple[Path, Veri
     base = model_folder(run.loaded.model)
     names = {"run": experiment.name, "base_name": experiment.model.path, "robots": robots_of(run)}
     samples = probe_samples(run)
-    with trained(run):
+    with trained(run), whole(run):
         if form == "adapter":
             write_adapter(
                 run.backbone, folder, base, **names, verify=lambda new: verify_adapter(new, base, run.backbone, samples)

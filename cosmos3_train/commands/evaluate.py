@@ -30,7 +30,7 @@ from cosmos3_train.evaluation.report import Number, Picture, write_report
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.loading import load_backbone, load_parts
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
-from cosmos3_train.training.datamodule import open_dataset
+from cosmos3_train.training.datamodule import open_dataset, without_reasoner_cache
 from cosmos3_train.training.run import build
 from cosmos3_train.training.strategy import device_for
 
@@ -80,7 +80,7 @@ def run(name_or_path: str, card_path: Path, embodiment: str | None, episodes: in
     loaded = find_run(name_or_path)
     if name in loaded.experiment.embodiments:
         robot = loaded.experiment.embodiments[name]  # the run's own card, whatever the file says by now
-    built = build(loaded)
+    built = build(without_reasoner_cache(loaded))  # another log's prompts are in no cache of the run's
     with trained(built):
         step = built.module.position.step
         subject = Subject(
@@ -141,7 +141,7 @@ def _with_dataset(loaded: Loaded, card: DatasetCard, card_path: Path, robot: Emb
         card=str(wanted),
         embodiment=robot.name if robot else None,
     )
-    entry = replace(own[0], cache_latents=False) if own else entry
+    entry = replace(own[0], cache_latents=False, cache_reasoner=False) if own else entry
     data = replace(experiment.data, datasets={card.name: entry})
     return replace(loaded, experiment=replace(experiment, data=data, embodiments={robot.name: robot} if robot else {}))
 

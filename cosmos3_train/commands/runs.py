@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from cosmos3_train.config import Experiment, Loaded, Strategy, UserError, from_plain, nearest, project_root, read_yaml
 
@@ -47,6 +47,31 @@ def run_folder(name_or_path: str) -> Path | None:
         if (folder / EXPERIMENT).is_file():
             return folder
     return None
+
+
+@contextmanager
+def whole(run: Run) -> Iterator[None]:
+    """Within the block the run has its understanding tower, also where it trained without: exports are compared so.
+
+    The tower is read from the base into the host's memory, where the comparison is made, and the rest moves beside it.
+    """
+    from cosmos3_train.model.loading import forget_understanding, read_understanding
+
+    backbone = run.backbone
+    if backbone.understands:
+        yield
+        return
+    kept = {name: getattr(backbone, name) for name in ("recall", "attention_backend", "compiler")}
+    cast(Any, backbone).to("cpu")
+    backbone.recall, backbone.attention_backend, backbone.compiler = None, "sdpa", None
+    try:
+        read_understanding(backbone, run.loaded.model)
+        yield
+    finally:
+        forget_understanding(backbone)
+        for name, value in kept.items():
+            setattr(backbone, name, value)
+        cast(Any, backbone).to(run.device)
 
 
 @contextmanager

@@ -196,6 +196,9 @@ class Dataset:
     tasks:      rows of the mask table and their relative weights; none named: policy alone. A conversation has one
                 task, its own, whatever is named here
     cache_latents: encode every window once, while preparing, instead of at every step
+    cache_reasoner: run the understanding tower once on every distinct prompt, while preparing, and keep its keys and
+                values; then no step runs it and the run does not load it. For all datasets of a run or none, and not
+                where that tower trains
     """
 
     prepared: str = MISSING
@@ -205,6 +208,7 @@ class Dataset:
     weight: float = 1.0
     tasks: dict[str, float] = field(default_factory=dict)
     cache_latents: bool = False
+    cache_reasoner: bool = False
 
     def __post_init__(self) -> None:
         if not self.tasks:  # not the field's default, for layers merge: "policy" would stay beside the tasks named

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,11 +32,12 @@ class BaseIdentity:
         return asdict(self)
 
 
-def identify_base(folder: Path, name: str | None = None) -> BaseIdentity:
+def identify_base(folder: Path, name: str | None = None, only: Callable[[str], bool] | None = None) -> BaseIdentity:
     """The identity of a checkpoint folder in the diffusers layout.
 
     Args:
         name: how users get it, such as a Hub id; None takes the folder's own name.
+        only: which tensors are looked at, by their names; None looks at all of them.
 
     Raises:
         UserError: no readable transformer in the folder.
@@ -50,7 +52,7 @@ def identify_base(folder: Path, name: str | None = None) -> BaseIdentity:
     for shard in shard_files(transformer):
         probes.update(_probe(shard))
     digest = hashlib.blake2b(digest_size=16)
-    for tensor in sorted(probes):
+    for tensor in sorted(name for name in probes if only is None or only(name)):
         dtype, shape, content = probes[tensor]
         digest.update(json.dumps([tensor, dtype, shape]).encode())
         digest.update(content)

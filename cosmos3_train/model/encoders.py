@@ -67,6 +67,27 @@ class Encoder:
             self._prompts[key] = robot_prompt(self.parts, instruction, embodiment, size)
         return self._prompts[key]
 
+    def dropped_text(self) -> Tensor:
+        """The ids that stand for an emptied caption, whatever the task."""
+        key = ("",)
+        if key not in self._prompts:
+            self._prompts[key] = dropped_prompt(self.parts)
+        return self._prompts[key]
+
+    def text(
+        self, task: str, caption: str, embodiment: Embodiment | None, size: tuple[int, int], frames: int, fps: float
+    ) -> Tensor:
+        """The ids of a caption in a task.
+
+        Args:
+            size: (H, W) of the native frames;  frames: of the clip, 1 for an image.
+        """
+        if TASKS[task].has_robot:
+            assert embodiment is not None
+            return self.robot_text(caption, embodiment, size)
+        tier = embodiment.resolution_tier if embodiment else VIDEO_TIER
+        return video_prompt(self.parts, caption, frames, canvas(size, tier), fps)
+
     def encode_frames(self, frames: Sequence[Tensor], embodiment: Embodiment | None) -> list[Tensor]:
         """Latents float32 [C, t, h, w] on the CPU of clips uint8 [T, 3, H, W], all of one size, some at a time."""
         at_once = max(1, PIXELS_AT_ONCE // frames[0].numel())
@@ -115,24 +136,18 @@ class Encoder:
             key=sample.key,
             number=sample.number,
             task=sample.task,
-            text=self._text(sample, embodiment, tier, latent),
+            text=self._text(sample, embodiment, latent),
             fps=sample.fps,
             tier=tier,
             **fields,
         )
 
-    def _text(self, sample: Sample, embodiment: Embodiment | None, tier: int, latent: Tensor) -> Tensor:
+    def _text(self, sample: Sample, embodiment: Embodiment | None, latent: Tensor) -> Tensor:
         dropout = torch.rand((), generator=draw(self.seed, "caption", sample.number))
         if float(dropout) < self.caption_dropout:
-            key = ("",)
-            if key not in self._prompts:
-                self._prompts[key] = dropped_prompt(self.parts)
-            return self._prompts[key]
-        if TASKS[sample.task].has_robot:
-            assert embodiment is not None
-            return self.robot_text(sample.caption, embodiment, sample.size)
+            return self.dropped_text()
         frames = 4 * (latent.shape[1] - 1) + 1
-        return video_prompt(self.parts, sample.caption, frames, canvas(sample.size, tier), sample.fps)
+        return self.text(sample.task, sample.caption, embodiment, sample.size, frames, sample.fps)
 
     def _prepare(self, clips: Tensor, embodiment: Embodiment | None) -> tuple[Tensor, Tensor | None]:
         """Clips uint8 [B, T, 3, H, W] → float [B, 3, T, H', W'] in [-1, 1] on the canvas; for a robot also upstream's

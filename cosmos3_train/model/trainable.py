@@ -89,8 +89,8 @@ def make_trainable(
     backbone.understanding_trains = any(is_understanding(n) or "k_norm_und_for_gen" in n for n in parameters)
     if backbone.understanding_trains and not backbone.understands:
         raise UserError(
-            f"tuning.method is {tuning.method!r}, which trains what the understanding tower's keys pass through, so they "
-            "cannot be cached; set cache_reasoner to false for every dataset, or use lora on the generation tower"
+            f"tuning.method is {tuning.method!r}, which trains what the understanding tower's keys pass through, so "
+            "they cannot be cached; set cache_reasoner to false for every dataset, or use lora on the generation tower"
         )
     heads = tuple(f"{head}." for head in ACTION_HEADS)
     return Trainables(

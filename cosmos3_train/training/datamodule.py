@@ -6,9 +6,11 @@ import fcntl
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import lightning
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from cosmos3_train import config
@@ -18,8 +20,10 @@ from cosmos3_train.data.conversations import ConversationDataset
 from cosmos3_train.data.mixture import Mixture, StepDataset
 from cosmos3_train.data.prepare import prepare
 from cosmos3_train.data.reader import PreparedDataset
+from cosmos3_train.evaluation.closed_loop import make_simulator
 from cosmos3_train.model.caches import ensure_latents
 from cosmos3_train.model.encoders import Encoder
+from cosmos3_train.model.reasoner_cache import Reasoner, ensure_reasoner, prompts_of
 from cosmos3_train.runtime import ignore_sigterm, is_first_rank, rank, world_size
 from cosmos3_train.training.batching import PackedSteps, Packer
 
@@ -73,14 +77,62 @@ class _StepsFrom(Sampler[int]):
         return ENDLESS - self.first
 
 
-def open_datasets(loaded: Loaded, encoder: Encoder | None) -> Opened:
+def caches_reasoner(loaded: Loaded) -> bool:
+    """Whether the run recalls its prompts' keys and values instead of loading the understanding tower.
+
+    Raises:
+        UserError: some datasets ask for it and others need the tower, or the tower trains.
+    """
+    experiment = loaded.experiment
+    datasets, tuning = experiment.data.datasets, experiment.tuning
+    first = next((name for name, entry in datasets.items() if entry.cache_reasoner), None)
+    if first is None:
+        return False
+    chosen = f"data.datasets.{first}.cache_reasoner is true"
+    if tuning.method == "full" or "understanding" in tuning.towers:
+        what = "tuning.method 'full'" if tuning.method == "full" else "tuning.towers with 'understanding'"
+        raise UserError(f"{chosen}, but {what} trains the tower whose keys would be cached; set it to false")
+    for name, entry in datasets.items():
+        if entry.card and load_card(loaded.root / entry.card).format == "conversations":
+            raise UserError(
+                f"{chosen}, but {name} holds conversations, which are learnt from the understanding tower itself; set "
+                "it to false for every dataset, or leave the conversations out"
+            )
+        if not entry.cache_reasoner:
+            raise UserError(
+                f"{chosen}, but that of {name} is false, so the understanding tower would be loaded all the same; set "
+                "it for all datasets or for none"
+            )
+    return True
+
+
+def without_reasoner_cache(loaded: Loaded) -> Loaded:
+    """The same run with its understanding tower loaded, for prompts that no cache holds."""
+    experiment = loaded.experiment
+    datasets = {name: replace(entry, cache_reasoner=False) for name, entry in experiment.data.datasets.items()}
+    return replace(loaded, experiment=replace(experiment, data=replace(experiment.data, datasets=datasets)))
+
+
+def run_prompts(loaded: Loaded, dataset: PreparedDataset, entry: config.Dataset, encoder: Encoder) -> list[Tensor]:
+    """The distinct prompts, int64 [L] each, of a dataset in a run: its windows' and its closed loop's."""
+    tasks = [task for task, weight in entry.tasks.items() if weight]
+    card = dataset.embodiment
+    found = prompts_of(dataset.folder, card, tasks, encoder)
+    if card.simulator and loaded.experiment.evaluation.closed_loop_episodes:
+        height, width, _ = make_simulator(card.simulator, card).reset(0).image.shape
+        found.append(encoder.robot_text(dataset.row(0)["instruction"], card, (height, width)))
+    return found
+
+
+def open_datasets(loaded: Loaded, encoder: Encoder | None, reasoner: Reasoner | None = None) -> Opened:
     """Prepare what is not prepared yet, and open every dataset of the mixture.
 
     Args:
         encoder: encodes the latents of datasets that cache them; None skips that (`cosmos3 check`).
+        reasoner: makes the keys and values of datasets that cache them; None skips that.
     """
     opened: Opened = {
-        name: (open_dataset(loaded, name, entry, encoder), entry)
+        name: (open_dataset(loaded, name, entry, encoder, reasoner), entry)
         for name, entry in loaded.experiment.data.datasets.items()
     }
     _refuse_two_scales(opened)
@@ -102,7 +154,7 @@ def _refuse_two_scales(opened: Opened) -> None:
 
 
 def open_dataset(
-    loaded: Loaded, name: str, entry: config.Dataset, encoder: Encoder | None
+    loaded: Loaded, name: str, entry: config.Dataset, encoder: Encoder | None, reasoner: Reasoner | None = None
 ) -> PreparedDataset | ConversationDataset:
     """One dataset of the mixture, prepared first if it has a card and no prepared folder."""
     data = loaded.experiment.data
@@ -129,6 +181,8 @@ def open_dataset(
         if entry.cache_latents and encoder is not None:
             ensure_latents(dataset, encoder, data.workers)
             dataset = PreparedDataset(prepared, embodiment, loaded.root / entry.source if entry.source else None)
+        if entry.cache_reasoner and encoder is not None and reasoner is not None:
+            ensure_reasoner(prepared, run_prompts(loaded, dataset, entry, encoder), reasoner)
     return dataset
 
 

@@ -23,16 +23,18 @@ import torch
 from cosmos3_train.config import Experiment, Loaded, UserError, flatten, read_yaml, to_plain, to_yaml
 from cosmos3_train.data.conversations import ConversationDataset
 from cosmos3_train.data.files import write_whole
+from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.model.base_identity import identify_base
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.loading import load_backbone, load_parts, model_folder
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
 from cosmos3_train.model.packing import Layout
+from cosmos3_train.model.reasoner_cache import Reasoner, ReasonerCache, remember
 from cosmos3_train.model.trainable import Trainables, make_trainable
 from cosmos3_train.runtime import Interrupted, is_first_rank, node_count, seed_everything, world_size
 from cosmos3_train.training.batching import Packer
 from cosmos3_train.training.checkpoints import Checkpoint, check_names, list_checkpoints, load_checkpoint
-from cosmos3_train.training.datamodule import Opened, StepData, open_datasets
+from cosmos3_train.training.datamodule import Opened, StepData, caches_reasoner, open_datasets
 from cosmos3_train.training.loop import RunLoop
 from cosmos3_train.training.module import PostTraining, TrainingFailed
 from cosmos3_train.training.optimizer import load_optimizer_tensors
@@ -180,6 +182,7 @@ def build(loaded: Loaded) -> Run:
     device = device_for(experiment.strategy)
     began = time.monotonic()
     _refuse_another_base(loaded)
+    reasoner = Reasoner(loaded.model, device) if caches_reasoner(loaded) else None
     encodes = any(not entry.cache_latents for entry in experiment.data.datasets.values())
     encoder = Encoder(
         load_parts(loaded.model, device, vae_weights=True),
@@ -187,12 +190,19 @@ def build(loaded: Loaded) -> Run:
         caption_dropout=experiment.data.caption_dropout,
         seed=experiment.training.seed,
     )
-    opened = open_datasets(loaded, encoder)
+    opened = open_datasets(loaded, encoder, reasoner)
     _refuse_other_data(loaded, opened)
     if not encodes and experiment.evaluation.closed_loop_episodes == 0:
         encoder.parts.vae.to("cpu")  # every latent is cached, so the video tokenizer leaves the GPU
     talks = any(isinstance(dataset, ConversationDataset) for dataset, _ in opened.values())
-    backbone = load_backbone(loaded.model, device, text_logits=talks or experiment.tuning.method == "full")
+    backbone = load_backbone(
+        loaded.model,
+        device,
+        text_logits=talks or experiment.tuning.method == "full",
+        towers="generation" if reasoner is not None else "both",
+    )
+    if reasoner is not None:
+        remember(backbone, _reasoner_caches(opened, reasoner))
     robots = list(experiment.embodiments.values())
     trainables = make_trainable(backbone, experiment.tuning, robots, experiment.training.seed)
     backbone.train()
@@ -208,6 +218,17 @@ def build(loaded: Loaded) -> Run:
     run = Run(loaded, device, opened, encoder, backbone, trainables, module)
     resume(run)
     return run
+
+
+def _reasoner_caches(opened: Opened, reasoner: Reasoner) -> list[ReasonerCache]:
+    """Every dataset's cache, which `open_datasets` has just completed. The tower that made them leaves the device."""
+    reasoner.release()
+    found = [
+        ReasonerCache.open(dataset.folder, reasoner)
+        for dataset, _ in opened.values()
+        if isinstance(dataset, PreparedDataset)
+    ]
+    return [cache for cache in found if cache is not None]
 
 
 def resume(run: Run) -> None:

@@ -1,0 +1,328 @@
+"""Keys and values of prompts, computed once instead of at every step, so that training needs no understanding tower.
+
+Text never attends to the generation stream: what the tower leaves behind of a prompt is a function of its token ids
+alone. A cache keeps it once for each distinct prompt of a prepared folder, in the run's dtype. It grows by shards that
+are whole or not there, so whatever a kill or a new task leaves missing is added later. It is keyed by a fingerprint of
+the understanding tower; one of another fingerprint is refused by name, never used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from cosmos3_train.config import Embodiment, Model, UserError
+from cosmos3_train.data.files import write_whole
+from cosmos3_train.data.texts import distinct_texts
+from cosmos3_train.flow.tasks import CONVERSATION, TASKS
+from cosmos3_train.model.base_identity import identify_base
+from cosmos3_train.model.encoders import Encoder
+from cosmos3_train.model.loading import DTYPES, load_backbone, make_backbone, model_folder
+from cosmos3_train.model.omni import Cosmos3PackedTransformer, Understood, is_understanding
+from cosmos3_train.model.packing import Layout, Values, pack, prompt_key
+from cosmos3_train.runtime import is_first_rank
+from cosmos3_train.types import NoiseLevels, PackedSequence, TokenSample
+
+logger = logging.getLogger(__name__)
+
+FOLDER = Path("caches") / "reasoner"
+CARD = "card.json"
+FORMAT = 1
+
+TOKENS_A_SHARD = 2048
+"""Text tokens of one forward while writing, which fill one file: 0.3 GB of Nano's keys and values, 0.5 GB of Super's.
+A longer prompt comes alone."""
+
+DEVICE_BYTES = 1 << 30
+"""Entries that are kept on the device between steps: about 40 of Nano's prompts of 180 tokens. A pack's own entries are
+there while it runs, however many they are."""
+
+
+class Reasoner:
+    """A model's understanding tower as far as its keys and values go: their fingerprint, their size, and, loaded when
+    they are first asked for, they themselves."""
+
+    def __init__(self, model: Model, device: torch.device) -> None:
+        self.model, self.device = model, device
+        self._tower: Cosmos3PackedTransformer | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of everything that they depend on: the tower's weights, the configuration, the dtype."""
+        if self.model.random:  # drawn on the device, by its kind's own generator
+            weights: Any = [dict(self.model.random), self.device.type]
+        else:
+            found = identify_base(model_folder(self.model), only=_makes_keys)
+            weights = [found.config, found.weights]
+        content = json.dumps([FORMAT, self.model.dtype, weights], sort_keys=True)
+        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+    @cached_property
+    def bytes_a_token(self) -> int:
+        """layers × 2 × key heads × head width, in the dtype."""
+        with init_empty_weights():
+            config: Any = make_backbone(model_folder(self.model) / "transformer", self.model).config
+        numbers = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim
+        return numbers * DTYPES[self.model.dtype].itemsize
+
+    @torch.no_grad()
+    def keys_values(self, prompts: Sequence[Tensor]) -> list[Tensor]:
+        """[layers, 2, L, key heads, head width] on the CPU of each prompt int64 [L], of one forward.
+
+        Raises:
+            UserError: the checkpoint's files are missing or damaged.
+        """
+        if self._tower is None:
+            plain = replace(self.model, compile=False, checkpoint_activations=False)
+            self._tower = load_backbone(plain, self.device, text_logits=False, towers="understanding").eval()
+        samples = [TokenSample("", place, CONVERSATION, text) for place, text in enumerate(prompts)]
+        still = [NoiseLevels(0.0, 0.0, 0.0)] * len(samples)
+        packed = pack(samples, [Values()] * len(samples), still, Layout.of(self._tower.config))
+        understood = self._tower.understand(packed.to(self.device))
+        together = torch.stack([torch.stack(pair) for pair in understood.keys_values])
+        return [part.cpu().contiguous() for part in together.split(packed.text_spans.lengths, dim=2)]
+
+    def release(self) -> None:
+        """Give the tower's memory back."""
+        self._tower = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _makes_keys(name: str) -> bool:
+    return (is_understanding(name) and not name.startswith("lm_head.")) or "k_norm_und_for_gen" in name
+
+
+# ------------------------------------------------------------------------------------------------ on disk
+
+
+@dataclass(frozen=True)
+class ReasonerCache:
+    """A prepared folder's cache: `card.json` and shards, in each a tensor [layers, 2, L, key heads, head width] for a
+    prompt, by its key.
+
+    places: prompt key → shard
+    """
+
+    folder: Path
+    fingerprint: str
+    places: dict[str, Path]
+
+    @staticmethod
+    def open(prepared: Path, reasoner: Reasoner) -> ReasonerCache | None:
+        """The cache of a prepared folder, None where there is none.
+
+        Raises:
+            UserError: it is another model's, or its card or a shard cannot be read.
+        """
+        folder = prepared / FOLDER
+        if not folder.is_dir() or not any(folder.iterdir()):
+            return None
+        try:
+            card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+            fingerprint, made_of = str(card["fingerprint"]), f"{card['model']!r} in {card['dtype']}"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{folder / CARD}: not a card of cached keys and values ({error!r}); delete {folder}"
+            ) from None
+        if fingerprint != reasoner.fingerprint:
+            raise UserError(
+                f"{folder}: these keys and values are of {made_of} (fingerprint {fingerprint[:12]}), not of "
+                f"{reasoner.model.path!r} in {reasoner.model.dtype} ({reasoner.fingerprint[:12]}); delete the folder, "
+                f"or set cache_reasoner to false"
+            )
+        places: dict[str, Path] = {}
+        for shard in sorted(folder.glob("*.safetensors")):
+            with _opened(shard) as file:
+                if (file.metadata() or {}).get("fingerprint") != fingerprint:
+                    raise UserError(f"{shard}: of another model than {folder / CARD} says; delete {folder}")
+                places.update(dict.fromkeys(file.keys(), shard))
+        return ReasonerCache(folder, fingerprint, places)
+
+    def read(self, key: str) -> Tensor:
+        """[layers, 2, L, key heads, head width] on the CPU.
+
+        Raises:
+            UserError: the shard is missing or corrupt.
+        """
+        with _opened(self.places[key]) as file:
+            return file.get_tensor(key)
+
+
+def _opened(shard: Path) -> Any:
+    try:
+        return safe_open(shard, framework="pt")
+    except (OSError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{shard}: cached keys and values are missing or corrupt ({reason}); delete the file") from None
+
+
+def prompts_of(prepared: Path, embodiment: Embodiment | None, tasks: Iterable[str], encoder: Encoder) -> list[Tensor]:
+    """The distinct prompts, int64 [L] each, that the windows of a prepared folder have in these tasks, and the one that
+    stands for a dropped caption."""
+    found = [encoder.dropped_text()]
+    for text in distinct_texts(prepared):
+        for task in tasks:
+            frames = 1 if TASKS[task].image else text.frames
+            found.append(encoder.text(task, text.instruction, embodiment, text.size, frames, text.fps))
+    return list({prompt_key(prompt): prompt for prompt in found}.values())
+
+
+def missing_prompts(prepared: Path, prompts: Sequence[Tensor], reasoner: Reasoner) -> list[Tensor]:
+    """Those of the prompts that the folder's cache does not hold.
+
+    Raises:
+        UserError: as `ReasonerCache.open`.
+    """
+    cache = ReasonerCache.open(prepared, reasoner)
+    return [prompt for prompt in prompts if cache is None or prompt_key(prompt) not in cache.places]
+
+
+def ensure_reasoner(prepared: Path, prompts: Sequence[Tensor], reasoner: Reasoner, progress: bool = True) -> None:
+    """Add to a prepared folder's cache what it lacks of the prompts. Finished shards stay after a kill.
+
+    Raises:
+        UserError: the folder has another model's cache, or the disk does not hold it.
+    """
+    missing = missing_prompts(prepared, prompts, reasoner)
+    if not missing:
+        return
+    folder = prepared / FOLDER
+    tokens = sum(prompt.numel() for prompt in missing)
+    needed, free = tokens * reasoner.bytes_a_token, shutil.disk_usage(prepared).free
+    words = f"keys and values of {len(missing):,} prompts, {tokens:,} tokens of {reasoner.bytes_a_token / 1024:.4g} KiB"
+    if needed > free:
+        raise UserError(
+            f"{folder}: {words} need {size_in_words(needed)} and {size_in_words(free)} are free; free some space, or "
+            "set cache_reasoner to false"
+        )
+    logger.info("%s: %s, %s", folder, words, size_in_words(needed))
+    description = {"fingerprint": reasoner.fingerprint, "model": reasoner.model.path, "dtype": reasoner.model.dtype}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / CARD, (json.dumps(description, indent=2) + "\n").encode())
+        show = progress and is_first_rank()
+        with tqdm(total=len(missing), desc=f"understand {prepared.name}", unit="prompt", disable=not show) as bar:
+            for few in _in_shards(missing):
+                keys = [prompt_key(prompt) for prompt in few]
+                tensors = dict(zip(keys, reasoner.keys_values(few), strict=True))
+                name = hashlib.blake2b("".join(keys).encode(), digest_size=16).hexdigest()
+                beside = folder / f"{name}.{os.getpid()}.partial"
+                save_file(tensors, beside, {"fingerprint": reasoner.fingerprint})
+                beside.rename(folder / f"{name}.safetensors")
+                bar.update(len(few))
+        for stale in folder.glob("*.partial"):
+            stale.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        # safetensors has an error of its own for a full disk
+        raise UserError(f"{folder}: the keys and values could not be written ({error}); free some space") from error
+
+
+def _in_shards(prompts: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    few: list[Tensor] = []
+    for prompt in prompts:
+        if few and sum(p.numel() for p in few) + prompt.numel() > TOKENS_A_SHARD:
+            yield few
+            few = []
+        few.append(prompt)
+    if few:
+        yield few
+
+
+def size_in_words(count: float) -> str:
+    """Bytes as MB or GB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+# ------------------------------------------------------------------------------------------------ in the step
+
+
+class CachedPrompts:
+    """A backbone's `recall`: what the understanding tower left behind of a pack's text, from caches on disk.
+
+    Prompts that are alike stand once among the keys, and the joint order says whose they are. So a pack of one
+    instruction copies nothing: its entry stays on the device, among those used last.
+
+    Args:
+        caches: of the run's prepared folders.
+        hidden_size: of the backbone;  dtype: that it computes in.
+        device_bytes: of entries that are kept on the device between packs.
+    """
+
+    def __init__(
+        self,
+        caches: Sequence[ReasonerCache],
+        hidden_size: int,
+        dtype: torch.dtype,
+        device_bytes: int = DEVICE_BYTES,
+    ) -> None:
+        self.caches, self.hidden_size, self.dtype, self.device_bytes = caches, hidden_size, dtype, device_bytes
+        self._kept: OrderedDict[tuple[str, torch.device], Tensor] = OrderedDict()
+
+    def __call__(self, pack: PackedSequence) -> Understood:
+        """Keys and values of the pack's prompts on its device.
+
+        Raises:
+            UserError: a prompt is in no cache; says how many tokens it has, and the remedy.
+        """
+        assert not pack.text_out.numel(), "text that is learnt needs the understanding tower"
+        device, lengths = pack.text_ids.device, dict(zip(pack.prompts, pack.text_spans.lengths, strict=True))
+        entries = [self._entry(key, length, device) for key, length in lengths.items()]
+        joined = entries[0] if len(entries) == 1 else torch.cat(entries, dim=2)
+        return Understood(
+            keys_values=[(pair[0], pair[1]) for pair in joined.unbind()],
+            text_hidden=torch.zeros((0, self.hidden_size), dtype=self.dtype, device=device),
+            joint_order=None if len(entries) == pack.samples else _joint_order(pack, lengths),
+        )
+
+    def _entry(self, key: str, length: int, device: torch.device) -> Tensor:
+        if (key, device) in self._kept:
+            self._kept.move_to_end((key, device))
+            return self._kept[key, device]
+        cache = next((cache for cache in self.caches if key in cache.places), None)
+        if cache is None:
+            folders = ", ".join(str(cache.folder) for cache in self.caches)
+            raise UserError(
+                f"a prompt of {length} tokens is in no reasoner cache ({folders}), and "
+                "the understanding tower is not loaded; set cache_reasoner to false for every dataset"
+            )
+        entry = self._kept[key, device] = cache.read(key).to(device)
+        total = sum(kept.nbytes for kept in self._kept.values())
+        while total > self.device_bytes:
+            total -= self._kept.popitem(last=False)[1].nbytes
+        return entry
+
+
+def _joint_order(pack: PackedSequence, lengths: dict[str, int]) -> Tensor:
+    """The pack's joint order for keys in which each distinct prompt stands once, in the order of `lengths`."""
+    starts, total = {}, 0
+    for key, length in lengths.items():
+        starts[key] = total
+        total += length
+    rows = torch.cat([torch.arange(starts[key], starts[key] + lengths[key]) for key in pack.prompts])
+    text, order = rows.numel(), pack.joint_order
+    shared = rows.to(order.device, non_blocking=True).index_select(0, order.clamp(max=text - 1))
+    return torch.where(order < text, shared, order - (text - total))
+
+
+def remember(backbone: Cosmos3PackedTransformer, caches: Sequence[ReasonerCache]) -> None:
+    """Let a backbone without its understanding tower recall what the tower would say from caches."""
+    config = cast(Any, backbone.config)
+    backbone.recall = CachedPrompts(caches, config.hidden_size, backbone.compute_dtype)
+    backbone.understanding_trains = False
