@@ -75,6 +75,113 @@ class Channel:
     rotation: bool = False
 
 
+MOVE_NAMES = ("x", "y", "z", "r11", "r21", "r31", "r12", "r22", "r32")
+"""Channels of a move: its translation, then the first two columns of its rotation matrix (r21: row 2, column 1)."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A piece of the action that is made from what the log recorded. Columns may name a part: "state[6]", "state[0:3]".
+
+    name:     of the channels: NAME, NAME_x, NAME_0, ...
+    kind:     pose: how the body moves from this row to the next, T_i⁻¹·T_{i+1}, nine channels (`MOVE_NAMES`), metres;
+              gripper: one channel, 0 closed, 1 open;  values: as they stand
+    column:   the gripper, the values, or the position, with `rotation` beside it. "" where the log is not known yet:
+              then nothing can be prepared with the card
+    rotation: the pose's rotation
+    form:     how it is written: quaternion_xyzw, quaternion_wxyz, axis_angle, rot6d (the first two columns), euler,
+              matrix (nine numbers, by rows); transform: `column` is the whole pose, sixteen numbers, by rows
+    order:    of euler angles: xyz about the fixed axes, x first; XYZ about the body's own, X first
+    degrees:  angles are degrees, not radians
+    metres:   what one unit of the recorded position is in metres
+    tool:     twelve numbers, 3×4 by rows: the frame whose moves the model learns, seen from the recorded one. Empty:
+              the recorded one
+    moves:    the log has moves already, not poses: only their form changes
+    next:     the action of a row is the number of the row after it, for a column that says what an action led to
+    closed, open: the log's numbers of the closed and the open gripper
+    unit:     of values
+    state:    column with the same as measured, for the state row
+    """
+
+    name: str = MISSING
+    kind: Literal["pose", "gripper", "values"] = "pose"
+    column: str = ""
+    rotation: str = ""
+    form: Literal["quaternion_xyzw", "quaternion_wxyz", "axis_angle", "rot6d", "euler", "matrix", "transform"] = (
+        "quaternion_xyzw"
+    )
+    order: str = "xyz"
+    degrees: bool = False
+    metres: float = 1.0
+    tool: list[float] = field(default_factory=list)
+    moves: bool = False
+    next: bool = False
+    closed: float = 0.0
+    open: float = 1.0
+    unit: str = ""
+    state: str = ""
+
+    def __post_init__(self) -> None:
+        where = f"recorded {self.name!r}"
+        if sorted(self.order.lower()) != ["x", "y", "z"] or not (self.order.islower() or self.order.isupper()):
+            fail(f"{where}: order is {self.order!r}; it is x, y and z in some order, all small or all capital letters")
+        if not self.metres > 0:
+            fail(f"{where}: metres is {self.metres}; it is above 0")
+        if len(self.tool) not in (0, 12):
+            fail(f"{where}: tool has {len(self.tool)} numbers; a 3×4 matrix has 12, by rows")
+        if self.closed == self.open:
+            fail(f"{where}: closed and open are both {self.open}; they are the log's two ends of the gripper")
+        if self.kind == "pose" and self.column and bool(self.rotation) == (self.form == "transform"):
+            fail(f"{where}: a pose has a rotation column, unless its form is 'transform': then `column` has all of it")
+        if self.kind == "pose" and self.state:
+            fail(f"{where}: a move has no place in a state row; leave `state` empty")
+        for text in (self.column, self.rotation, self.state):
+            column_part(text)
+        if self.kind == "values" and column_part(self.column)[1] is None:
+            fail(f"{where}: column is {self.column!r}; say which of its numbers, such as {self.column or 'NAME'}[0:7]")
+
+    def channels(self) -> list[Channel]:
+        """The channels of the action that it becomes."""
+        if self.kind == "gripper":
+            return [Channel(self.name, "gripper, 0 closed, 1 open", "1", low=-0.1, high=1.1)]
+        if self.kind == "values":
+            count = self.numbers(self.column)
+            assert count is not None
+            names = [f"{self.name}_{index}" for index in range(count)] if count > 1 else [self.name]
+            return [Channel(name, unit=self.unit) for name in names]
+        meaning, frame = f"move of {self.name} to the next row", "its own before the move"
+        return [
+            Channel(
+                f"{self.name}_{axis}",
+                meaning,
+                unit="metre" if number < 3 else "1",
+                frame=frame,
+                relative=True,
+                rotation=number >= 3,
+            )
+            for number, axis in enumerate(MOVE_NAMES)
+        ]
+
+    @staticmethod
+    def numbers(column: str) -> int | None:
+        """How many numbers of a row a column with its part names; None for all that there are."""
+        _, first, stop = column_part(column)
+        return None if first is None or stop is None else stop - first
+
+
+def column_part(text: str) -> tuple[str, int | None, int | None]:
+    """("state", 3, 6) of "state[3:6]", ("state", 3, 4) of "state[3]", ("state", None, None) of "state"."""
+    found = re.fullmatch(r"([^\[\]]*)(?:\[(\d+)(?::(\d+))?\])?", text)
+    if found is None:
+        fail(f"column {text!r}: a part of a column is written NAME[3] or NAME[0:3]")
+    if found[2] is None:
+        return found[1], None, None
+    first, stop = int(found[2]), int(found[3] or int(found[2]) + 1)
+    if stop <= first:
+        fail(f"column {text!r}: the part is empty; NAME[0:3] has the numbers 0, 1 and 2")
+    return found[1], first, stop
+
+
 @dataclass(frozen=True)
 class Embodiment:
     """A robot's action and camera contract: everything that the model must know about it (an embodiment card).
@@ -85,10 +192,12 @@ class Embodiment:
     control_hz:      actions a second
     chunk:           action rows a window, a multiple of 4 (a window has chunk + 1 frames)
     action_key, state_key: columns of the log
-    action:          its channels in order; at most 64
+    action:          its channels in order; at most 64. Empty: those of `recorded`
+    recorded:        what the action is made from, piece by piece; empty: `action_key` has it as it stands
     state_row:       whether row 0 of the action stream is the robot's state (in the action's own units), given
     cameras:         columns of the log with its views, in the order of `layout`
-    layout:          "single", or "row" (side by side), or "column" (one below the other)
+    layout:          "single", or "row" (side by side), or "column" (one below the other), or "over_two": the first
+                     above the two others, which stand side by side at half its size
     resolution_tier: 256, 480, 704 or 720: frames are padded, never enlarged, to the tier's canvas
     view_point:      one of upstream's four labels, which fills the caption's framing sentence
     normaliser:      quantile: q01..q99 to [-1, 1]; minmax: min..max to [-1, 1]; meanstd; none
@@ -100,14 +209,15 @@ class Embodiment:
     domain_id: int = MISSING
     control_hz: float = MISSING
     chunk: int = MISSING
-    action: list[Channel] = MISSING
     cameras: list[str] = MISSING
+    action: list[Channel] = field(default_factory=list)
+    recorded: list[Recorded] = field(default_factory=list)
     shares_domain: str | None = None
     initialise_from: int | None = None
     action_key: str = "action"
     state_key: str | None = None
     state_row: bool = False
-    layout: Literal["single", "row", "column"] = "single"
+    layout: Literal["single", "row", "column", "over_two"] = "single"
     resolution_tier: int = 256
     view_point: str = "ego_view"
     normaliser: Literal["quantile", "minmax", "meanstd", "none"] = "quantile"
@@ -116,6 +226,11 @@ class Embodiment:
 
     def __post_init__(self) -> None:
         where = f"embodiment {self.name!r}"
+        made = [channel for piece in self.recorded for channel in piece.channels()]
+        if made and not self.action:
+            object.__setattr__(self, "action", made)
+        if made and len(made) != len(self.action):
+            fail(f"{where}: action has {len(self.action)} channels, but recorded makes {len(made)}; leave action empty")
         if not 0 <= self.domain_id < DOMAINS:
             fail(f"{where}: domain_id is {self.domain_id}; the action heads have slots 0 to {DOMAINS - 1}")
         if not 1 <= len(self.action) <= MAX_ACTION_WIDTH:
@@ -132,10 +247,19 @@ class Embodiment:
             fail(f"{where}: cameras is empty; name at least one camera column of the log")
         if self.layout == "single" and len(self.cameras) > 1:
             fail(f"{where}: layout is 'single' but there are {len(self.cameras)} cameras; use 'row' or 'column'")
-        if self.state_row and self.state_key is None:
+        if self.layout == "over_two" and len(self.cameras) != 3:
+            fail(f"{where}: layout is 'over_two' but there are {len(self.cameras)} cameras; it shows three")
+        if self.recorded and self.state_row and not self.makes_state:
+            fail(f"{where}: state_row is true, but a piece of recorded has no state; give each its `state` column")
+        if self.state_row and self.state_key is None and not self.makes_state:
             fail(f"{where}: state_row is true but state_key is empty; name the state column of the log")
         if not 1 <= self.execute <= self.chunk:
             fail(f"{where}: execute is {self.execute}; it is 1 to chunk ({self.chunk})")
+
+    @property
+    def makes_state(self) -> bool:
+        """Whether the state is made from `recorded` too, in place of `state_key`."""
+        return self.state_row and bool(self.recorded) and all(piece.state for piece in self.recorded)
 
     @property
     def width(self) -> int:
