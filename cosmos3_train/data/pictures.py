@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 
 from cosmos3_train.config import UserError
+from cosmos3_train.data.parquet import read_parquet_pictures
 
-READERS: dict[str, Callable[[Path, str, Sequence[int]], Tensor]] = {}
+READERS: dict[str, Callable[[Path, str, Sequence[int]], Tensor]] = {
+    ".parquet": read_parquet_pictures,
+}
 """Ending of a file -> reader of pictures uint8 [T, 3, H, W], RGB, by (file, place inside, their rising numbers)."""
 
 

@@ -1,0 +1,33 @@
+"""Pictures that a log stores as JPEG or PNG bytes, decoded."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from cosmos3_train.config import UserError
+
+
+def decode_images(encoded: Iterable[bytes | memoryview], where: str) -> Tensor:
+    """Pictures uint8 [T, 3, H, W], RGB, of T files' bytes; grey ones and palettes become RGB.
+
+    Raises:
+        UserError: bytes that are no picture or are cut off, or pictures of different sizes; `where` names them.
+    """
+    pictures = []
+    for number, content in enumerate(encoded):
+        try:
+            with Image.open(io.BytesIO(content)) as image:
+                pictures.append(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            problem = " ".join(str(error).split())[:100]
+            raise UserError(f"{where}, picture {number}: not a readable picture ({problem}); copy it again") from None
+        if pictures[-1].shape != pictures[0].shape:
+            sizes = [f"{picture.shape[1]}x{picture.shape[2]}" for picture in (pictures[0], pictures[-1])]
+            raise UserError(f"{where}, picture {number}: is {sizes[1]}, but the first is {sizes[0]}")
+    return torch.from_numpy(np.stack(pictures))
