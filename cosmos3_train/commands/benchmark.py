@@ -70,9 +70,14 @@ def about(result: Result) -> list[str]:
     found = [
         f"{result.workload}: {result.gpu}, torch {result.torch}",
         f"a step: {result.samples} samples, {result.generation_tokens:,} generation and {result.text_tokens:,} text "
-        f"tokens, {result.flops / 1e12:.4g} TFLOP that it must do",
+        f"tokens, {result.flops / 1e12:.4g} TFLOP that it must do, by which MFU counts",
         f"cosmos3 train: attention {result.attention}, layers {compiled}, {recomputed}",
     ]
+    if result.reasoner_cached:
+        found.append(
+            f"the understanding tower's keys and values are cached: {result.done_flops / 1e12:.4g} TFLOP of a step are "
+            "done (cache_reasoner=false of the dataset measures the whole run without)"
+        )
     if result.stock_tried:
         tried = "; ".join(f"{way} {rate:.3g}" for way, rate in result.stock_tried.items())
         found.append(f"diffusers + PEFT, samples/s by a few samples: {tried}")

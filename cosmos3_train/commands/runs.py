@@ -55,6 +55,8 @@ def whole(run: Run) -> Iterator[None]:
 
     The tower is read from the base into the host's memory, where the comparison is made, and the rest moves beside it.
     """
+    import torch
+
     from cosmos3_train.model.loading import forget_understanding, read_understanding
 
     backbone = run.backbone
@@ -65,7 +67,7 @@ def whole(run: Run) -> Iterator[None]:
     cast(Any, backbone).to("cpu")
     backbone.recall, backbone.attention_backend, backbone.compiler = None, "sdpa", None
     try:
-        read_understanding(backbone, run.loaded.model)
+        read_understanding(backbone, run.loaded.model, torch.device("cpu"))
         yield
     finally:
         forget_understanding(backbone)

@@ -118,8 +118,8 @@ def load_backbone(
     return backbone
 
 
-def read_understanding(backbone: Cosmos3PackedTransformer, model: Model) -> None:
-    """Give a backbone without it the understanding tower, all but the language model's output layer, on the CPU.
+def read_understanding(backbone: Cosmos3PackedTransformer, model: Model, device: torch.device) -> None:
+    """Give a backbone without it the understanding tower, all but the language model's output layer, on the device.
 
     Raises:
         UserError: as `load_backbone`.
@@ -133,9 +133,9 @@ def read_understanding(backbone: Cosmos3PackedTransformer, model: Model) -> None
         setattr(backbone.get_submodule(parent), leaf, whole.get_submodule(owner))
     dtype = DTYPES[model.dtype]
     if model.random:
-        fill_at_random(backbone, dtype, torch.device("cpu"))
+        fill_at_random(backbone, dtype, device)
     else:
-        fill_from_shards(backbone, folder, dtype, torch.device("cpu"))
+        fill_from_shards(backbone, folder, dtype, device)
 
 
 def forget_understanding(backbone: Cosmos3PackedTransformer) -> None:

@@ -2,12 +2,14 @@
 
 The run is `training.run.train` with everything that a run has: Lightning, the loader, packing, cached latents, the
 optimizer, the log. The bare step is the same arithmetic on packs that lie on the device already. Counted is what a step
-must do (`throughput.Arithmetic`), the same for all three.
+must do (`throughput.Arithmetic`), the same for all three. Where the reasoner is cached, the bare step is timed with the
+understanding tower in the cache's place too.
 """
 
 from __future__ import annotations
 
 import gc
+import logging
 import statistics
 import time
 from collections.abc import Sequence
@@ -18,6 +20,7 @@ import torch
 
 from cosmos3_train.config import Loaded, UserError
 from cosmos3_train.data.mixture import Mixture, StepDataset
+from cosmos3_train.model.loading import forget_understanding, read_understanding
 from cosmos3_train.runtime import world_size
 from cosmos3_train.training.benchmark_log import ensure_benchmark_data, only_dataset, only_task
 from cosmos3_train.training.gpus import find_gpu
@@ -27,6 +30,8 @@ from cosmos3_train.training.stock import time_stock
 from cosmos3_train.training.strategy import device_for
 from cosmos3_train.training.throughput import StepTime
 from cosmos3_train.types import TokenSample
+
+logger = logging.getLogger(__name__)
 
 BARE_PACKED = 4
 """Steps of different data that the bare step goes through in turn."""
@@ -69,6 +74,8 @@ class Result:
 
     gpu:   as torch calls it, 'cpu' without;  torch: its version
     text_tokens, generation_tokens, samples, flops: of one step, which all rates share
+    done_flops: of these, what the run does: less where the understanding tower's keys and values are cached
+    reasoner_cached: whether they are
     attention, compiler, recomputed: how the run was carried out
     stock_tried: samples a second of every setting of stock, by a few samples
     """
@@ -80,6 +87,8 @@ class Result:
     text_tokens: int
     generation_tokens: int
     flops: int
+    done_flops: int
+    reasoner_cached: bool
     attention: str
     compiler: str | None
     recomputed: bool
@@ -96,7 +105,10 @@ class _Watcher:
     def __init__(self) -> None:
         self.times: list[StepTime] = []
         self.bare_seconds = 0.0
-        self.run_peak = self.bare_peak = 0
+        self.whole_seconds: float | None = None
+        self.run_peak = self.bare_peak = self.whole_peak = 0
+        self.done_flops = 0
+        self.reasoner_cached = False
         self.samples: list[TokenSample] = []
         self.how: tuple[str, str | None, bool] = ("", None, False)
 
@@ -111,6 +123,25 @@ class _Watcher:
         self.samples = run.encoder.encode(steps[0].samples)
         self.bare_seconds = time_bare_step(run, steps)
         self.bare_peak = _peak(run.device)
+        self.reasoner_cached = backbone.recall is not None
+        arithmetic = run.module.arithmetic.cached() if self.reasoner_cached else run.module.arithmetic
+        self.done_flops = arithmetic.step_flops(run.module.packer(steps[0]).packs)
+        if self.reasoner_cached:
+            self._time_whole(run, steps)
+
+    def _time_whole(self, run: Run, steps: Sequence[Any]) -> None:
+        """The bare step once more with the understanding tower instead of its cache, where the device holds it."""
+        backbone, recall = run.backbone, run.backbone.recall
+        try:
+            read_understanding(backbone, run.loaded.model, run.device)
+            backbone.recall = None
+            self.whole_seconds = time_bare_step(run, steps)
+            self.whole_peak = _peak(run.device)
+        except torch.OutOfMemoryError:
+            logger.warning("without the reasoner cache the step does not fit on this device, so it is not timed")
+        finally:
+            backbone.recall = recall
+            forget_understanding(backbone)
 
 
 def measure(loaded: Loaded, against: Literal["stock"] | None = None) -> Result | None:
@@ -150,10 +181,14 @@ def measure(loaded: Loaded, against: Literal["stock"] | None = None) -> Result |
         warm_up_seconds=max(0.0, sum(step.seconds for step in watcher.times[: first - 1]) - (first - 1) * median),
     )
     bare = shape.rate("bare step", BARE_ROUNDS * BARE_STEPS, watcher.bare_seconds, watcher.bare_peak)
-    rates, tried = [ours, bare], {}
+    rates, theirs, tried = [ours, bare], None, {}
+    if watcher.whole_seconds is not None:
+        way = "bare step without the reasoner cache"
+        rates.append(shape.rate(way, BARE_ROUNDS * BARE_STEPS, watcher.whole_seconds, watcher.whole_peak))
     if against == "stock":
         stock = time_stock(loaded.model, experiment.tuning, watcher.samples, device)
-        rates.append(shape.rate(f"diffusers + PEFT: {stock.way}", stock.steps, stock.seconds, stock.peak_bytes))
+        theirs = shape.rate(f"diffusers + PEFT: {stock.way}", stock.steps, stock.seconds, stock.peak_bytes)
+        rates.append(theirs)
         tried = stock.tried
     attention, compiler, recomputed = watcher.how
     return Result(
@@ -164,10 +199,12 @@ def measure(loaded: Loaded, against: Literal["stock"] | None = None) -> Result |
         text_tokens=sum(sample.text.numel() for sample in watcher.samples),
         generation_tokens=shape.tokens - sum(sample.text.numel() for sample in watcher.samples),
         flops=shape.flops,
+        done_flops=watcher.done_flops,
+        reasoner_cached=watcher.reasoner_cached,
         attention=attention,
         compiler=compiler,
         recomputed=recomputed,
-        rates=_compared(rates),
+        rates=_compared(rates, bare, theirs),
         stock_tried=tried,
     )
 
@@ -227,9 +264,8 @@ class _Shape:
         )
 
 
-def _compared(rates: Sequence[Rate]) -> list[Rate]:
-    """The rates with their ratios; the second is the bare step's, the third, if there is one, stock's."""
-    bare, stock = rates[1], rates[2] if len(rates) > 2 else None
+def _compared(rates: Sequence[Rate], bare: Rate, stock: Rate | None) -> list[Rate]:
+    """The rates with their ratios to the bare step's and to stock's."""
     return [
         Rate(
             **{

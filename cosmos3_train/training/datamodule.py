@@ -118,7 +118,7 @@ def run_prompts(loaded: Loaded, dataset: PreparedDataset, entry: config.Dataset,
     tasks = [task for task, weight in entry.tasks.items() if weight]
     card = dataset.embodiment
     found = prompts_of(dataset.folder, card, tasks, encoder)
-    if card.simulator and loaded.experiment.evaluation.closed_loop_episodes:
+    if card is not None and card.simulator and loaded.experiment.evaluation.closed_loop_episodes:
         height, width, _ = make_simulator(card.simulator, card).reset(0).image.shape
         found.append(encoder.robot_text(dataset.row(0)["instruction"], card, (height, width)))
     return found

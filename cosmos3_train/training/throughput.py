@@ -2,15 +2,16 @@
 
 MFU is those operations over the time and the GPU's bf16 peak. Counted is only what the step must do, so a slower way
 of doing it cannot raise the figure: the weights of the layers' projections and MLPs and the attention, of both towers.
-Not counted: recomputation, LoRA's own small matrices, embeddings and heads (together under 2 % in Nano), anything
-element-wise. The language model's output layer counts for labelled tokens alone.
+It counts as the yardstick does, whose understanding tower runs at every step: also where its keys and values are cached
+and nothing of it is done. Not counted: recomputation, LoRA's own small matrices, embeddings and heads (together under
+2 % in Nano), anything element-wise. The language model's output layer counts for labelled tokens alone.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -43,7 +44,7 @@ RATES = (
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """The sizes of a Cosmos 3 transformer and what a step does with each tower.
+    """The sizes of a Cosmos 3 transformer and what a step does with each tower, by the yardstick's count.
 
     layers, hidden, intermediate, vocabulary: of both towers alike
     queries, keys: width of all query heads, and of all key heads
@@ -83,6 +84,10 @@ class Arithmetic:
             understanding=effort("understanding"),
             generation=effort("generation"),
         )
+
+    def cached(self) -> Arithmetic:
+        """What is left to do where the understanding tower's keys and values are cached."""
+        return replace(self, understanding="cached")
 
     @property
     def tower_weights(self) -> int:

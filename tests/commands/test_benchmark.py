@@ -68,8 +68,11 @@ def test_a_benchmark_measures_the_run_the_bare_step_and_stock(policy, project, t
     assert found["workload"] == "benchmark_policy256" and found["gpu"] == "cpu"
     assert (found["samples"], found["text_tokens"], found["generation_tokens"]) == (2, 2 * TEXT, 2 * GENERATION)
     assert found["flops"] == 2 * stock_baseline_flops(SimpleNamespace(**TINY), TEXT, GENERATION)
-    run, bare, stock = found["rates"]
+    text_only = stock_baseline_flops(SimpleNamespace(**TINY), TEXT, 0)
+    assert found["reasoner_cached"] and found["done_flops"] == found["flops"] - 2 * text_only
+    run, bare, whole, stock = found["rates"]
     assert (run["way"], bare["way"]) == ("cosmos3 train", "bare step")
+    assert whole["way"] == "bare step without the reasoner cache"
     assert stock["way"].startswith("diffusers + PEFT: native, with")
     assert run["steps"] == 3, "steps 2 to 4"
     for rate in found["rates"]:
@@ -99,7 +102,14 @@ def test_a_second_benchmark_uses_the_log_of_the_first_and_another_geometry_makes
     assert rows.stat().st_mtime_ns != first
     found = json.loads((project / "runs" / "benchmark_policy256" / "benchmark.json").read_text())
     assert found["text_tokens"] == 400
-    assert [rate["to_stock"] for rate in found["rates"]] == [None, None]
+    assert [rate["to_stock"] for rate in found["rates"]] == [None, None, None]
+
+
+def test_without_the_cache_the_count_is_the_same_and_all_of_it_is_done(policy, project):
+    assert policy("data.datasets.made.cache_reasoner=false") == 0
+    found = json.loads((project / "runs" / "benchmark_policy256" / "benchmark.json").read_text())
+    assert found["flops"] == found["done_flops"] == 2 * stock_baseline_flops(SimpleNamespace(**TINY), TEXT, GENERATION)
+    assert not found["reasoner_cached"] and len(found["rates"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ def test_of_one_tower_the_other_is_never_read(kind, request, read):
 def test_a_tower_that_is_read_later_is_the_same_and_goes_again(folder):
     whole = load_backbone(model(folder), CPU)
     half = load_backbone(model(folder), CPU, towers="generation")
-    read_understanding(half, model(folder))
+    read_understanding(half, model(folder), CPU)
     assert half.state_dict().keys() == whole.state_dict().keys() - {"lm_head.weight"}
     assert all(torch.equal(value, whole.state_dict()[name]) for name, value in half.state_dict().items())
     forget_understanding(half)
