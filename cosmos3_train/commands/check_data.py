@@ -13,7 +13,7 @@ from cosmos3_train.data.actions import Normaliser, check_actions
 from cosmos3_train.data.blocks import make_plan
 from cosmos3_train.data.card import DatasetCard, load_card
 from cosmos3_train.data.conversations import ConversationDataset
-from cosmos3_train.data.index import check_log, columns_to_read, instructions
+from cosmos3_train.data.index import actions_of, check_log, columns_to_read, instructions, usable_rows
 from cosmos3_train.data.mixture import check_entry
 from cosmos3_train.data.prepare import read_card
 from cosmos3_train.data.reader import PreparedDataset
@@ -127,12 +127,15 @@ def _log(loaded: Loaded, name: str, entry: Dataset, card: DatasetCard, robot: Em
     data = loaded.experiment.data
     plan, short = make_plan(card, robot, log, source, source, data.window_stride, data.heldout_fraction, seed=0)
     records, windows = _some_records(log, card, robot, plan.splits), 0
+    parts = []
     for record in records:
-        check_actions(record.columns[robot.action_key], robot, f"dataset {card.name!r}, episode {record.index}")
+        where = f"dataset {card.name!r}, episode {record.index}"
+        parts.append(actions_of(record, robot, where)[usable_rows(record, robot)])
+        check_actions(parts[-1], robot, where)
     for episode in log.episodes:
         windows += max(0, -(-(episode.length - robot.chunk) // data.window_stride))
     size = _frame_size(log, records[0], robot)
-    actions = np.concatenate([record.columns[robot.action_key] for record in records])
+    actions = np.concatenate(parts)
     statistics = Statistics(card.name, robot.name, "", compute_moments([actions], robot.width))
     words = max({word for record in records for word in instructions(record, card)}, key=len)
     counts = {split: sum(s == split for s in plan.splits.values()) for split in ("train", "heldout")}

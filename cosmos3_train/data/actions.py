@@ -6,11 +6,14 @@ split). Nothing is clipped: values beyond q01 and q99 lie beyond ±1, and the in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from cosmos3_train.config import Embodiment, UserError
+from cosmos3_train.data import poses
 from cosmos3_train.data.statistics import Moments, Statistics
 
 
@@ -69,6 +72,20 @@ def _affine(moments: Moments, kind: str) -> tuple[np.ndarray, np.ndarray]:
     return np.where(constant, low, offset), np.where(constant, 0.0, scale)
 
 
+def still(embodiment: Embodiment, place: Sequence[float] | np.ndarray) -> np.ndarray:
+    """float64 [width]: the action that stays: zero in channels that are changes (for a turn, the first two columns of
+    the identity), and where the robot is, `place` [width], in the others."""
+    action = np.zeros(embodiment.width)
+    turned = 0
+    for index, channel in enumerate(embodiment.action):
+        if not channel.relative:
+            action[index] = place[index]
+        elif channel.rotation:
+            action[index] = poses.STILL[3 + turned % 6]
+            turned += 1
+    return action
+
+
 def check_actions(action: np.ndarray, embodiment: Embodiment, where: str) -> None:
     """Raise `UserError` for the first action that cannot be: wrong width, NaN, infinite, outside its channel's range.
 
@@ -81,7 +98,8 @@ def check_actions(action: np.ndarray, embodiment: Embodiment, where: str) -> Non
             f"{where}: column {embodiment.action_key!r} has {action.shape[1]} numbers a row, embodiment "
             f"{embodiment.name!r} has {embodiment.width} channels; correct the card's action or action_key"
         )
-    check_finite(action, [channel.name for channel in embodiment.action], embodiment.action_key, where)
+    column = "recorded" if embodiment.recorded else embodiment.action_key
+    check_finite(action, [channel.name for channel in embodiment.action], column, where)
     for index, channel in enumerate(embodiment.action):
         values = action[:, index]
         outside = np.zeros(len(values), dtype=bool)

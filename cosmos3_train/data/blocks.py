@@ -24,7 +24,17 @@ from cosmos3_train.config import Embodiment, UserError
 from cosmos3_train.data.actions import check_actions, check_finite
 from cosmos3_train.data.card import DatasetCard
 from cosmos3_train.data.files import write_whole
-from cosmos3_train.data.index import FEATURES, SPLITS, assign_splits, columns_to_read, episode_rows, window_starts
+from cosmos3_train.data.index import (
+    FEATURES,
+    SPLITS,
+    actions_of,
+    assign_splits,
+    columns_to_read,
+    episode_rows,
+    states_of,
+    usable_rows,
+    window_starts,
+)
 from cosmos3_train.data.sources import open_log
 from cosmos3_train.data.sources.log import Episode, EpisodeRecord, Log
 from cosmos3_train.data.video import compose, frames_at
@@ -162,19 +172,20 @@ def _do_block(plan: Plan, log: Log, number: int) -> None:
 
 
 def _checked_values(record: EpisodeRecord, embodiment: Embodiment, where: str) -> np.ndarray:
-    """float32 [T, action width + state width] of an episode, every value checked."""
-    action = record.columns[embodiment.action_key]
+    """float32 [T, action width + state width] of an episode's usable rows, every value checked."""
+    rows = usable_rows(record, embodiment)
+    action, state = actions_of(record, embodiment, where)[rows], states_of(record, embodiment, where)
     check_actions(action, embodiment, where)
-    if embodiment.state_key is None:
+    if state is None:
         return action
-    state = record.columns[embodiment.state_key]
-    check_finite(state, [str(index) for index in range(state.shape[1])], embodiment.state_key, where)
+    key = embodiment.state_key or "recorded"
+    check_finite(state, [str(index) for index in range(state.shape[1])], key, where)
     if embodiment.state_row and state.shape[1] != embodiment.width:
         raise UserError(
-            f"{where}: the state row is in the action's units, but {embodiment.state_key!r} has {state.shape[1]} "
+            f"{where}: the state row is in the action's units, but {key!r} has {state.shape[1]} "
             f"numbers and the embodiment has {embodiment.width} channels; set state_row to false"
         )
-    return np.concatenate([action, state], axis=1)
+    return np.concatenate([action, state[rows]], axis=1)
 
 
 def _view_size(plan: Plan, record: EpisodeRecord) -> tuple[int, int]:

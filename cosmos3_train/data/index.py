@@ -14,6 +14,7 @@ from datasets import Features, List, Value
 
 from cosmos3_train.config import Embodiment, UserError
 from cosmos3_train.data.card import DatasetCard
+from cosmos3_train.data.recorded import check_recorded, made_actions, made_states, recorded_columns
 from cosmos3_train.data.sources.log import EpisodeRecord, Log
 from cosmos3_train.runtime import fold
 
@@ -65,11 +66,40 @@ def window_starts(timestamps: np.ndarray, chunk: int, stride: int, fps: float) -
 
     A gap is a step between two frames that differs from the frame period by more than half of it.
     """
-    bad = np.abs(np.diff(timestamps) - 1.0 / fps) > 0.5 / fps
-    gaps = np.concatenate([[0], np.cumsum(bad)])
+    gaps = np.concatenate([[0], np.cumsum(_gaps(timestamps, fps))])
     starts = np.arange(0, len(timestamps) - chunk, stride)
     whole = gaps[starts + chunk] == gaps[starts]
     return [int(start) for start in starts[whole]], int((~whole).sum())
+
+
+def _gaps(timestamps: np.ndarray, fps: float) -> np.ndarray:
+    """bool [T - 1]: whether the step from a frame to the next is a gap."""
+    return np.abs(np.diff(timestamps) - 1.0 / fps) > 0.5 / fps
+
+
+def actions_of(record: EpisodeRecord, embodiment: Embodiment, where: str) -> np.ndarray:
+    """float32 [T, width]: the action at each row of an episode; [T - 1, width] where it is made from recorded poses.
+
+    Args:
+        where: dataset and episode, for the message.
+    """
+    if not embodiment.recorded:
+        return record.columns[embodiment.action_key]
+    return made_actions(record.columns, embodiment, where)
+
+
+def states_of(record: EpisodeRecord, embodiment: Embodiment, where: str) -> np.ndarray | None:
+    """float32 [T, n]: the state at each row of an episode, None where the embodiment names none."""
+    if embodiment.makes_state:
+        return made_states(record.columns, embodiment, where)
+    return None if embodiment.state_key is None else record.columns[embodiment.state_key]
+
+
+def usable_rows(record: EpisodeRecord, embodiment: Embodiment) -> np.ndarray:
+    """Rows of an episode whose action means something: all, or where it is made of two rows, those before no gap."""
+    if not embodiment.recorded:
+        return np.arange(record.length)
+    return np.flatnonzero(~_gaps(record.timestamps, embodiment.control_hz))
 
 
 def instructions(record: EpisodeRecord, card: DatasetCard) -> Sequence[str]:
@@ -86,7 +116,8 @@ def instructions(record: EpisodeRecord, card: DatasetCard) -> Sequence[str]:
 
 def columns_to_read(card: DatasetCard, embodiment: Embodiment) -> list[str]:
     """The columns of a log that preparing needs."""
-    named = (embodiment.action_key, embodiment.state_key, card.caption_column)
+    action = recorded_columns(embodiment) if embodiment.recorded else [embodiment.action_key]
+    named = (*action, None if embodiment.makes_state else embodiment.state_key, card.caption_column)
     return list(dict.fromkeys(name for name in named if name is not None))
 
 
@@ -100,7 +131,9 @@ def check_log(log: Log, card: DatasetCard, embodiment: Embodiment) -> None:
         log.check_camera(camera)
     for name in columns_to_read(card, embodiment):
         log.check_column(name)
-    width = log.width(embodiment.action_key)
+    widths = {name: log.width(name) for name in recorded_columns(embodiment)}
+    check_recorded(embodiment, widths, f"dataset {card.name!r}")
+    width = None if embodiment.recorded else log.width(embodiment.action_key)
     if width is not None and width != embodiment.width:
         raise UserError(
             f"dataset {card.name!r}: column {embodiment.action_key!r} has {width} numbers a row, embodiment "
@@ -117,8 +150,8 @@ def episode_rows(
     record: EpisodeRecord, starts: Sequence[int], card: DatasetCard, embodiment: Embodiment, split: str, size: Any
 ) -> list[dict[str, Any]]:
     """The prepared rows (as `FEATURES`) of one episode's windows. `size` is (height, width) of the composed views."""
-    action = record.columns[embodiment.action_key]
-    state = None if embodiment.state_key is None else record.columns[embodiment.state_key]
+    where = f"dataset {card.name!r}, episode {record.index}"
+    action, state = actions_of(record, embodiment, where), states_of(record, embodiment, where)
     words = instructions(record, card)
     rows = []
     for start in starts:

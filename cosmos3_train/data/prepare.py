@@ -142,7 +142,8 @@ def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple
 
 def embodiment_settings(embodiment: Embodiment) -> dict[str, Any]:
     """What of an embodiment card the prepared rows and statistics depend on, as plain values."""
-    return {key: value for key, value in to_plain(embodiment).items() if key not in FREE_KEYS}
+    left_out = {*FREE_KEYS, *([] if embodiment.recorded else ["recorded"])}  # folders made before it stay as they are
+    return {key: value for key, value in to_plain(embodiment).items() if key not in left_out}
 
 
 # ------------------------------------------------------------------------------------------------ settings

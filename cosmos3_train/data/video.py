@@ -72,12 +72,16 @@ def decode_frames(path: str | Path, timestamps: Sequence[float] | np.ndarray) ->
     return torch.from_numpy(stacked)
 
 
-def compose(views: Sequence[Tensor], layout: Literal["single", "row", "column"]) -> Tensor:
-    """Views uint8 [T, 3, H, W] on one canvas: one view as it is, side by side, or one below the other.
+def compose(views: Sequence[Tensor], layout: Literal["single", "row", "column", "over_two"]) -> Tensor:
+    """Views uint8 [T, 3, H, W] on one canvas: one view as it is, side by side, one below the other, or the first above
+    the two others at half its size.
 
     Raises:
-        UserError: sizes do not fit the layout; nothing is scaled.
+        UserError: sizes do not fit the layout; nothing is scaled but the two smaller ones of "over_two".
     """
+    if layout == "over_two":
+        first, *others = views
+        return torch.cat([first, torch.cat([_halved(view, first) for view in others], dim=3)], dim=2)
     if layout == "single":
         if len(views) != 1:
             raise UserError(f"layout is 'single' but there are {len(views)} views; use 'row' or 'column'")
@@ -89,6 +93,19 @@ def compose(views: Sequence[Tensor], layout: Literal["single", "row", "column"])
         extent = "height" if layout == "row" else "width"
         raise UserError(f"layout is {layout!r} but the views (height x width {shown}) differ in {extent}")
     return torch.cat(list(views), dim=across)
+
+
+def _halved(view: Tensor, first: Tensor) -> Tensor:
+    """A view at half the size of `first` [T, 3, H, W]: the mean of 2 × 2 pixels, or as it is where it has that size."""
+    height, width = first.shape[2:]
+    even = height % 2 == width % 2 == 0
+    if even and tuple(view.shape[2:]) == (height // 2, width // 2):
+        return view
+    if not even or view.shape[2:] != first.shape[2:]:
+        shown = f"{height}x{width} and {view.shape[2]}x{view.shape[3]}"
+        raise UserError(f"layout is 'over_two' but views are {shown} (height x width); they are alike, and even")
+    cells = view.numpy().reshape(len(view), 3, height // 2, 2, width // 2, 2)  # as in decode_frames: not with torch
+    return torch.from_numpy(((cells.sum(axis=(3, 5), dtype=np.uint16) + 2) // 4).astype(np.uint8))
 
 
 def close(path: str | Path | None = None) -> None:

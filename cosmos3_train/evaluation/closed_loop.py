@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cosmos3_train.config import Embodiment, UserError, nearest
+from cosmos3_train.data.actions import still
 from cosmos3_train.evaluation.sampling import RobotSampler
 from cosmos3_train.evaluation.simulators import SIMULATORS, Observation, Simulator
 
@@ -130,7 +131,7 @@ def stay(state: np.ndarray, embodiment: Embodiment) -> np.ndarray:
             f"embodiment {embodiment.name!r}: standing still needs the robot's place, but its state has {len(state)} "
             f"numbers and its action {embodiment.width}; mark the channels that are changes with relative: true"
         )
-    return np.array([0.0 if c.relative else state[i] for i, c in enumerate(embodiment.action)], dtype=np.float32)
+    return still(embodiment, state).astype(np.float32)
 
 
 def mean_coverage(episodes: Sequence[Episode]) -> float:

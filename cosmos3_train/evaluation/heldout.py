@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cosmos3_train.config import Embodiment, Objective, UserError
+from cosmos3_train.data.actions import still
 from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.evaluation.sampling import (
     TOKENS_PER_PACK,
@@ -324,7 +325,7 @@ def hold_action(row: Mapping[str, Any], embodiment: Embodiment) -> np.ndarray:
     """
     state = row["state"]
     place = state if state is not None and len(state) == embodiment.width else row["action"][0]
-    return np.array([0.0 if c.relative else place[index] for index, c in enumerate(embodiment.action)])
+    return still(embodiment, place)
 
 
 def _policy_samples(

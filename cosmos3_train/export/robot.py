@@ -108,9 +108,21 @@ def _find(name: str | None) -> dict[str, Any]:
 
 
 def _compose(image: Any, robot: dict[str, Any]) -> Image.Image:
-    """One picture of all views, as the robot's training frames were laid out; nothing is scaled."""
+    """One picture of all views, as the training frames were laid out; only "over_two" scales, its smaller two."""
     views = [np.asarray(view, dtype=np.uint8) for view in (image if isinstance(image, list | tuple) else [image])]
     if len(views) != len(robot["cameras"]):
         raise ValueError(f"{len(views)} views, but robot {robot['name']!r} has cameras {', '.join(robot['cameras'])}")
+    if robot["layout"] == "over_two":
+        halves = [_halved(view, views[0].shape[:2]) for view in views[1:]]
+        return Image.fromarray(np.concatenate([views[0], np.concatenate(halves, axis=1)], axis=0))
     axis = 0 if robot["layout"] == "column" else 1
     return Image.fromarray(np.concatenate(views, axis=axis))
+
+
+def _halved(view: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """A view at half of `size` (H, W): the mean of 2 × 2 pixels, or as it is where it has that size."""
+    height, width = size[0] // 2, size[1] // 2
+    if view.shape[:2] == (height, width):
+        return view
+    cells = view.reshape(height, 2, width, 2, 3)
+    return ((cells.sum(axis=(1, 3), dtype=np.uint16) + 2) // 4).astype(np.uint8)

@@ -1,9 +1,17 @@
+import json
+
 import numpy as np
 import pytest
+import torch
 
 from cosmos3_train.config import Embodiment, Recorded, UserError
 from cosmos3_train.data import poses
+from cosmos3_train.data.actions import still
+from cosmos3_train.data.prepare import prepare
+from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.data.recorded import made_actions, made_states, recorded_columns, targets
+from cosmos3_train.data.video import compose
+from tests.data.logs import CAMERA, dataset_card, make_log
 
 FORMS = [*((form, "xyz") for form in poses.NUMBERS if form != "euler")]
 FORMS += [("euler", order) for order in ("xyz", "xzy", "yxz", "yzx", "zxy", "zyx", "XYZ", "XZY", "YXZ", "YZX", "ZYX")]
@@ -139,3 +147,104 @@ def test_values_grippers_and_states():
     assert np.allclose(action[:, :7], columns["action.joints"][1:]) and action.shape == (5, 8)
     assert np.allclose(action[:, 7:], 1 - columns["action.gripper"][1:])
     assert np.allclose(state, np.concatenate([columns["state.joints"], 1 - columns["state.gripper"]], axis=1))
+
+
+# ------------------------------------------------------------------------------------------------ prepared
+
+
+def arm_log(folder, lengths=(9, 12), **options):
+    states, grips = [], []
+    for episode, length in enumerate(lengths):
+        there = path(length, seed=episode)[:length]
+        states.append(
+            np.concatenate([there[:, :3, 3], poses.from_matrices(there[:, :3, :3], "euler")], axis=1).astype(np.float32)
+        )
+        grips.append(np.arange(length, dtype=np.float32)[:, None] / length)
+    extra = {"state": [list(part) for part in states], "grip": [list(part) for part in grips]}
+    log = make_log(folder, lengths, extra=extra, **options)
+    info = json.loads((log / "meta/info.json").read_text())
+    info["features"]["state"]["shape"] = [6]
+    (log / "meta/info.json").write_text(json.dumps(info))
+    return log, states, grips
+
+
+def arm(**changes):
+    hand = Recorded("hand", column="state[0:3]", rotation="state[3:6]", form="euler")
+    return robot(hand, Recorded("grip", "gripper", "grip", closed=1.0, open=0.0), **{"cameras": [CAMERA], **changes})
+
+
+def test_prepare_makes_the_actions_of_every_window(tmp_path):
+    log, states, grips = arm_log(tmp_path / "log")
+    card = arm()
+    summary = prepare(dataset_card(), card, log, tmp_path / "out", progress=False)
+    assert sum(summary.windows.values()) == 5 + 8
+    dataset = PreparedDataset(tmp_path / "out", card)
+    for row in dataset.iter_rows():
+        episode, rows = row["episode_index"], slice(row["start"], row["start"] + 4)
+        there = poses.to_poses(states[episode][:, :3], poses.to_matrices(states[episode][:, 3:], "euler"))
+        assert np.allclose(np.array(row["action"])[:, :9], poses.moves_between(there)[rows], atol=1e-5)
+        assert np.allclose(np.array(row["action"])[:, 9:], 1 - grips[episode][rows], atol=1e-6)
+    train = {0: 8, 1: 11}[next(row["episode_index"] for row in dataset.iter_rows() if row["split"] == "train")]
+    assert dataset.statistics.action.count == train, "the last row of an episode has no action"
+    assert np.allclose(still(card, [0.5] * 10), [*poses.STILL, 0.5])
+
+
+def test_a_move_over_a_gap_in_time_counts_for_nothing(tmp_path):
+    times = np.arange(12) / 10
+    times[6:] += 5
+    log, _, _ = arm_log(tmp_path / "log", lengths=(12,), timestamps={0: times})
+    make_log(tmp_path / "longer", [62])
+    video = f"videos/{CAMERA}/chunk-000/file-000.mp4"
+    (tmp_path / "longer" / video).replace(log / video)
+    summary = prepare(dataset_card(), arm(), log, tmp_path / "out", progress=False)
+    assert summary.windows["train"] == 4 and sum(summary.dropped.values()) == 4
+    assert PreparedDataset(tmp_path / "out", arm()).statistics.action.count == 10
+
+
+@pytest.mark.parametrize(
+    ("piece", "words"),
+    [
+        ({"column": "state[0:3]", "rotation": "state[3:6]", "form": "quaternion_wxyz"}, r"takes 3 numbers .* has 4"),
+        ({"column": "state[0:3]", "rotation": "state[3:7]"}, r"takes state\[3:7\], but 'state' has 6 numbers"),
+        ({"column": "stat[0:3]", "rotation": "state[3:6]", "form": "euler"}, "no column 'stat'.* Did you mean 'state'"),
+        ({"column": ""}, "does not say which column of the log recorded 'hand' comes from"),
+        ({"column": "state[2:6]", "kind": "gripper"}, r"takes 4 numbers from state\[2:6\]; a gripper has 1 there"),
+        ({"column": "state[0:3]", "rotation": "state[0:6]", "form": "rot6d"}, "is no rotation written as rot6d"),
+    ],
+)
+def test_a_card_that_does_not_fit_its_log_is_told_before_anything_is_made(tmp_path, piece, words):
+    log, _, _ = arm_log(tmp_path / "log")
+    with pytest.raises(UserError, match=words):
+        prepare(
+            dataset_card(), robot(Recorded("hand", **piece), cameras=[CAMERA]), log, tmp_path / "out", progress=False
+        )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("piece", "words"),
+    [
+        ({"column": "a[0:3]", "rotation": "a[3:7]", "order": "xxz"}, "order is 'xxz'"),
+        ({"column": "a[0:3]", "rotation": "a[3:7]", "tool": [1.0] * 16}, "tool has 16 numbers"),
+        ({"column": "a[3:1]", "rotation": "b"}, "the part is empty"),
+        ({"column": "a[0:3", "rotation": "b"}, r"a part of a column is written NAME\[3\]"),
+        ({"column": "a[0:3]"}, "a pose has a rotation column"),
+        ({"column": "a", "kind": "values"}, r"say which of its numbers, such as a\[0:7\]"),
+        ({"column": "a", "kind": "gripper", "open": 0.0}, "closed and open are both 0"),
+    ],
+)
+def test_pieces_that_contradict_themselves(piece, words):
+    with pytest.raises(UserError, match=words):
+        Recorded("hand", **piece)
+
+
+def test_three_views_with_the_smaller_two_below():
+    full = torch.randint(0, 256, (2, 3, 8, 12), dtype=torch.uint8)
+    side = torch.randint(0, 256, (2, 3, 8, 12), dtype=torch.uint8)
+    expected = torch.nn.functional.interpolate(side.float(), size=(4, 6), mode="bilinear", align_corners=False)
+    canvas = compose([full, side, torch.full((2, 3, 4, 6), 7, dtype=torch.uint8)], "over_two")
+    assert canvas.shape == (2, 3, 12, 12) and torch.equal(canvas[:, :, :8], full)
+    assert (canvas[:, :, 8:, :6].float() - expected).abs().max() <= 0.5, "as upstream halves them"
+    assert (canvas[:, :, 8:, 6:] == 7).all()
+    with pytest.raises(UserError, match="layout is 'over_two' but views are 8x12 and 6x6"):
+        compose([full, side, torch.zeros((2, 3, 6, 6), dtype=torch.uint8)], "over_two")
