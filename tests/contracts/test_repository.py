@@ -10,14 +10,27 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from diffusers.pipelines.cosmos.pipeline_cosmos3_omni import _EMBODIMENT_TO_RAW_ACTION_DIM
 
 from cosmos3_train import cli
-from cosmos3_train.config import KINDS, Embodiment, Experiment, check_keys, load_embodiment, load_experiment, read_yaml
+from cosmos3_train.config import (
+    KINDS,
+    Embodiment,
+    Experiment,
+    check_keys,
+    from_plain,
+    load_embodiment,
+    load_experiment,
+    read_yaml,
+    to_plain,
+)
 from cosmos3_train.data.card import load_card
+from cosmos3_train.model.domains import REGISTERED, refuse_taken_domains
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
 PARTS = sorted((ROOT / "configs").glob("*/*.yaml"))
+ROBOTS = [path for path in PARTS if path.parent.name == "embodiment"]
 CARDS = sorted((ROOT / "data").glob("*/*.yaml"))
 TEXTS = (ROOT / "README.md", ROOT / "launch" / "README.md", ROOT / "experiments" / "README.md")
 
@@ -45,6 +58,17 @@ def test_parts_are_of_the_schema(path):
     else:
         assert kind in KINDS
         check_keys(Experiment, {kind: read_yaml(path)}, str(path))
+
+
+@pytest.mark.parametrize("path", ROBOTS, ids=lambda path: path.stem)
+def test_robots_have_upstreams_domain_and_width_or_a_domain_of_their_own(path):
+    card = load_embodiment(path, ROOT)
+    cards = {card.name: card}
+    if card.shares_domain and card.shares_domain not in REGISTERED:
+        cards[card.shares_domain] = load_embodiment(card.shares_domain, ROOT)
+    refuse_taken_domains(cards.values())
+    assert card.width == _EMBODIMENT_TO_RAW_ACTION_DIM.get(card.name, card.width)
+    assert from_plain(Embodiment, to_plain(card), "card") == card, "a prepared folder keeps it whole"
 
 
 @pytest.mark.parametrize("path", CARDS, ids=lambda path: path.stem)

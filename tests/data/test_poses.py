@@ -1,10 +1,11 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from cosmos3_train.config import Embodiment, Recorded, UserError
+from cosmos3_train.config import Embodiment, Recorded, UserError, load_embodiment
 from cosmos3_train.data import poses
 from cosmos3_train.data.actions import still
 from cosmos3_train.data.prepare import prepare
@@ -248,3 +249,20 @@ def test_three_views_with_the_smaller_two_below():
     assert (canvas[:, :, 8:, 6:] == 7).all()
     with pytest.raises(UserError, match="layout is 'over_two' but views are 8x12 and 6x6"):
         compose([full, side, torch.zeros((2, 3, 6, 6), dtype=torch.uint8)], "over_two")
+
+
+def test_bridges_card_makes_upstreams_actions():
+    """Upstream corrects its recorded poses three times; the card's tool is all three."""
+    card = load_embodiment("bridge_orig_lerobot", Path(__file__).parents[2])
+    there, shift = path(30), np.eye(4)
+    shift[0, 3] = -0.093575
+    corrected = there.copy()
+    corrected[:, :3, :3] = corrected[:, :3, :3] @ [[0, 0, 1], [0, 1, 0], [-1, 0, 0]]
+    corrected = corrected @ shift
+    corrected[:, :3, :3] = corrected[:, :3, :3] @ [[0, 0, 1], [-1, 0, 0], [0, -1, 0]]
+    angles = poses.from_matrices(there[:, :3, :3], "euler", "xyz")
+    state = np.concatenate([there[:, :3, 3], angles], axis=1)
+    grip = np.random.default_rng(0).uniform(size=(len(there), 7))
+    action = made_actions({"observation.state": state, "action": grip}, card, "log")
+    assert np.abs(action[:, :9] - poses.moves_between(corrected)).max() <= 1e-5
+    assert np.allclose(action[:, 9], grip[:-1, 6])
