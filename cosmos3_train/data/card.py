@@ -14,7 +14,7 @@ from omegaconf import MISSING
 
 from cosmos3_train.config import UserError, from_plain, nearest, read_yaml
 
-FORMATS = ("lerobot_v2", "lerobot_v3", "conversations")
+FORMATS = ("lerobot_v2", "lerobot_v3", "rlds", "conversations")
 
 
 @dataclass(frozen=True)

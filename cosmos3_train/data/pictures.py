@@ -14,10 +14,15 @@ import torch
 from torch import Tensor
 
 from cosmos3_train.config import UserError
+from cosmos3_train.data.hdf5 import read_hdf5_pictures
 from cosmos3_train.data.parquet import read_parquet_pictures
+from cosmos3_train.data.tfrecord import SHARD, read_tfrecord_pictures
 
 READERS: dict[str, Callable[[Path, str, Sequence[int]], Tensor]] = {
+    ".h5": read_hdf5_pictures,
+    ".hdf5": read_hdf5_pictures,
     ".parquet": read_parquet_pictures,
+    ".tfrecord": read_tfrecord_pictures,
 }
 """Ending of a file -> reader of pictures uint8 [T, 3, H, W], RGB, by (file, place inside, their rising numbers)."""
 
@@ -34,7 +39,8 @@ def read_pictures(path: Path, inside: str, timestamps: Sequence[float] | np.ndar
         UserError: no reader for such a file, or whatever the reader finds missing or damaged.
     """
     where, _, rate = inside.rpartition("@")
-    reader = READERS.get(path.suffix)
+    ending = ".tfrecord" if SHARD.fullmatch(path.name) else path.suffix
+    reader = READERS.get(ending)
     if reader is None:
         raise UserError(f"{path}: pictures in such a file are not read; those in {', '.join(READERS)} are")
     if not path.exists():

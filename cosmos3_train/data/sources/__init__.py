@@ -7,10 +7,12 @@ from cosmos3_train.data.card import DatasetCard
 from cosmos3_train.data.sources.lerobot_v2 import open_lerobot_v2
 from cosmos3_train.data.sources.lerobot_v3 import open_lerobot
 from cosmos3_train.data.sources.log import Log
+from cosmos3_train.data.sources.rlds import open_rlds
 
 OPENERS: dict[str, Callable[[DatasetCard, Path], Log]] = {
     "lerobot_v2": lambda card, source: open_lerobot_v2(source),
     "lerobot_v3": lambda card, source: open_lerobot(source),
+    "rlds": open_rlds,
 }
 """Format of a dataset card -> what opens such a log at `source`."""
 
