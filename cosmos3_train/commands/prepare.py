@@ -1,11 +1,15 @@
-"""cosmos3 prepare DATASET_CARD: a log becomes prepared rows, once; with --cache latents its windows are encoded too."""
+"""cosmos3 prepare DATASET_CARD: a log becomes prepared rows, once; with --cache what a model makes of them is kept too:
+latents of its windows, keys and values of its prompts."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from cosmos3_train.commands.console import FINISHED, say
 from cosmos3_train.config import (
+    Clips,
     Embodiment,
     Model,
     Strategy,
@@ -13,10 +17,14 @@ from cosmos3_train.config import (
     find_part,
     from_plain,
     load_embodiment,
+    nearest,
     place_model,
     project_root,
     read_yaml,
 )
+
+CACHES = ("latents", "reasoner")
+DEFAULT_TASKS = ["policy"]
 
 
 def run(
@@ -26,56 +34,87 @@ def run(
     output: Path,
     *,
     workers: int,
-    stride: int,
+    stride: int | None,
     heldout: float,
     fresh: bool,
-    cache: str | None,
+    cache: Sequence[str],
     model: str | None,
+    tasks: Sequence[str],
 ) -> int:
     """Prepare, and say what came of it.
 
     Args:
         embodiment: name or file of the embodiment card; None takes the dataset card's.
         source: the log's folder; None takes the dataset card's.
-        cache: "latents" also encodes every window with the video tokenizer of `model`, a part's name or a file.
+        stride: frames between window starts; None takes 1, and for video without a robot the dataset card's.
+        cache: "latents" also encodes every window with the video tokenizer of `model`, a part's name or a file;
+            "reasoner" runs its understanding tower on every distinct prompt.
+        tasks: whose prompts these are; a run with others adds theirs.
 
     Raises:
         UserError: the log, a card or the disk does not allow it.
     """
-    if cache is not None and model is None:
-        raise UserError("--cache latents needs --model PART, such as --model cosmos3_nano (a file in configs/model/)")
+    _check_caches(cache, model, tasks)
     from cosmos3_train.data.card import load_card  # the data floor brings pyarrow and torch
     from cosmos3_train.data.prepare import prepare
 
     card = load_card(card_path)
     root = project_root(card_path)
     name = embodiment or card.embodiment
-    if name is None:
+    contract: Embodiment | Clips
+    if card.shows_clips:
+        if embodiment is not None:
+            raise UserError(f"--embodiment {embodiment}: {card.format} has no robot; leave it out")
+        contract = card.clips() if stride is None else replace(card.clips(), stride=stride)
+        tasks = card.tasks if tasks == DEFAULT_TASKS else tasks
+    elif name is None:
         raise UserError(f"{card_path}: the dataset card names no embodiment; give --embodiment NAME")
-    robot = load_embodiment(name, root)
+    else:
+        contract = load_embodiment(name, root)
     part = None if model is None else read_model(model, root)
     summary = prepare(
         card,
-        robot,
+        contract,
         source if source is not None else card.source_folder(root),
         output,
-        window_stride=stride,
+        window_stride=1 if stride is None else stride,
         heldout_fraction=heldout,
         workers=workers,
         fresh=fresh,
     )
     state = "was prepared already" if summary.reused else f"prepared in {summary.seconds:.1f} s"
     say(f"{summary.folder}: {state}")
+    unit = "clips" if card.shows_clips else "episodes"
     for split, windows in summary.windows.items():
-        say(f"  {split}: {windows:,} windows of {summary.episodes[split]:,} episodes")
+        say(f"  {split}: {windows:,} windows of {summary.episodes[split]:,} {unit}")
     for reason, count in summary.dropped.items():
         if count:
-            say(f"  left out: {count:,} × {reason}")
-    say(f"  picture of the normalised actions: {summary.folder / 'statistics.png'}")
-    if part is not None:
-        _cache_latents(output, robot, part, source, workers)
+            example = f", such as {summary.examples[reason]}" if reason in summary.examples else ""
+            say(f"  left out: {count:,} × {reason}{example}")
+    if not card.shows_clips:
+        say(f"  picture of the normalised actions: {summary.folder / 'statistics.png'}")
+    if part is not None and "latents" in cache:
+        _cache_latents(output, contract, part, source, workers)
         say(f"  latents of {part.path}: {output / 'caches' / 'latents'}")
+    if part is not None and "reasoner" in cache:
+        count = _cache_reasoner(output, contract, part, tasks)
+        say(f"  keys and values of {count:,} prompts by {part.path}: {output / 'caches' / 'reasoner'}")
     return FINISHED
+
+
+def _check_caches(cache: Sequence[str], model: str | None, tasks: Sequence[str]) -> None:
+    from cosmos3_train.flow.tasks import TASKS
+
+    for kind in cache:
+        if kind not in CACHES:
+            raise UserError(f"--cache: {kind!r} is unknown.{nearest(kind, CACHES)}")
+    for task in tasks:
+        if task not in TASKS:
+            raise UserError(f"--tasks: {task!r} is not a task.{nearest(task, TASKS)}")
+    if cache and model is None:
+        raise UserError(
+            f"--cache {','.join(cache)} needs --model PART, such as --model cosmos3_nano (a file in configs/model/)"
+        )
 
 
 def read_model(name_or_path: str, root: Path) -> Model:
@@ -85,12 +124,32 @@ def read_model(name_or_path: str, root: Path) -> Model:
     return place_model(from_plain(Model, read_yaml(path), str(path)), root)
 
 
-def _cache_latents(folder: Path, robot: Embodiment, model: Model, source: Path | None, workers: int) -> None:
+def _cards(contract: Embodiment | Clips) -> dict[str, Embodiment]:
+    return {contract.name: contract} if isinstance(contract, Embodiment) else {}
+
+
+def _cache_latents(folder: Path, contract: Embodiment | Clips, model: Model, source: Path | None, workers: int) -> None:
     from cosmos3_train.data.reader import PreparedDataset
     from cosmos3_train.model.caches import ensure_latents
     from cosmos3_train.model.encoders import Encoder
     from cosmos3_train.model.loading import load_parts
     from cosmos3_train.training.strategy import device_for
 
-    encoder = Encoder(load_parts(model, device_for(Strategy())), {robot.name: robot})
+    encoder = Encoder(load_parts(model, device_for(Strategy())), _cards(contract))
+    robot = contract if isinstance(contract, Embodiment) else None
     ensure_latents(PreparedDataset(folder, robot, source), encoder, workers)
+
+
+def _cache_reasoner(folder: Path, contract: Embodiment | Clips, model: Model, tasks: Sequence[str]) -> int:
+    """How many prompts there are."""
+    import torch
+
+    from cosmos3_train.model.encoders import Encoder
+    from cosmos3_train.model.loading import load_parts
+    from cosmos3_train.model.reasoner_cache import Reasoner, ensure_reasoner, prompts_of
+    from cosmos3_train.training.strategy import device_for
+
+    encoder = Encoder(load_parts(model, torch.device("cpu"), vae_weights=False), _cards(contract))
+    prompts = prompts_of(folder, contract, tasks, encoder)
+    ensure_reasoner(folder, prompts, Reasoner(model, device_for(Strategy())))
+    return len(prompts)

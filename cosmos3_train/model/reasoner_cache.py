@@ -181,7 +181,12 @@ def prompts_of(prepared: Path, embodiment: Embodiment | None, tasks: Iterable[st
         for task in tasks:
             frames = 1 if TASKS[task].image else text.frames
             found.append(encoder.text(task, text.instruction, embodiment, text.size, frames, text.fps))
-    return list({prompt_key(prompt): prompt for prompt in found}.values())
+    return distinct(found)
+
+
+def distinct(prompts: Iterable[Tensor]) -> list[Tensor]:
+    """Each of the prompts once, in their order."""
+    return list({prompt_key(prompt): prompt for prompt in prompts}.values())
 
 
 def missing_prompts(prepared: Path, prompts: Sequence[Tensor], reasoner: Reasoner) -> list[Tensor]:

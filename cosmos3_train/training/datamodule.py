@@ -23,7 +23,7 @@ from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.evaluation.closed_loop import make_simulator
 from cosmos3_train.model.caches import ensure_latents
 from cosmos3_train.model.encoders import Encoder
-from cosmos3_train.model.reasoner_cache import Reasoner, ensure_reasoner, prompts_of
+from cosmos3_train.model.reasoner_cache import Reasoner, distinct, ensure_reasoner, prompts_of
 from cosmos3_train.runtime import ignore_sigterm, is_first_rank, rank, world_size
 from cosmos3_train.training.batching import PackedSteps, Packer
 
@@ -121,7 +121,7 @@ def run_prompts(loaded: Loaded, dataset: PreparedDataset, entry: config.Dataset,
     if card is not None and card.simulator and loaded.experiment.evaluation.closed_loop_episodes:
         height, width, _ = make_simulator(card.simulator, card).reset(0).image.shape
         found.append(encoder.robot_text(dataset.row(0)["instruction"], card, (height, width)))
-    return found
+    return distinct(found)
 
 
 def open_datasets(loaded: Loaded, encoder: Encoder | None, reasoner: Reasoner | None = None) -> Opened:
