@@ -45,6 +45,7 @@ class Sample:
     sound:    float32 [64, S] sound latent, or None
     messages: [{"role": ..., "content": ...}, ...] for a conversation
     embodiment: name of the embodiment card, None without a robot
+    tier:     resolution tier of the frames
     """
 
     key: str
@@ -60,6 +61,7 @@ class Sample:
     sound: Tensor | None = None
     messages: list[dict[str, str]] | None = None
     embodiment: str | None = None
+    tier: int = 256
 
 
 @dataclass(frozen=True)

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from cosmos3_train.config import Data, Dataset, Embodiment, Loaded, UserError
+from cosmos3_train.config import Clips, Data, Dataset, Embodiment, Loaded, UserError, to_plain
 from cosmos3_train.data.actions import Normaliser, check_actions
-from cosmos3_train.data.blocks import make_plan
+from cosmos3_train.data.blocks import made_of_clips, make_plan
 from cosmos3_train.data.card import DatasetCard, load_card
 from cosmos3_train.data.conversations import ConversationDataset
 from cosmos3_train.data.index import actions_of, check_log, columns_to_read, instructions, usable_rows
 from cosmos3_train.data.mixture import check_entry
 from cosmos3_train.data.prepare import read_card
 from cosmos3_train.data.reader import PreparedDataset
-from cosmos3_train.data.sources import open_log
+from cosmos3_train.data.sources import open_clips, open_log
 from cosmos3_train.data.sources.log import Episode, EpisodeRecord, Log
 from cosmos3_train.data.statistics import Statistics, compute_moments
 from cosmos3_train.data.video import compose, frames_at
 from cosmos3_train.flow.tasks import TASKS
+from cosmos3_train.model.prompts import canvas
+from cosmos3_train.training.datamodule import contract_of
 from cosmos3_train.types import Sample
 
 FAR = 1.5
@@ -31,6 +34,8 @@ FAR_SHARE = 0.02
 ROWS = 2000
 FRAMES = 200_000
 CONVERSATIONS = 2000
+CLIPS = 100
+"""Clips of a set that are opened, evenly over it."""
 TEMPORAL, SPATIAL = 4, 16
 """Pixel frames of a latent frame after the first; pixels of a latent cell."""
 
@@ -59,35 +64,49 @@ def check_dataset(loaded: Loaded, name: str, entry: Dataset) -> CheckedData:
     """
     where = f"data.datasets.{name}"
     card = load_card(loaded.root / entry.card) if entry.card else None
-    check_entry(name, entry, talks=card is not None and card.format == "conversations")
+    talks, shows = card is not None and card.format == "conversations", card is not None and card.shows_clips
+    prepared = loaded.root / entry.prepared
+    if card is None and prepared.exists():
+        shows = "clips" in read_card(prepared)
+    check_entry(name, entry, talks=talks, robot=not shows)
     source = loaded.root / entry.source if entry.source else card.source_folder(loaded.root) if card else None
-    if card is not None and card.format == "conversations":
+    if talks:
         assert source is not None
         return _conversations(name, source, loaded.experiment.data.heldout_fraction)
-    if entry.embodiment is None:
+    contract = contract_of(loaded, name, entry, card) if card is not None else None
+    if entry.embodiment is None and not shows:
         raise UserError(f"{where}.embodiment has no value; a robot log needs its embodiment card")
-    robot = loaded.experiment.embodiments[entry.embodiment]
-    prepared = loaded.root / entry.prepared
+    robot = loaded.experiment.embodiments[entry.embodiment] if entry.embodiment else None
     if prepared.exists():
         if card is not None:
-            _check_settings(prepared, loaded.experiment.data)
+            _check_settings(prepared, loaded.experiment.data, contract)
         moved = loaded.root / entry.source if entry.source else None
-        return _prepared(name, entry, PreparedDataset(prepared, robot, moved))
+        dataset = PreparedDataset(prepared, robot, moved)
+        return _prepared(name, entry, dataset) if dataset.has_robot else _prepared_clips(name, entry, dataset)
     if card is None or source is None:
         raise UserError(
             f"{where}.prepared is {entry.prepared!r}: not there; name a dataset card, or run cosmos3 prepare"
         )
+    if isinstance(contract, Clips):
+        return _clips(loaded, name, entry, card, contract, source)
+    assert robot is not None
     return _log(loaded, name, entry, card, robot, source)
 
 
-def _check_settings(prepared: Path, data: Data) -> None:
+def _check_settings(prepared: Path, data: Data, contract: Embodiment | Clips | None) -> None:
     """Raise `UserError` where the folder was prepared with another stride or held-out share than the run asks for."""
     made = read_card(prepared)["settings"]
-    for key, now in (("window_stride", data.window_stride), ("heldout_fraction", data.heldout_fraction)):
-        if made[key] != now:
+    now = {"window_stride": data.window_stride, "heldout_fraction": data.heldout_fraction}
+    keys = {key: f"data.{key}" for key in now}
+    if isinstance(contract, Clips):
+        now |= {"window_stride": contract.step} | {f"clips.{key}": value for key, value in to_plain(contract).items()}
+        keys |= {"window_stride": "its stride"} | {f"clips.{key}": f"its {key}" for key in to_plain(contract)}
+        made = made | {f"clips.{key}": value for key, value in made.get("clips", {}).items()}
+    for key, value in now.items():
+        if made.get(key) != value:
             raise UserError(
-                f"{prepared}: prepared with {key} {made[key]}, but data.{key} is {now}; set it to {made[key]}, name "
-                "another prepared folder, or prepare it again with --fresh"
+                f"{prepared}: prepared with {key} {made.get(key)}, but {keys[key]} is {value}; set it to "
+                f"{made.get(key)}, name another prepared folder, or prepare it again with --fresh"
             )
 
 
@@ -118,6 +137,68 @@ def _prepared(name: str, entry: Dataset, dataset: PreparedDataset) -> CheckedDat
     if entry.cache_latents:
         table.append((f"latents {name}", "cached" if cached else "not cached yet; the run encodes every window first"))
     return CheckedData(table, dataset.rows, latent, cached, _samples(entry, dataset.embodiment, words, size))
+
+
+def _prepared_clips(name: str, entry: Dataset, dataset: PreparedDataset) -> CheckedData:
+    places = np.unique(np.linspace(0, dataset.rows - 1, min(ROWS, dataset.rows)).astype(int))
+    rows = [dataset.row(int(place)) for place in places]
+    dataset.frames(rows[0], first_only=True)  # the set's media is readable
+    cached = dataset.latent_cache is not None
+    counts = f"{dataset.count('train'):,} windows to train on, {dataset.count('heldout'):,} held out"
+    table = [(f"data {name}", f"prepared: {counts}")]
+    if entry.cache_latents:
+        table.append((f"latents {name}", "cached" if cached else "not cached yet; the run encodes every window first"))
+    return _checked_clips(name, entry, dataset.contract.resolution_tier, table, rows, dataset.rows, cached)
+
+
+def _clips(loaded: Loaded, name: str, entry: Dataset, card: DatasetCard, clips: Clips, source: Path) -> CheckedData:
+    log = open_clips(card, source)
+    some = log.clips[:: max(1, len(log.clips) // CLIPS)]
+    made = made_of_clips(log, clips, some, dict.fromkeys((clip.index for clip in some), "train"))
+    left_out = [f"{count} × {reason} ({made.examples[reason]})" for reason, count in made.dropped.items()]
+    if not made.rows:
+        raise UserError(
+            f"data.datasets.{name}: none of {len(some)} clips that were looked at gives a window; left out: "
+            f"{'; '.join(left_out)}"
+        )
+    windows = round(len(made.rows) / len(some) * len(log.clips))
+    table = [
+        (f"data {name}", f"clips readable, prepared at the first run: about {windows:,} windows"),
+        (f"clips {name}", f"{len(log.clips):,}, of which {len(some):,} were looked at"),
+        *((f"left out {name}", words) for words in left_out),
+    ]
+    return _checked_clips(name, entry, clips.resolution_tier, table, made.rows, windows, False)
+
+
+def _checked_clips(
+    name: str, entry: Dataset, tier: int, table: list[tuple[str, str]], rows: list[dict[str, Any]], windows: int,
+    cached: bool,
+) -> CheckedData:  # fmt: skip
+    """What rows of video without a robot show: their canvases, and a sample of each task with the longest caption on
+    the largest."""
+    sizes = {canvas((row["height"], row["width"]), tier) for row in rows}
+    frames = max(len(row["timestamps"]) for row in rows)
+    shown = ", ".join(f"{width}×{height}" for height, width in sorted(sizes))
+    rates = sorted({round(row["fps"], 3) for row in rows})
+    rate = f"{rates[0]:g}" if len(rates) == 1 else f"{rates[0]:g} to {rates[-1]:g}"
+    words = max((row["instruction"] for row in rows), key=len)
+    table = [*table, (f"frames {name}", f"up to {frames} at {rate} a second, tier {tier}: canvas {shown}")]
+    height, width = max(sizes, key=lambda size: size[0] * size[1])
+    latent = (1 + (frames - 1) // TEMPORAL, height // SPATIAL, width // SPATIAL)
+    samples = [
+        Sample(
+            key=f"{task} with the longest caption",
+            number=0,
+            task=task,
+            caption=words,
+            fps=rates[0],
+            latent=torch.zeros((48, 1 if TASKS[task].image else latent[0], *latent[1:])),
+            size=(height, width),
+            tier=tier,
+        )
+        for task in entry.tasks
+    ]
+    return CheckedData(table, windows, latent, cached, samples)
 
 
 def _log(loaded: Loaded, name: str, entry: Dataset, card: DatasetCard, robot: Embodiment, source: Path) -> CheckedData:

@@ -80,7 +80,7 @@ def robots_of(run: Run) -> list[Robot]:
     """The robots of the run's logs, in the order of the experiment; one for each embodiment."""
     found: dict[str, Robot] = {}
     for dataset, _ in run.opened.values():
-        if isinstance(dataset, PreparedDataset):
+        if isinstance(dataset, PreparedDataset) and dataset.has_robot:
             card = dataset.embodiment
             found.setdefault(card.name, Robot(card, dataset.statistics, dataset.row(0)["instruction"]))
     return list(found.values())

@@ -72,6 +72,7 @@ def run(name_or_path: str, card_path: Path, embodiment: str | None, episodes: in
     if (
         name
         and card.format != "conversations"
+        and not card.shows_clips
         and not (of_run and name in find_run(name_or_path).experiment.embodiments)
     ):
         robot = load_embodiment(name, root)
@@ -137,6 +138,7 @@ def _with_dataset(loaded: Loaded, card: DatasetCard, card_path: Path, robot: Emb
         if robot is None or entry.embodiment == robot.name
     ]
     entry = config.Dataset(
+        tasks={task: 1.0 for task in card.tasks} if card.shows_clips else {},
         prepared=f"prepared/evaluate_{card.name}_{robot.name}" if robot else f"prepared/{card.name}",
         card=str(wanted),
         embodiment=robot.name if robot else None,
@@ -148,7 +150,8 @@ def _with_dataset(loaded: Loaded, card: DatasetCard, card_path: Path, robot: Emb
 
 def _statistics_of_run(opened, robot: Embodiment | None) -> Statistics | None:
     for dataset, _ in opened.values():
-        if robot is not None and isinstance(dataset, PreparedDataset) and dataset.embodiment.name == robot.name:
+        known = isinstance(dataset, PreparedDataset) and dataset.has_robot
+        if robot is not None and known and dataset.embodiment.name == robot.name:
             return dataset.statistics
     return None
 
@@ -171,13 +174,13 @@ def _measure(subject: Subject, robot: Embodiment | None, episodes: int | None, b
         if loss.by_band:
             path = draw_loss_by_band(subject.output / "loss_by_band.png", loss)
             pictures.append(Picture(path, f"Loss on {loss.samples} held-out samples at each noise level."))
-    if isinstance(dataset, PreparedDataset):
+    if isinstance(dataset, PreparedDataset) and dataset.has_robot:
         error = measure_actions(subject.backbone, subject.encoder, dataset, entry, experiment)
     if error is not None:
         numbers |= error.metrics() | {f"action_error_{name}": e.overall for name, e in error.rmse.items()}
         facts |= {"held-out windows of the action error": error.windows, "task": error.task}
     count = episodes if episodes is not None else experiment.evaluation.closed_loop_episodes or EPISODES
-    if isinstance(dataset, PreparedDataset) and dataset.embodiment.simulator and count:
+    if isinstance(dataset, PreparedDataset) and dataset.has_robot and dataset.embodiment.simulator and count:
         numbers |= _closed_loop(subject, dataset, count, pictures)
         facts["closed-loop episodes"] = count
         facts["seeds from"] = experiment.evaluation.closed_loop_first_seed

@@ -277,6 +277,43 @@ class Embodiment:
         return self.chunk + 1
 
 
+@dataclass(frozen=True)
+class Clips:
+    """How video without a robot is cut into windows and framed: what an embodiment card is to a robot's log.
+
+    frames:          pixel frames of a window, 4k + 1 (1: single images)
+    least_frames:    a clip, or the rest of one, of fewer than `frames` but at least these gives a window of its largest
+                     4k + 1; shorter ones are left out and counted. None: `frames`, so that all windows are alike
+    stride:          frames between the starts of a clip's windows; None: `frames`, so that none overlap
+    resolution_tier: 256, 480, 704 or 720: frames are resized to cover the tier's canvas and cropped to its middle
+    """
+
+    frames: int = 61
+    least_frames: int | None = None
+    stride: int | None = None
+    resolution_tier: int = 256
+
+    def __post_init__(self) -> None:
+        if self.frames < 1 or self.frames % 4 != 1:
+            fail(f"frames is {self.frames}; a window has 4k + 1 frames, such as 61 or 93")
+        if self.least_frames is not None and not 1 <= self.least_frames <= self.frames:
+            fail(f"least_frames is {self.least_frames}; it is 1 to frames ({self.frames})")
+        if self.stride is not None and self.stride < 1:
+            fail(f"stride is {self.stride}; it is at least 1")
+        if self.resolution_tier not in TIERS:
+            fail(f"resolution_tier is {self.resolution_tier}; it is one of {', '.join(map(str, TIERS))}")
+
+    @property
+    def least(self) -> int:
+        """Frames of the shortest window."""
+        return self.frames if self.least_frames is None else self.least_frames
+
+    @property
+    def step(self) -> int:
+        """Frames between the starts of a clip's windows."""
+        return self.frames if self.stride is None else self.stride
+
+
 # ------------------------------------------------------------------------------------------------ experiment
 
 
@@ -315,10 +352,12 @@ class Dataset:
     card:       dataset card; with it, a missing prepared folder is made before the run
     prepared:   folder of prepared rows (`cosmos3 prepare`)
     source:     folder of the log; None takes the card's
-    embodiment: embodiment card by name (a file under configs/embodiment/); conversations alone have none
+    embodiment: embodiment card by name (a file under configs/embodiment/); conversations and video without a robot have
+                none
+    frames, least_frames, stride, resolution_tier: of video without a robot (`Clips`); None takes the dataset card's
     weight:     share of the samples drawn, relative to the other entries
-    tasks:      rows of the mask table and their relative weights; none named: policy alone. A conversation has one
-                task, its own, whatever is named here
+    tasks:      rows of the mask table and their relative weights; none named: policy alone, which video without a robot
+                cannot feed. A conversation has one task, its own, whatever is named here
     cache_latents: encode every window once, while preparing, instead of at every step
     cache_reasoner: run the understanding tower once on every distinct prompt, while preparing, and keep its keys and
                 values; then no step runs it and the run does not load it. For all datasets of a run or none, and not
@@ -329,6 +368,10 @@ class Dataset:
     card: str | None = None
     source: str | None = None
     embodiment: str | None = None
+    frames: int | None = None
+    least_frames: int | None = None
+    stride: int | None = None
+    resolution_tier: int | None = None
     weight: float = 1.0
     tasks: dict[str, float] = field(default_factory=dict)
     cache_latents: bool = False

@@ -10,8 +10,9 @@ import io
 import json
 import multiprocessing
 import shutil
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,46 +21,59 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from tqdm import tqdm
 
-from cosmos3_train.config import Embodiment, UserError
+from cosmos3_train.config import Clips, Embodiment, UserError
 from cosmos3_train.data.actions import check_actions, check_finite
 from cosmos3_train.data.card import DatasetCard
 from cosmos3_train.data.files import write_whole
 from cosmos3_train.data.index import (
     FEATURES,
+    GAP,
     SPLITS,
     actions_of,
     assign_splits,
+    clip_rows,
     columns_to_read,
     episode_rows,
+    split_clips,
     states_of,
     usable_rows,
     window_starts,
 )
-from cosmos3_train.data.sources import open_log
+from cosmos3_train.data.sources import open_clips, open_log
+from cosmos3_train.data.sources.clips import UNREADABLE, Clip, ClipLog
 from cosmos3_train.data.sources.log import Episode, EpisodeRecord, Log
-from cosmos3_train.data.video import compose, frames_at
+from cosmos3_train.data.video import compose, frames_at, reading_size
 
 BLOCK_FRAMES = 4000
+BLOCK_CLIPS = 64
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a block depends on, sent to every worker. `splits` maps an episode to its split."""
+    """What a block depends on, sent to every worker. `splits` maps an episode or clip to its split."""
 
     card: DatasetCard
-    embodiment: Embodiment
+    contract: Embodiment | Clips
     source: Path
     work: Path
     window_stride: int
     splits: dict[int, str]
-    blocks: tuple[tuple[int, int], ...]  # places [from, to) in log.episodes
+    blocks: tuple[tuple[int, int], ...]  # places [from, to) in log.episodes or log.clips
 
 
 def make_plan(
-    card: DatasetCard, embodiment: Embodiment, log: Log, source: Path, work: Path, stride: int,
+    card: DatasetCard, contract: Embodiment | Clips, log: Log | ClipLog, source: Path, work: Path, stride: int,
     heldout_fraction: float, seed: int,
 ) -> tuple[Plan, int]:  # fmt: skip
-    """The blocks and the splits, and how many episodes are too short for a window."""
+    """The blocks and the splits, and how many episodes are too short for a window (0 for clips, not opened yet)."""
+    if isinstance(contract, Clips):
+        assert isinstance(log, ClipLog)
+        splits = split_clips(card.name, log.clips, heldout_fraction, seed)
+        size = max(BLOCK_CLIPS, len(log.clips) // 256)
+        blocks = tuple((first, min(first + size, len(log.clips))) for first in range(0, len(log.clips), size))
+        return Plan(card, contract, source, work, stride, splits, blocks), 0
+    assert not isinstance(log, ClipLog)
+    embodiment = contract
     long_enough = [episode.index for episode in log.episodes if episode.length >= embodiment.frames]
     if not long_enough:
         longest = max((episode.length for episode in log.episodes), default=0)
@@ -91,12 +105,13 @@ def open_work_folder(work: Path, fingerprint: str) -> None:
     write_whole(marker, fingerprint.encode())
 
 
-def run_blocks(plan: Plan, log: Log, workers: int, progress: bool) -> None:
+def run_blocks(plan: Plan, log: Log | ClipLog, workers: int, progress: bool) -> None:
     """Do the blocks that are not done. Returns when all are."""
     disable_progress_bars()  # of `datasets`, one a file, which would break ours
     todo = [number for number in range(len(plan.blocks)) if not report_path(plan, number).exists()]
     bar = tqdm(
-        total=len(log.episodes), desc=f"preparing {plan.card.name}", unit="episode", disable=not progress,
+        total=plan.blocks[-1][1], desc=f"preparing {plan.card.name}", disable=not progress,
+        unit="clip" if isinstance(plan.contract, Clips) else "episode",
         initial=sum(stop - first for n, (first, stop) in enumerate(plan.blocks) if n not in set(todo)),
     )  # fmt: skip
     with bar:
@@ -132,43 +147,98 @@ def _do_block_in_worker(plan: Plan, number: int) -> None:
     _do_block(plan, _opened_once(plan), number)
 
 
-def _opened_once(plan: Plan) -> Log:
+def _opened_once(plan: Plan) -> Log | ClipLog:
     if not _opened:  # only in a worker, which lives as long as one `prepare`
-        _opened.append(open_log(plan.card, plan.source))
+        open_source = open_clips if isinstance(plan.contract, Clips) else open_log
+        _opened.append(open_source(plan.card, plan.source))
     return _opened[0]
 
 
-_opened: list[Log] = []
+_opened: list[Log | ClipLog] = []
 
 
-def _do_block(plan: Plan, log: Log, number: int) -> None:
+@dataclass
+class Made:
+    """A block's rows, its values of the train split, and its report.
+
+    dropped: reason → how many;  examples: reason → the first of them
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    values: list[np.ndarray] = field(default_factory=list)
+    windows: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    episodes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    dropped: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def add(self, rows: list[dict[str, Any]], split: str) -> None:
+        self.rows += rows
+        self.windows[split] += len(rows)
+        self.episodes[split] += bool(rows)
+
+    def drop(self, reason: str, count: int, example: str) -> None:
+        self.dropped[reason] = self.dropped.get(reason, 0) + count
+        self.examples.setdefault(reason, example)
+
+
+def _do_block(plan: Plan, log: Log | ClipLog, number: int) -> None:
     """Write a block's rows, its values of the train split, and last its report, which says that it is done."""
-    first, stop = plan.blocks[number]
-    episodes: list[Episode] = [e for e in log.episodes[first:stop] if e.index in plan.splits]
-    embodiment, where = plan.embodiment, f"dataset {plan.card.name!r}"
-    rows: list[dict[str, Any]] = []
-    values: list[np.ndarray] = []
-    report = {"windows": dict.fromkeys(SPLITS, 0), "episodes": dict.fromkeys(SPLITS, 0), "gaps": 0}
+    if isinstance(log, ClipLog):
+        assert isinstance(plan.contract, Clips)
+        made = made_of_clips(log, plan.contract, log.clips[slice(*plan.blocks[number])], plan.splits)
+    else:
+        made = _of_episodes(plan, log, number)
+    if made.rows:
+        parquet = io.BytesIO()
+        Dataset.from_list(made.rows, features=FEATURES).to_parquet(parquet)
+        write_whole(plan.work / "finished" / f"windows-{number:05d}.parquet", parquet.getvalue())
+    if made.values:
+        array = io.BytesIO()
+        np.save(array, np.concatenate(made.values), allow_pickle=False)
+        write_whole(values_path(plan, number), array.getvalue())
+    report = {key: getattr(made, key) for key in ("windows", "episodes", "dropped", "examples")}
+    write_whole(report_path(plan, number), json.dumps(report).encode())
+
+
+def made_of_clips(log: ClipLog, clips: Clips, some: Sequence[Clip], splits: Mapping[int, str]) -> Made:
+    """The rows of some clips of a set, and what was left out. Opens every video and decodes two of its frames."""
+    made = Made()
+    for record in log.records(some):
+        for reason, (count, example) in record.faults.items():
+            made.drop(reason, count, example)
+        if record.video is None:
+            continue
+        split, name = splits[record.clip.index], record.clip.name
+        rows, left_out = clip_rows(record, clips, split, (0, 0))
+        for reason, count in left_out.items():
+            made.drop(reason, count, f"{name}: {len(record.video.times)} frames")
+        if rows:
+            ends = [rows[0]["video"][0]["start_time"], max(row["video"][0]["end_time"] for row in rows)]
+            try:  # decodes the first and the last frame that are used: most broken videos are found here
+                _, _, height, width = frames_at(log.root, record.clip.place, sorted(set(ends))).shape
+            except UserError as error:
+                made.drop(UNREADABLE, 1, f"{name}: {error}")
+                continue
+            size = reading_size((height, width), clips.resolution_tier)
+            made.add([row | {"height": size[0], "width": size[1]} for row in rows], split)
+    return made
+
+
+def _of_episodes(plan: Plan, log: Log, number: int) -> Made:
+    episodes: list[Episode] = [e for e in log.episodes[slice(*plan.blocks[number])] if e.index in plan.splits]
+    embodiment, where, made = plan.contract, f"dataset {plan.card.name!r}", Made()
+    assert isinstance(embodiment, Embodiment)
     for record in log.records(episodes, columns_to_read(plan.card, embodiment)):
         used = _checked_values(record, embodiment, f"{where}, episode {record.index}")
-        size = _view_size(plan, record)
+        size = _view_size(plan, record, embodiment)
         starts, gaps = window_starts(record.timestamps, embodiment.chunk, plan.window_stride, embodiment.control_hz)
         split = plan.splits[record.index]
-        rows += episode_rows(record, starts, plan.card, embodiment, split, size)
-        report["gaps"] += gaps
-        report["windows"][split] += len(starts)
-        report["episodes"][split] += bool(starts)
+        made.add(episode_rows(record, starts, plan.card, embodiment, split, size), split)
+        if gaps:
+            made.drop(GAP, gaps, f"episode {record.index}")
         if split == "train" and starts:
-            values.append(used)
-    if rows:
-        parquet = io.BytesIO()
-        Dataset.from_list(rows, features=FEATURES).to_parquet(parquet)
-        write_whole(plan.work / "finished" / f"windows-{number:05d}.parquet", parquet.getvalue())
-    if values:
-        array = io.BytesIO()
-        np.save(array, np.concatenate(values), allow_pickle=False)
-        write_whole(values_path(plan, number), array.getvalue())
-    write_whole(report_path(plan, number), json.dumps(report).encode())
+            made.values.append(used)
+    return made
 
 
 def _checked_values(record: EpisodeRecord, embodiment: Embodiment, where: str) -> np.ndarray:
@@ -188,14 +258,14 @@ def _checked_values(record: EpisodeRecord, embodiment: Embodiment, where: str) -
     return np.concatenate([action, state[rows]], axis=1)
 
 
-def _view_size(plan: Plan, record: EpisodeRecord) -> tuple[int, int]:
+def _view_size(plan: Plan, record: EpisodeRecord, embodiment: Embodiment) -> tuple[int, int]:
     """(height, width) of the composed views. Decodes the first and last frame: a broken video is found here."""
     ends = record.timestamps[[0, -1]]
     views = []
-    for camera in plan.embodiment.cameras:
+    for camera in embodiment.cameras:
         place = record.video[camera]
         views.append(frames_at(plan.source, place.path, ends + place.from_timestamp))
-    _, _, height, width = compose(views, plan.embodiment.layout).shape
+    _, _, height, width = compose(views, embodiment.layout).shape
     return height, width
 
 

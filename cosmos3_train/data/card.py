@@ -12,9 +12,11 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from cosmos3_train.config import UserError, from_plain, nearest, read_yaml
+from cosmos3_train.config import Clips, Dataset, UserError, from_plain, nearest, read_yaml
 
-FORMATS = ("lerobot_v2", "lerobot_v3", "rlds", "conversations")
+CLIP_FORMATS = ("jsonl_video", "webdataset")
+"""Formats of captioned video without a robot."""
+FORMATS = (*CLIP_FORMATS, "lerobot_v2", "lerobot_v3", "rlds", "conversations")
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,16 @@ class DatasetCard:
     format:           lerobot_v3 or conversations
     source:           folder (or .jsonl file), relative to the project's root, or absolute
     hub_id:           where it is published
-    licence, size, layout, columns, known_faults, how_made: for the reader
+    licence, size, layout, columns, known_faults, download, how_made: for the reader
     rate_hz:          frames and actions a second
     tasks:            rows of the mask table that it can feed
     embodiment:       the embodiment card that it was recorded with
     caption_column:   column of the log with the instruction; None takes LeRobot's own task
     constant_caption: one instruction for every window, above both
+    captions:         where video without a robot has its caption, in order of preference: dotted keys of its caption
+                      window, row or JSON file. A value that is a mapping becomes one line of JSON
+    caption_template: what to say where none of these is there: "{a} in {b.c}", dotted keys in braces
+    frames, least_frames, stride, resolution_tier: how such video is cut and framed, see `config.Clips`
     mapping:          for formats without names of their own for things (HDF5, Zarr, ...): what is what in the file, as
                       the source of that format says
     """
@@ -48,8 +54,15 @@ class DatasetCard:
     embodiment: str | None = None
     caption_column: str | None = None
     constant_caption: str | None = None
+    captions: list[str] = field(default_factory=list)
+    caption_template: str | None = None
+    frames: int | None = None
+    least_frames: int | None = None
+    stride: int | None = None
+    resolution_tier: int | None = None
     mapping: dict[str, Any] = field(default_factory=dict)
     known_faults: Any = None
+    download: Any = None
     how_made: Any = None
 
     def __post_init__(self) -> None:
@@ -57,6 +70,28 @@ class DatasetCard:
             raise UserError(f"dataset {self.name!r}: format is {self.format!r}.{nearest(self.format, FORMATS)}")
         if "/" in self.name:
             raise UserError(f"dataset {self.name!r}: name holds '/', which separates the parts of a sample's key")
+
+    @property
+    def shows_clips(self) -> bool:
+        """Whether it is captioned video without a robot."""
+        return self.format in CLIP_FORMATS
+
+    def clips(self, entry: Dataset | None = None) -> Clips:
+        """How its video is cut and framed: what the entry of an experiment says, else what this says, else the default.
+
+        Raises:
+            UserError: a value is out of range.
+        """
+        layers = [self] if entry is None else [entry, self]
+        found: dict[str, int] = {}
+        for key in ("frames", "least_frames", "stride", "resolution_tier"):
+            given = [value for layer in layers if (value := getattr(layer, key)) is not None]
+            if given:
+                found[key] = given[0]
+        try:
+            return Clips(**found)
+        except UserError as error:
+            raise UserError(f"dataset {self.name!r}: {error}") from None
 
     def source_folder(self, root: Path) -> Path:
         """The source's path, seen from the project's root.

@@ -1,7 +1,8 @@
 """The prepared row, how windows are cut from an episode, and which episodes never train. Pure functions.
 
-A window is chunk + 1 frames and the chunk actions between them; it never leaves its episode and never straddles a gap
-in the log's timestamps. Media is not copied: a row points at mp4s by path and time.
+A robot's window is chunk + 1 frames and the chunk actions between them; one of video without a robot is 4k + 1 frames
+under one caption, and its episode is its clip. A window never leaves its episode and never straddles a gap in the
+timestamps. Media is not copied: a row points at mp4s by path and time.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ from typing import Any
 import numpy as np
 from datasets import Features, List, Value
 
-from cosmos3_train.config import Embodiment, UserError
+from cosmos3_train.config import Clips, Embodiment, UserError
 from cosmos3_train.data.card import DatasetCard
 from cosmos3_train.data.recorded import check_recorded, made_actions, made_states, recorded_columns
+from cosmos3_train.data.sources.clips import Clip, ClipRecord, Segment
 from cosmos3_train.data.sources.log import EpisodeRecord, Log
 from cosmos3_train.runtime import fold
 
 SPLITS = ("train", "heldout")
+GAP = "window across a gap in the timestamps"
+SHORT_CLIP = "clip or caption window shorter than the least frames of a window"
+REST = "frame at the end of a clip or caption window, too few for another window"
 
 FEATURES = Features(
     {
@@ -37,8 +42,8 @@ FEATURES = Features(
                 "end_time": Value("float64"),  # and of its last
             }
         ),
-        "timestamps": List(Value("float64")),  # chunk + 1 times, seconds into the episode
-        "action": List(List(Value("float32"))),  # chunk rows, in the robot's own units
+        "timestamps": List(Value("float64")),  # of its frames, seconds into the episode
+        "action": List(List(Value("float32"))),  # chunk rows, in the robot's own units, or null
         "state": List(Value("float32")),  # at the window's first frame, or null
     }
 )
@@ -59,6 +64,13 @@ def assign_splits(dataset: str, episodes: Sequence[int], heldout_fraction: float
         elif len(heldout) == len(episodes):
             heldout -= {max(episodes, key=score.__getitem__)}
     return {episode: "heldout" if episode in heldout else "train" for episode in episodes}
+
+
+def split_clips(dataset: str, clips: Sequence[Clip], heldout_fraction: float, seed: int) -> dict[int, str]:
+    """Clip → split, by a hash of its group's name: adding files moves none of the others."""
+    groups = {clip.group: fold(0, clip.group) for clip in clips}
+    sides = assign_splits(dataset, list(groups.values()), heldout_fraction, seed)
+    return {clip.index: sides[groups[clip.group]] for clip in clips}
 
 
 def window_starts(timestamps: np.ndarray, chunk: int, stride: int, fps: float) -> tuple[list[int], int]:
@@ -176,3 +188,69 @@ def episode_rows(
             }
         )
     return rows
+
+
+def clip_windows(segment: Segment, clips: Clips) -> list[tuple[int, int]]:
+    """(first frame, frames) of the windows of a stretch of a clip. A rest shorter than a window gives one of the
+    largest 4k + 1 frames that it has, where these are enough."""
+    total, found, start = 1 + (segment.last - segment.first) // segment.interval, [], 0
+    while start < total:
+        frames = min(clips.frames, total - start)
+        frames -= (frames - 1) % 4
+        if frames < clips.least:
+            break
+        found.append((segment.first + start * segment.interval, frames))
+        if start + clips.frames >= total:
+            break
+        start += clips.step
+    return found
+
+
+def clip_rows(
+    record: ClipRecord, clips: Clips, split: str, size: tuple[int, int]
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """The prepared rows (as `FEATURES`) of one clip's windows, and how many were left out for which reason.
+
+    Args:
+        size: (height, width) at which its frames are read.
+    """
+    assert record.video is not None
+    times, rate = record.video
+    gaps = np.concatenate([[0], np.cumsum(np.abs(np.diff(times) - 1.0 / rate) > 0.5 / rate)])
+    rows, left_out = [], {SHORT_CLIP: 0, REST: 0, GAP: 0}
+    for segment in record.segments:
+        windows = clip_windows(segment, clips)
+        if not windows:
+            left_out[SHORT_CLIP] += 1
+            continue
+        reached = windows[-1][0] + windows[-1][1] * segment.interval
+        left_out[REST] += max(0, (segment.last - reached) // segment.interval + 1)
+        for first, frames in windows:
+            places = np.arange(frames) * segment.interval + first
+            if gaps[places[-1]] != gaps[first]:
+                left_out[GAP] += 1
+                continue
+            shown = times[places]
+            rows.append(
+                {
+                    "episode_index": record.clip.index,
+                    "start": first,
+                    "split": split,
+                    "instruction": segment.caption,
+                    "fps": rate / segment.interval,
+                    "height": size[0],
+                    "width": size[1],
+                    "video": [
+                        {
+                            "camera": "video",
+                            "path": record.clip.place,
+                            "start_time": float(shown[0]),
+                            "end_time": float(shown[-1]),
+                        }
+                    ],
+                    "timestamps": (shown - times[0]).tolist(),
+                    "action": None,
+                    "state": None,
+                }
+            )
+    return rows, {reason: count for reason, count in left_out.items() if count}

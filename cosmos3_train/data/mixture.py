@@ -181,11 +181,12 @@ def _slots(weights: list[float], length: int) -> np.ndarray:
     return slots
 
 
-def check_entry(name: str, entry: config.Dataset, *, talks: bool) -> None:
+def check_entry(name: str, entry: config.Dataset, *, talks: bool, robot: bool = True) -> None:
     """What an entry of the mixture shows to be wrong before its data is opened.
 
     Args:
         talks: it is a dataset of conversations, whose one task needs no name.
+        robot: it is a robot's log, or else video without one.
 
     Raises:
         UserError: a weight that is not positive, or a task that there is not or that robot logs cannot feed.
@@ -201,13 +202,20 @@ def check_entry(name: str, entry: config.Dataset, *, talks: bool) -> None:
         if not weight >= 0:
             raise UserError(f"{where}.tasks.{task} is {weight}; a weight is at least 0")
         if TASKS[task].sound != "absent":
-            raise UserError(f"{where}.tasks: {task!r} needs sound, which prepared robot logs do not have")
+            raise UserError(f"{where}.tasks: {task!r} needs sound, which prepared rows do not have")
+        if weight and TASKS[task].has_robot and not robot:
+            silent = [known for known, row in TASKS.items() if not row.has_robot and row.sound == "absent"]
+            raise UserError(
+                f"{where}.tasks: {task!r} needs a robot's actions, and this is video without a robot; name some of "
+                f"{', '.join(silent)}"
+            )
     if not any(entry.tasks.values()):
         raise UserError(f"{where}.tasks has no weight above 0; name at least one task, such as policy: 1")
 
 
 def _entry(name: str, dataset: PreparedDataset | ConversationDataset, entry: config.Dataset, split: str) -> _Entry:
-    check_entry(name, entry, talks=isinstance(dataset, ConversationDataset))
+    talks = isinstance(dataset, ConversationDataset)
+    check_entry(name, entry, talks=talks, robot=talks or dataset.has_robot)
     count = dataset.count(split)
     if count == 0:
         raise UserError(

@@ -20,21 +20,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from cosmos3_train.config import Embodiment, UserError, flatten, to_plain
+from cosmos3_train.config import Clips, Embodiment, UserError, flatten, to_plain
 from cosmos3_train.data.actions import Normaliser
 from cosmos3_train.data.blocks import Plan, make_plan, open_work_folder, report_path, run_blocks, values_path
 from cosmos3_train.data.card import DatasetCard
 from cosmos3_train.data.files import disk_full_is_the_users, write_whole
-from cosmos3_train.data.index import SPLITS, check_log
-from cosmos3_train.data.sources import OPENERS, open_log
+from cosmos3_train.data.index import GAP, SPLITS, check_log
+from cosmos3_train.data.sources import CLIP_OPENERS, OPENERS, open_clips, open_log
+from cosmos3_train.data.sources.clips import ClipLog
 from cosmos3_train.data.sources.log import Log
 from cosmos3_train.data.statistics import FILE as STATISTICS_FILE
 from cosmos3_train.data.statistics import Statistics, compute_moments, draw_histograms
 
 CARD_FILE = "card.json"
 LAYOUT_VERSION = 1
+TAIL, MANY = 65536, 10_000
+"""Bytes at a file's end that count for a log's fingerprint, unless it has more files than MANY."""
 SHORT = "episode shorter than chunk + 1 frames"
-GAP = "window across a gap in the timestamps"
 
 # What of an embodiment card neither rows nor statistics depend on: these may change without preparing again.
 FREE_KEYS = ("domain_id", "shares_domain", "initialise_from", "view_point", "execute", "simulator")
@@ -42,20 +44,22 @@ FREE_KEYS = ("domain_id", "shares_domain", "initialise_from", "view_point", "exe
 
 @dataclass(frozen=True)
 class PreparedSummary:
-    """What `prepare` made. `windows` and `episodes` by split; `dropped` by reason; `reused`: it was there already."""
+    """What `prepare` made. `windows` and `episodes` (or clips) by split; `dropped` by reason, with an example of each;
+    `reused`: it was there already."""
 
     folder: Path
     fingerprint: str
     windows: dict[str, int]
     episodes: dict[str, int]
     dropped: dict[str, int]
+    examples: dict[str, str]
     seconds: float
     reused: bool
 
 
 def prepare(
     card: DatasetCard,
-    embodiment: Embodiment,
+    contract: Embodiment | Clips,
     source: str | Path,
     output: str | Path,
     *,
@@ -69,9 +73,10 @@ def prepare(
     """Prepare a log for training.
 
     Args:
+        contract: the embodiment card; for video without a robot, how it is cut.
         source: the log's folder.
         output: the prepared folder to be made.
-        window_stride: frames between the starts of neighbouring windows, counted from each episode's start.
+        window_stride: frames between the starts of a robot's neighbouring windows, counted from each episode's start.
         heldout_fraction: share of the episodes that never trains, chosen by hash.
         seed: of that hash.
         workers: processes; the result does not depend on them.
@@ -82,10 +87,14 @@ def prepare(
     """
     began = time.monotonic()
     source, output = Path(source), Path(output)
+    window_stride = contract.step if isinstance(contract, Clips) else window_stride
     _check_settings(card, window_stride, heldout_fraction, workers)
-    log = open_log(card, source)
-    check_log(log, card, embodiment)
-    settings = _settings(card, embodiment, log, window_stride, heldout_fraction, seed)
+    if isinstance(contract, Clips):
+        log = open_clips(card, source)
+    else:
+        log = open_log(card, source)
+        check_log(log, card, contract)
+    settings = _settings(card, contract, log, window_stride, heldout_fraction, seed)
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     work = output.with_name(f".{output.name}.preparing")
     done = _already_prepared(output, settings, fingerprint, fresh)
@@ -95,9 +104,9 @@ def prepare(
     with disk_full_is_the_users(output):
         open_work_folder(work, fingerprint)
         try:
-            plan, short = make_plan(card, embodiment, log, source, work, window_stride, heldout_fraction, seed)
+            plan, short = make_plan(card, contract, log, source, work, window_stride, heldout_fraction, seed)
             run_blocks(plan, log, workers, progress)
-            content = _finish(plan, settings, fingerprint, short)
+            content = _finish(plan, log.root, settings, fingerprint, short)
         except UserError:  # the log or the card will change, so no finished block is worth keeping
             shutil.rmtree(work)
             raise
@@ -150,8 +159,9 @@ def embodiment_settings(embodiment: Embodiment) -> dict[str, Any]:
 
 
 def _check_settings(card: DatasetCard, window_stride: int, heldout_fraction: float, workers: int) -> None:
-    if card.format not in OPENERS:
-        raise UserError(f"dataset {card.name!r}: format {card.format!r} is not prepared; {', '.join(OPENERS)} are")
+    if card.format not in OPENERS | CLIP_OPENERS:
+        known = ", ".join([*OPENERS, *CLIP_OPENERS])
+        raise UserError(f"dataset {card.name!r}: format {card.format!r} is not prepared; {known} are")
     if window_stride < 1:
         raise UserError(f"window_stride is {window_stride}; it is at least 1")
     if not 0 <= heldout_fraction < 1:
@@ -161,7 +171,12 @@ def _check_settings(card: DatasetCard, window_stride: int, heldout_fraction: flo
 
 
 def _settings(
-    card: DatasetCard, embodiment: Embodiment, log: Log, stride: int, heldout_fraction: float, seed: int
+    card: DatasetCard,
+    contract: Embodiment | Clips,
+    log: Log | ClipLog,
+    stride: int,
+    heldout_fraction: float,
+    seed: int,
 ) -> dict[str, Any]:
     """Everything that the rows and statistics are a function of. Paths are not: a log may be moved."""
     return {
@@ -170,7 +185,7 @@ def _settings(
         "caption_column": card.caption_column,
         "constant_caption": card.constant_caption,
         "mapping": card.mapping,
-        "embodiment": embodiment_settings(embodiment),
+        **contract_settings(card, contract),
         "window_stride": stride,
         "heldout_fraction": float(heldout_fraction),
         "seed": seed,
@@ -178,23 +193,44 @@ def _settings(
     }
 
 
-def _log_digest(log: Log) -> str:
-    """Of what describes the log, and of size and last 64 KiB of other files: hashing terabytes would take hours.
+def contract_settings(card: DatasetCard, contract: Embodiment | Clips) -> dict[str, Any]:
+    """What rows depend on of the embodiment card, or of how video without a robot is cut, framed and captioned."""
+    if isinstance(contract, Embodiment):
+        return {"embodiment": embodiment_settings(contract)}
+    return {
+        "format": card.format,
+        "captions": card.captions,
+        "caption_template": card.caption_template,
+        "clips": to_plain(contract),
+    }
+
+
+def _log_digest(log: Log | ClipLog) -> str:
+    """Of what describes the log, and of size and last 64 KiB of other files (of their size alone where they are many):
+    hashing terabytes would take hours.
 
     The end of a Parquet file holds the extremes of every column, the end of an mp4 the size of every frame.
     """
     digest = hashlib.sha256()
     for path in log.described_by():
         digest.update(path.relative_to(log.root).as_posix().encode() + b"\0" + path.read_bytes())
-    media = {episode.data_file for episode in log.episodes}
-    media |= {place.path for episode in log.episodes for place in episode.video.values()}
-    for name in sorted(media):
-        path = log.root / name.partition("#")[0]
+    if isinstance(log, ClipLog):
+        media = {clip.place for clip in log.clips} | {str(clip.text[0]) for clip in log.clips if clip.text}
+    else:
+        media = {episode.data_file for episode in log.episodes}
+        media |= {place.path for episode in log.episodes for place in episode.video.values()}
+    files = {name.partition("#")[0] for name in media}
+    tail = TAIL if len(files) <= MANY else 0
+    for name in sorted(media | files):
+        if name not in files:  # a place inside one of the files
+            digest.update(f"{name}\0".encode())
+            continue
+        path = log.root / name
         size = path.stat().st_size if path.is_file() else -1
         digest.update(f"{name}\0{size}\0".encode())
-        if size > 0:
+        if size > 0 and tail:
             with path.open("rb") as file:
-                file.seek(max(0, size - 65536))
+                file.seek(max(0, size - tail))
                 digest.update(file.read())
     return digest.hexdigest()[:32]
 
@@ -231,34 +267,42 @@ def _numbered(content: Any) -> Any:
 # ------------------------------------------------------------------------------------------------ the end
 
 
-def _finish(plan: Plan, settings: dict[str, Any], fingerprint: str, short: int) -> dict[str, Any]:
-    """Statistics, their picture and the card, which is written last."""
+def _finish(plan: Plan, root: Path, settings: dict[str, Any], fingerprint: str, short: int) -> dict[str, Any]:
+    """Statistics of a robot and their picture, and the card, which is written last."""
+    robot = plan.contract if isinstance(plan.contract, Embodiment) else None
     reports = [json.loads(report_path(plan, number).read_text()) for number in range(len(plan.blocks))]
     counts = {
         key: {split: sum(report[key][split] for report in reports) for split in SPLITS}
         for key in ("windows", "episodes")
     }
-    dropped = {SHORT: short, GAP: sum(report["gaps"] for report in reports)}
+    dropped = {SHORT: short, GAP: 0} if robot else {}
+    examples: dict[str, str] = {}
+    for report in reports:
+        examples = report["examples"] | examples
+        for reason, count in report["dropped"].items():
+            dropped[reason] = dropped.get(reason, 0) + count
     if counts["windows"]["train"] == 0:
-        raise UserError(f"dataset {plan.card.name!r}: no window to train on; dropped: {dropped}")
+        why = "; ".join(f"{n:,} × {reason} ({examples.get(reason, '')})" for reason, n in dropped.items() if n)
+        raise UserError(f"dataset {plan.card.name!r}: no window to train on; left out: {why or 'nothing'}")
     folder = plan.work / "finished"
-    statistics = _statistics(plan, fingerprint, folder)
-    statistics.save(folder / STATISTICS_FILE)
+    if robot is not None:
+        _statistics(plan, robot, fingerprint, folder).save(folder / STATISTICS_FILE)
     content = {
         "fingerprint": fingerprint,
-        "source": str(plan.source.resolve()),
+        "source": str(root.resolve()),
         "dataset": to_plain(plan.card),
-        "embodiment": to_plain(plan.embodiment),
+        **({"embodiment": to_plain(robot)} if robot else {"clips": to_plain(plan.contract)}),
         "settings": settings,
         "counts": counts,
         "dropped": dropped,
+        "examples": examples,
     }
     write_whole(folder / CARD_FILE, (json.dumps(content, indent=1) + "\n").encode())
     return content
 
 
-def _statistics(plan: Plan, fingerprint: str, folder: Path) -> Statistics:
-    embodiment, width = plan.embodiment, plan.embodiment.width
+def _statistics(plan: Plan, embodiment: Embodiment, fingerprint: str, folder: Path) -> Statistics:
+    width = embodiment.width
     paths = [path for number in range(len(plan.blocks)) if (path := values_path(plan, number)).exists()]
     parts = [np.load(path, mmap_mode="r", allow_pickle=False) for path in paths]
     widths = {part.shape[1] for part in parts}
@@ -295,6 +339,7 @@ def _summary(folder: Path, content: dict[str, Any], began: float, reused: bool) 
         windows=content["counts"]["windows"],
         episodes=content["counts"]["episodes"],
         dropped=content["dropped"],
+        examples=content.get("examples", {}),
         seconds=time.monotonic() - began,
         reused=reused,
     )

@@ -20,7 +20,7 @@ from datasets import Dataset, disable_progress_bars
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cosmos3_train.config import Embodiment, UserError, from_plain
+from cosmos3_train.config import Clips, Embodiment, UserError, from_plain
 from cosmos3_train.data.actions import Normaliser
 from cosmos3_train.data.files import disk_full_is_the_users
 from cosmos3_train.data.index import FEATURES, SPLITS
@@ -41,8 +41,9 @@ class PreparedDataset:
         name:        of the dataset
         folder, source: the prepared folder, and the log that its rows point into
         fingerprint: of everything that made it
-        embodiment:  the embodiment card; the given one, or the one that it was prepared with
-        statistics, normaliser: of the train split
+        contract:    the embodiment card (the given one, or the one that it was prepared with), or how video without a
+                     robot is cut and framed
+        statistics, normaliser: of a robot's train split; video without a robot has neither
         rows:        windows of all splits; row numbers run over the whole table
     """
 
@@ -58,22 +59,46 @@ class PreparedDataset:
         """
         self.folder = Path(folder)
         content = read_card(self.folder)
-        prepared_for = from_plain(Embodiment, content["embodiment"], f"{self.folder}/card.json")
-        if embodiment is not None:
-            _check_same(self.folder, prepared_for, embodiment)
-        self.embodiment: Embodiment = embodiment or prepared_for
+        where = f"{self.folder}/card.json"
+        self.contract: Embodiment | Clips
+        if "clips" in content:
+            if embodiment is not None:
+                raise UserError(
+                    f"{self.folder}: holds video without a robot, so embodiment {embodiment.name!r} says nothing of "
+                    "it; leave the dataset's embodiment out"
+                )
+            self.contract = from_plain(Clips, content["clips"], where)
+        else:
+            prepared_for = from_plain(Embodiment, content["embodiment"], where)
+            if embodiment is not None:
+                _check_same(self.folder, prepared_for, embodiment)
+            self.contract = embodiment or prepared_for
         self.name: str = content["dataset"]["name"]
         self.fingerprint: str = content["fingerprint"]
         self.source = Path(content["source"] if source is None else source)
+        if self.source.is_file() and not self.has_robot:
+            self.source = self.source.parent  # a file of rows, whose videos' places are relative to it
         if not self.source.is_dir():
             raise UserError(f"{self.folder}: its log {self.source} is not there; set the dataset's source to its place")
-        self.statistics = Statistics.load(self.folder, embodiment=self.embodiment.name, dataset=self.name)
-        self.normaliser = Normaliser(self.embodiment, self.statistics)
+        if self.has_robot:
+            self.statistics = Statistics.load(self.folder, embodiment=self.embodiment.name, dataset=self.name)
+            self.normaliser = Normaliser(self.embodiment, self.statistics)
         self._table = _open_rows(self.folder)
         self.rows: int = len(self._table)
         splits = self._table.data.column("split").to_numpy()
         self._places = {split: np.flatnonzero(splits == split) for split in SPLITS}
         self.latent_cache = LatentCache.open(self.folder, self.rows)
+
+    @property
+    def has_robot(self) -> bool:
+        """Whether it is a robot's log, and not video without one."""
+        return isinstance(self.contract, Embodiment)
+
+    @property
+    def embodiment(self) -> Embodiment:
+        """The embodiment card of a robot's log; ask `has_robot` first."""
+        assert isinstance(self.contract, Embodiment), f"{self.name} has no robot"
+        return self.contract
 
     def count(self, split: str) -> int:
         """Windows of "train" or "heldout"."""
@@ -100,7 +125,7 @@ class PreparedDataset:
         return f"{self.name}/episode_{row['episode_index']:06d}/{row['start']:06d}"
 
     def frames(self, row: dict[str, Any], first_only: bool = False) -> Tensor:
-        """uint8 [T, 3, H, W]: a row's frames (chunk + 1, or its first), views composed.
+        """uint8 [T, 3, H, W]: a row's frames (all, or its first), views composed; H and W are the row's.
 
         Raises:
             UserError: a video is missing or corrupt, or has no frame at one of the times.
@@ -108,8 +133,9 @@ class PreparedDataset:
         offsets = np.asarray(row["timestamps"]) - row["timestamps"][0]
         if first_only:
             offsets = offsets[:1]
-        views = [frames_at(self.source, v["path"], v["start_time"] + offsets) for v in row["video"]]
-        return compose(views, self.embodiment.layout)
+        size = None if self.has_robot else (row["height"], row["width"])
+        views = [frames_at(self.source, v["path"], v["start_time"] + offsets, size) for v in row["video"]]
+        return compose(views, self.embodiment.layout if self.has_robot else "single")
 
     def sample(
         self, split: str, index: int, task: str, number: int, *, pixels: bool = True, latents: bool = False
@@ -148,7 +174,8 @@ class PreparedDataset:
             size=(row["height"], row["width"]),
             action=self.normaliser.normalise(torch.tensor(row["action"])) if rules.has_robot else None,
             state=self.normaliser.normalise(torch.tensor(row["state"])) if with_state else None,
-            embodiment=self.embodiment.name,
+            embodiment=self.embodiment.name if self.has_robot else None,
+            tier=self.contract.resolution_tier,
         )
 
 

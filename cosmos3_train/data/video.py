@@ -1,4 +1,4 @@
-"""Frames out of mp4s by time, and several camera views on one canvas.
+"""Frames out of mp4s by time, also of those inside archives, and several camera views on one canvas.
 
 Every file is decoded on one thread: readers run in several processes already, and an FFmpeg thread pool does not
 survive a fork. Open files are kept, a few per process, since opening costs more than decoding a short window.
@@ -6,44 +6,107 @@ survive a fork. Open files are kept, a few per process, since opening costs more
 
 from __future__ import annotations
 
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import av
 import numpy as np
 import torch
 from av.container import InputContainer
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 from torch import Tensor
 
 from cosmos3_train.config import UserError
+from cosmos3_train.data import archives
 from cosmos3_train.data.pictures import read_pictures
 
 OPEN_FILES = 8
-_open: OrderedDict[tuple[int, str, int], InputContainer] = OrderedDict()
+_open: OrderedDict[tuple[int, str, int, str], InputContainer] = OrderedDict()
 
 
-def frames_at(root: Path, place: str, timestamps: Sequence[float] | np.ndarray) -> Tensor:
+class VideoTimes(NamedTuple):
+    """float64 [T]: when each frame of a video is shown, seconds into the file, rising; and its frames a second."""
+
+    times: np.ndarray
+    fps: float
+
+
+def frames_at(
+    root: Path, place: str, timestamps: Sequence[float] | np.ndarray, size: tuple[int, int] | None = None
+) -> Tensor:
     """The frames of a place of a log at the given times, as `decode_frames`.
 
     Args:
         root: the log's folder.
-        place: "file.mp4", or "file#inside" for pictures that are stored one by one (`pictures.read_pictures`).
+        place: "file.mp4", "shard.tar#member" for one in an archive (`archives.place_of`), or "file#inside" for pictures
+            that are stored one by one (`pictures.read_pictures`).
+        size: (H, W) that videos are resized to; None leaves them as they are.
     """
     file, _, inside = place.partition("#")
-    return read_pictures(root / file, inside, timestamps) if inside else decode_frames(root / file, timestamps)
+    if inside and not file.endswith(archives.SUFFIX):
+        return read_pictures(root / file, inside, timestamps)
+    return decode_frames(root / file, timestamps, inside, size)
 
 
-def decode_frames(path: str | Path, timestamps: Sequence[float] | np.ndarray) -> Tensor:
+def reading_size(size: tuple[int, int], tier: int) -> tuple[int, int]:
+    """(H, W) at which a clip without a robot is read: as it is, or shrunk until its shorter side is 4/3 of the tier.
+
+    That still covers every canvas of the tier, and is all that of a 4K clip ever has to fit into memory.
+    """
+    shorter, least = min(size), math.ceil(tier * 4 / 3)
+    if shorter <= least:
+        return size
+    return round(size[0] * least / shorter), round(size[1] * least / shorter)
+
+
+def video_times(root: Path, place: str) -> VideoTimes:
+    """When a video's frames are shown, from its file's index where it has one; without decoding.
+
+    Raises:
+        UserError: it is missing or corrupt, or has no frames.
+    """
+    file, _, inside = place.partition("#")
+    path = root / file
+    container = _container(path, inside)
+    stream = container.streams.video[0]
+    try:
+        assert stream.time_base is not None
+        listed = [entry.timestamp for entry in stream.index_entries if not entry.is_discard]
+        if listed and len(listed) == stream.frames:
+            # The index has decoding times. Shown frames have the same ones in another order, from `start_time` on.
+            ticks = np.sort(np.asarray(listed, dtype=np.int64))
+            ticks += (stream.start_time or 0) - ticks[0]
+        else:
+            container.seek(0)
+            shown = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
+            ticks = np.unique(np.asarray(shown, dtype=np.int64))
+        fps = float(stream.average_rate or stream.guessed_rate or 0)
+    except (av.FFmpegError, OSError) as error:
+        close(path)
+        raise _corrupt(path, inside, error) from None
+    if not len(ticks) or not fps > 0:
+        raise UserError(f"{_named(path, inside)}: the video has no frames; copy the log again")
+    return VideoTimes(ticks * float(stream.time_base), fps)
+
+
+def decode_frames(
+    path: str | Path,
+    timestamps: Sequence[float] | np.ndarray,
+    inside: str = "",
+    size: tuple[int, int] | None = None,
+) -> Tensor:
     """The frames nearest to the given times.
 
     Args:
         path: an mp4 (or whatever FFmpeg reads).
         timestamps: rising times in seconds from the file's start.
+        inside: where in an archive the mp4 stands.
+        size: (H, W) that frames are resized to, by area.
 
     Returns:
         uint8 [T, 3, H, W], RGB.
@@ -54,19 +117,20 @@ def decode_frames(path: str | Path, timestamps: Sequence[float] | np.ndarray) ->
     path = Path(path)
     times = [float(time) for time in timestamps]
     assert times and times == sorted(times)
-    container = _container(path)
+    container = _container(path, inside)
     try:
         stream = container.streams.video[0]
         period = 1.0 / float(stream.average_rate or stream.guessed_rate or 24)
-        found = _nearest_frames(container, stream, times, period, times[0] - period)
+        found = _nearest_frames(container, stream, times, period, times[0] - period, size)
         if found[0] is None:  # some files seek only to a later keyframe: once more, from the beginning
-            found = _nearest_frames(container, stream, times, period, 0.0)
+            found = _nearest_frames(container, stream, times, period, 0.0, size)
     except (av.FFmpegError, OSError) as error:
         close(path)
-        raise UserError(f"{path}: the video is corrupt ({' '.join(str(error).split())}); copy the log again") from None
+        raise _corrupt(path, inside, error) from None
     for time, frame in zip(times, found, strict=True):
         if frame is None:
-            raise UserError(f"{path}: no frame within half a frame period ({period / 2:.4f} s) of {time:.4f} s")
+            named = _named(path, inside)
+            raise UserError(f"{named}: no frame within half a frame period ({period / 2:.4f} s) of {time:.4f} s")
     # In numpy: torch's own copy runs on OpenMP threads, which a forked reader of a process that used them never gets.
     stacked = np.stack([frame.transpose(2, 0, 1) for frame in found if frame is not None])
     return torch.from_numpy(stacked)
@@ -116,7 +180,12 @@ def close(path: str | Path | None = None) -> None:
 
 
 def _nearest_frames(
-    container: InputContainer, stream: VideoStream, times: list[float], period: float, seek_to: float
+    container: InputContainer,
+    stream: VideoStream,
+    times: list[float],
+    period: float,
+    seek_to: float,
+    size: tuple[int, int] | None,
 ) -> list[np.ndarray | None]:
     """uint8 [H, W, 3] nearest to each time, None where there is none within half a period."""
     assert stream.time_base is not None
@@ -136,27 +205,48 @@ def _nearest_frames(
     reformatter = VideoReformatter()  # one for all: `frame.to_ndarray(format=...)` makes one a frame, 4 ms each
     for frame in near:
         if frame is not None and id(frame) not in converted:
-            converted[id(frame)] = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+            converted[id(frame)] = _to_rgb(reformatter, frame, size)
     return [None if frame is None else converted[id(frame)] for frame in near]
 
 
-def _container(path: Path) -> InputContainer:
+def _to_rgb(reformatter: VideoReformatter, frame: av.VideoFrame, size: tuple[int, int] | None) -> np.ndarray:
+    """uint8 [H, W, 3] as it is to be seen: phones store pictures lying on their side and say by how much."""
+    turns = frame.rotation // 90 % 4
+    height, width = (None, None) if size is None else size if turns % 2 == 0 else size[::-1]
+    picture = reformatter.reformat(
+        frame, width=width, height=height, format="rgb24", threads=1, interpolation=Interpolation.AREA if size else None
+    ).to_ndarray()
+    return np.rot90(picture, turns) if turns else picture
+
+
+def _named(path: Path, inside: str) -> str:
+    return f"{path}#{inside}" if inside else str(path)
+
+
+def _corrupt(path: Path, inside: str, error: Exception) -> UserError:
+    return UserError(
+        f"{_named(path, inside)}: the video is corrupt ({' '.join(str(error).split())}); copy the log again"
+    )
+
+
+def _container(path: Path, inside: str = "") -> InputContainer:
     # The process id is part of the key: a forked reader shares the parent's file offset and must open its own.
     # So is the file's inode: a log that is replaced under a running process is opened anew.
     try:
-        key = (os.getpid(), str(path), path.stat().st_ino)
+        key = (os.getpid(), str(path), path.stat().st_ino, inside)
     except FileNotFoundError:
         raise UserError(f"{path}: the video is missing; copy the log again") from None
     if key in _open:
         _open.move_to_end(key)
         return _open[key]
     try:
-        container = av.open(str(path))
+        container = av.open(archives.Part(path, *archives.range_of(inside)) if inside else str(path), mode="r")
     except (av.FFmpegError, OSError) as error:
-        raise UserError(f"{path}: not a readable video ({' '.join(str(error).split())}); copy the log again") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"{_named(path, inside)}: not a readable video ({reason}); copy the log again") from None
     if not container.streams.video:
         container.close()
-        raise UserError(f"{path}: the file has no video stream; copy the log again")
+        raise UserError(f"{_named(path, inside)}: the file has no video stream; copy the log again")
     container.streams.video[0].codec_context.thread_count = 1
     _open[key] = container
     while len(_open) > OPEN_FILES:

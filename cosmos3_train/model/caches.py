@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,6 +48,10 @@ def latent_fingerprint(vae: AutoencoderKLWan, dataset: PreparedDataset) -> str:
     return digest.hexdigest()
 
 
+CLIPS = 4
+"""The same of video without a robot, whose windows are hundreds of megabytes each."""
+
+
 class _Rows(Dataset[Tensor]):
     """Frames of every row, uint8 [T, 3, H, W]; their latents instead where an encoder is given."""
 
@@ -58,7 +63,7 @@ class _Rows(Dataset[Tensor]):
 
     def __getitem__(self, row: int) -> Tensor:
         frames = self.dataset.frames(self.dataset.row(row))
-        return frames if self.encoder is None else self.encoder.encode_frames([frames], self.dataset.embodiment)[0]
+        return frames if self.encoder is None else self.encoder.encode_frames([frames], self.dataset.contract)[0]
 
 
 def ensure_latents(dataset: PreparedDataset, encoder: Encoder, workers: int = 0, progress: bool = True) -> None:
@@ -99,7 +104,7 @@ def ensure_latents(dataset: PreparedDataset, encoder: Encoder, workers: int = 0,
 def _write_shards(dataset: PreparedDataset, encoder: Encoder, folder: Path, workers: int, progress: bool) -> None:
     vae = encoder.parts.vae
     on_cpu = vae.device.type == "cpu"
-    batch = 1 if on_cpu else BATCH
+    batch = 1 if on_cpu else BATCH if dataset.has_robot else CLIPS
     with tqdm(total=dataset.rows, desc=f"encode {dataset.name}", unit="window", disable=not progress) as bar:
         missing: list[list[int]] = []
         for first in range(0, dataset.rows, SHARD):
@@ -117,7 +122,7 @@ def _write_shards(dataset: PreparedDataset, encoder: Encoder, folder: Path, work
         )
         tensors: dict[str, Tensor] = {}
         for rows, read in zip(missing, loader, strict=True):
-            latents = read if on_cpu else encoder.encode_frames(read, dataset.embodiment)
+            latents = read if on_cpu else _encode_by_size(encoder, read, dataset)
             tensors |= {str(row): x.to(vae.dtype).contiguous() for row, x in zip(rows, latents, strict=True)}
             bar.update(len(rows))
             if rows[-1] == dataset.rows - 1 or (rows[-1] + 1) % SHARD == 0:
@@ -126,3 +131,13 @@ def _write_shards(dataset: PreparedDataset, encoder: Encoder, folder: Path, work
                 save_file(tensors, beside)
                 beside.rename(file)
                 tensors = {}
+
+
+def _encode_by_size(encoder: Encoder, clips: Sequence[Tensor], dataset: PreparedDataset) -> list[Tensor]:
+    """Latents of clips in their order; those of one size pass together."""
+    found: dict[int, Tensor] = {}
+    for shape in {tuple(clip.shape) for clip in clips}:
+        places = [place for place, clip in enumerate(clips) if tuple(clip.shape) == shape]
+        latents = encoder.encode_frames([clips[place] for place in places], dataset.contract)
+        found.update(zip(places, latents, strict=True))
+    return [found[place] for place in range(len(clips))]

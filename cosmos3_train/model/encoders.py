@@ -16,7 +16,7 @@ from diffusers import Cosmos3OmniPipeline
 from PIL import Image
 from torch import Tensor
 
-from cosmos3_train.config import MAX_ACTION_WIDTH, Embodiment
+from cosmos3_train.config import MAX_ACTION_WIDTH, Clips, Embodiment
 from cosmos3_train.flow.tasks import CONVERSATION, TASKS, action_given, sound_given, video_given
 from cosmos3_train.model.prompts import canvas, conversation, dropped_prompt, robot_prompt, video_prompt, whole
 from cosmos3_train.runtime import draw
@@ -27,9 +27,6 @@ Parts = Cosmos3OmniPipeline
 
 PIXELS_AT_ONCE = 3 * 17 * 256 * 256 * 8
 """Pixel values in one call of the video tokenizer: 8 policy clips of the 256 tier, or one of 33 frames at 480."""
-
-VIDEO_TIER = 256
-"""Tier of clips without an embodiment."""
 
 
 class Encoder:
@@ -75,7 +72,7 @@ class Encoder:
         return self._prompts[key]
 
     def text(
-        self, task: str, caption: str, embodiment: Embodiment | None, size: tuple[int, int], frames: int, fps: float
+        self, task: str, caption: str, contract: Embodiment | Clips, size: tuple[int, int], frames: int, fps: float
     ) -> Tensor:
         """The ids of a caption in a task.
 
@@ -83,16 +80,15 @@ class Encoder:
             size: (H, W) of the native frames;  frames: of the clip, 1 for an image.
         """
         if TASKS[task].has_robot:
-            assert embodiment is not None
-            return self.robot_text(caption, embodiment, size)
-        tier = embodiment.resolution_tier if embodiment else VIDEO_TIER
-        return video_prompt(self.parts, caption, frames, canvas(size, tier), fps)
+            assert isinstance(contract, Embodiment)
+            return self.robot_text(caption, contract, size)
+        return video_prompt(self.parts, caption, frames, canvas(size, contract.resolution_tier), fps)
 
-    def encode_frames(self, frames: Sequence[Tensor], embodiment: Embodiment | None) -> list[Tensor]:
+    def encode_frames(self, frames: Sequence[Tensor], contract: Embodiment | Clips) -> list[Tensor]:
         """Latents float32 [C, t, h, w] on the CPU of clips uint8 [T, 3, H, W], all of one size, some at a time."""
         at_once = max(1, PIXELS_AT_ONCE // frames[0].numel())
         parts = [frames[start : start + at_once] for start in range(0, len(frames), at_once)]
-        return [latent for part in parts for latent in self._encode_together(part, embodiment)]
+        return [latent for part in parts for latent in self._encode_together(part, contract)]
 
     # -------------------------------------------------------------------------------------------- details
 
@@ -101,16 +97,20 @@ class Encoder:
         groups: dict[tuple, list[int]] = {}
         for place, sample in enumerate(samples):
             if sample.frames is not None and sample.latent is None:
-                groups.setdefault((tuple(sample.frames.shape), sample.embodiment), []).append(place)
-        for (_, name), places in groups.items():
-            embodiment = self.embodiments[name] if name else None
+                key = (tuple(sample.frames.shape), sample.embodiment, sample.tier)
+                groups.setdefault(key, []).append(place)
+        for places in groups.values():
+            contract = self._contract(samples[places[0]])
             frames = [cast(Tensor, samples[place].frames) for place in places]
-            for place, latent in zip(places, self.encode_frames(frames, embodiment), strict=True):
+            for place, latent in zip(places, self.encode_frames(frames, contract), strict=True):
                 found[place] = latent
         return found
 
-    def _encode_together(self, clips: Sequence[Tensor], embodiment: Embodiment | None) -> list[Tensor]:
-        prepared, sizes = self._prepare(torch.stack(list(clips)), embodiment)
+    def _contract(self, sample: Sample) -> Embodiment | Clips:
+        return self.embodiments[sample.embodiment] if sample.embodiment else Clips(resolution_tier=sample.tier)
+
+    def _encode_together(self, clips: Sequence[Tensor], contract: Embodiment | Clips) -> list[Tensor]:
+        prepared, sizes = self._prepare(torch.stack(list(clips)), contract)
         with torch.no_grad():
             latents = self.parts._encode_video(prepared).float()
         if sizes is not None:
@@ -123,41 +123,40 @@ class Encoder:
             text, labels = conversation(self.parts, sample.messages, sample.key)
             return TokenSample(sample.key, sample.number, sample.task, text, labels=labels)
         task = TASKS[sample.task]
-        embodiment = self.embodiments[sample.embodiment] if sample.embodiment else None
-        tier = embodiment.resolution_tier if embodiment else VIDEO_TIER
+        contract = self._contract(sample)
         assert latent is not None
         fields: dict[str, Any] = {"video": latent, "video_given": video_given(task, latent.shape[1])}
         if task.has_robot:
-            assert embodiment is not None and sample.action is not None
-            fields |= action_fields(sample.action, sample.state, embodiment, sample.task)
+            assert isinstance(contract, Embodiment) and sample.action is not None
+            fields |= action_fields(sample.action, sample.state, contract, sample.task)
         if sample.sound is not None:
             fields |= {"sound": sample.sound.T, "sound_given": sound_given(task, sample.sound.shape[1])}
         return TokenSample(
             key=sample.key,
             number=sample.number,
             task=sample.task,
-            text=self._text(sample, embodiment, latent),
+            text=self._text(sample, contract, latent),
             fps=sample.fps,
-            tier=tier,
+            tier=contract.resolution_tier,
             **fields,
         )
 
-    def _text(self, sample: Sample, embodiment: Embodiment | None, latent: Tensor) -> Tensor:
+    def _text(self, sample: Sample, contract: Embodiment | Clips, latent: Tensor) -> Tensor:
         dropout = torch.rand((), generator=draw(self.seed, "caption", sample.number))
         if float(dropout) < self.caption_dropout:
             return self.dropped_text()
         frames = 4 * (latent.shape[1] - 1) + 1
-        return self.text(sample.task, sample.caption, embodiment, sample.size, frames, sample.fps)
+        return self.text(sample.task, sample.caption, contract, sample.size, frames, sample.fps)
 
-    def _prepare(self, clips: Tensor, embodiment: Embodiment | None) -> tuple[Tensor, Tensor | None]:
+    def _prepare(self, clips: Tensor, contract: Embodiment | Clips) -> tuple[Tensor, Tensor | None]:
         """Clips uint8 [B, T, 3, H, W] → float [B, 3, T, H', W'] in [-1, 1] on the canvas; for a robot also upstream's
         (canvas, content) sizes. Upstream prepares frame by frame, so all clips pass as one long one."""
         device = self.parts.vae.device
         count, length = clips.shape[:2]
         size = (clips.shape[-2], clips.shape[-1])
         frames = clips.flatten(0, 1)
-        if embodiment is None:
-            covered = _cover(frames.to(device).float() / 255 * 2 - 1, canvas(size, VIDEO_TIER))
+        if isinstance(contract, Clips):
+            covered = _cover(frames.to(device).float() / 255 * 2 - 1, canvas(size, contract.resolution_tier))
             return covered.unflatten(0, (count, length)).transpose(1, 2), None
         pixels: Any = frames.to(device).float() / 255
         if whole(size) != size:
@@ -165,7 +164,7 @@ class Encoder:
             # A robot is served pictures.
             pixels = [Image.fromarray(frame.permute(1, 2, 0).cpu().numpy()) for frame in frames]
         prepared, sizes, _, _ = self.parts._prepare_action_video_conditioning(
-            pixels, embodiment.resolution_tier, count * length, device=device, dtype=torch.float32
+            pixels, contract.resolution_tier, count * length, device=device, dtype=torch.float32
         )
         return prepared[0].unflatten(1, (count, length)).transpose(0, 1), sizes
 

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from cosmos3_train.config import Embodiment, Model, UserError
+from cosmos3_train.config import Clips, Embodiment, Model, UserError
 from cosmos3_train.data.files import write_whole
 from cosmos3_train.data.texts import distinct_texts
 from cosmos3_train.flow.tasks import CONVERSATION, TASKS
@@ -173,14 +173,14 @@ def _opened(shard: Path) -> Any:
         raise UserError(f"{shard}: cached keys and values are missing or corrupt ({reason}); delete the file") from None
 
 
-def prompts_of(prepared: Path, embodiment: Embodiment | None, tasks: Iterable[str], encoder: Encoder) -> list[Tensor]:
+def prompts_of(prepared: Path, contract: Embodiment | Clips, tasks: Iterable[str], encoder: Encoder) -> list[Tensor]:
     """The distinct prompts, int64 [L] each, that the windows of a prepared folder have in these tasks, and the one that
     stands for a dropped caption."""
     found = [encoder.dropped_text()]
     for text in distinct_texts(prepared):
         for task in tasks:
             frames = 1 if TASKS[task].image else text.frames
-            found.append(encoder.text(task, text.instruction, embodiment, text.size, frames, text.fps))
+            found.append(encoder.text(task, text.instruction, contract, text.size, frames, text.fps))
     return distinct(found)
 
 

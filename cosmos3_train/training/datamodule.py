@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from cosmos3_train import config
-from cosmos3_train.config import Loaded, UserError
+from cosmos3_train.config import Clips, Embodiment, Loaded, UserError
 from cosmos3_train.data.card import DatasetCard, load_card
 from cosmos3_train.data.conversations import ConversationDataset
 from cosmos3_train.data.mixture import Mixture, StepDataset
@@ -116,9 +116,9 @@ def without_reasoner_cache(loaded: Loaded) -> Loaded:
 def run_prompts(loaded: Loaded, dataset: PreparedDataset, entry: config.Dataset, encoder: Encoder) -> list[Tensor]:
     """The distinct prompts, int64 [L] each, of a dataset in a run: its windows' and its closed loop's."""
     tasks = [task for task, weight in entry.tasks.items() if weight]
-    card = dataset.embodiment
-    found = prompts_of(dataset.folder, card, tasks, encoder)
-    if card is not None and card.simulator and loaded.experiment.evaluation.closed_loop_episodes:
+    found = prompts_of(dataset.folder, dataset.contract, tasks, encoder)
+    card = dataset.contract
+    if isinstance(card, Embodiment) and card.simulator and loaded.experiment.evaluation.closed_loop_episodes:
         height, width, _ = make_simulator(card.simulator, card).reset(0).image.shape
         found.append(encoder.robot_text(dataset.row(0)["instruction"], card, (height, width)))
     return distinct(found)
@@ -143,7 +143,7 @@ def _refuse_two_scales(opened: Opened) -> None:
     """A deployed robot's actions are de-normalised by one file; two logs of it would train on two scales."""
     seen: dict[str, tuple[str, PreparedDataset]] = {}
     for name, (dataset, _) in opened.items():
-        if isinstance(dataset, PreparedDataset):
+        if isinstance(dataset, PreparedDataset) and dataset.has_robot:
             first, other = seen.setdefault(dataset.embodiment.name, (name, dataset))
             if other.statistics.action != dataset.statistics.action:
                 raise UserError(
@@ -163,13 +163,13 @@ def open_dataset(
         return ConversationDataset(_source(loaded, card, entry), heldout_fraction=data.heldout_fraction)
     embodiment = loaded.experiment.embodiments[entry.embodiment] if entry.embodiment else None
     prepared = loaded.root / entry.prepared
+    contract = None if card is None else contract_of(loaded, name, entry, card)
     with _exclusive(prepared):
         if card is not None:
-            if embodiment is None:
-                raise UserError(f"data.datasets.{name}.embodiment has no value; a robot log needs its embodiment card")
+            assert contract is not None
             prepare(
                 card,
-                embodiment,
+                contract,
                 _source(loaded, card, entry),
                 prepared,
                 window_stride=data.window_stride,
@@ -184,6 +184,28 @@ def open_dataset(
         if entry.cache_reasoner and encoder is not None and reasoner is not None:
             ensure_reasoner(prepared, run_prompts(loaded, dataset, entry, encoder), reasoner)
     return dataset
+
+
+def contract_of(loaded: Loaded, name: str, entry: config.Dataset, card: DatasetCard) -> Embodiment | Clips:
+    """What an entry's rows are cut by: the robot's embodiment card, or how video without a robot is cut and framed.
+
+    Raises:
+        UserError: a robot's log without its card, video with one, or a value out of range.
+    """
+    where = f"data.datasets.{name}"
+    if card.shows_clips:
+        if entry.embodiment:
+            raise UserError(f"{where}.embodiment is {entry.embodiment!r}, but {card.format} has no robot; leave it out")
+        return card.clips(entry)
+    for key in ("frames", "least_frames", "stride", "resolution_tier"):
+        if getattr(entry, key) is not None:
+            raise UserError(
+                f"{where}.{key} is {getattr(entry, key)}, but it is of video without a robot; a robot's embodiment "
+                "card says it (chunk, resolution_tier), and data.window_stride"
+            )
+    if entry.embodiment is None:
+        raise UserError(f"{where}.embodiment has no value; a robot log needs its embodiment card")
+    return loaded.experiment.embodiments[entry.embodiment]
 
 
 def _source(loaded: Loaded, card: DatasetCard, entry: config.Dataset) -> Path:

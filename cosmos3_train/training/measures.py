@@ -38,9 +38,12 @@ def measure(run: Run) -> dict[str, float]:
     if loss is not None:
         found["loss"] = asdict(loss)
         metrics |= loss.metrics()
-    robots = {name: pair for name, pair in run.opened.items() if isinstance(pair[0], PreparedDataset)}
-    for name, (dataset, entry) in robots.items():
-        assert isinstance(dataset, PreparedDataset)
+    robots = [
+        (name, dataset, entry)
+        for name, (dataset, entry) in run.opened.items()
+        if isinstance(dataset, PreparedDataset) and dataset.has_robot
+    ]
+    for name, dataset, entry in robots:
         prefix = "heldout" if len(robots) == 1 else f"heldout/{name}"
         error = measure_actions(run.backbone, encoder, dataset, entry, run.experiment)
         if error is not None:

@@ -1,9 +1,11 @@
-"""Sources of robot logs: one file a format, and the table of those that exist."""
+"""Sources of robot logs and of captioned video: one file a format, and the tables of those that exist."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 from cosmos3_train.data.card import DatasetCard
+from cosmos3_train.data.sources.clips import ClipLog
+from cosmos3_train.data.sources.jsonl_video import open_jsonl
 from cosmos3_train.data.sources.lerobot_v2 import open_lerobot_v2
 from cosmos3_train.data.sources.lerobot_v3 import open_lerobot
 from cosmos3_train.data.sources.log import Log
@@ -17,6 +19,12 @@ OPENERS: dict[str, Callable[[DatasetCard, Path], Log]] = {
 """Format of a dataset card -> what opens such a log at `source`."""
 
 
+CLIP_OPENERS: dict[str, Callable[[DatasetCard, Path], ClipLog]] = {
+    "jsonl_video": open_jsonl,
+}
+"""The same for captioned video without a robot."""
+
+
 def open_log(card: DatasetCard, source: Path) -> Log:
     """Open the log of a dataset card.
 
@@ -27,3 +35,8 @@ def open_log(card: DatasetCard, source: Path) -> Log:
         UserError: it is not there, is of another format, or is damaged.
     """
     return OPENERS[card.format](card, source)
+
+
+def open_clips(card: DatasetCard, source: Path) -> ClipLog:
+    """Open the captioned video of a dataset card, as `open_log`."""
+    return CLIP_OPENERS[card.format](card, source)
