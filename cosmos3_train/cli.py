@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cosmos3_train.commands.console import INTERRUPTED, QUIET, USER_ERROR, say_error
 from cosmos3_train.config import Loaded, UserError, load_experiment
-from cosmos3_train.runtime import Interrupted, interruptible, offline_hub, record_failure, set_up_logging
+from cosmos3_train.runtime import Interrupted, interruptible, offline_hub, set_up_logging
 
 BEGAN = time.monotonic()
 
@@ -31,7 +31,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             code = options.command(options)
         sys.stdout.flush()
     except UserError as error:
-        record_failure(error, f"error: {error}")
         say_error(error)
         code = USER_ERROR
     except Interrupted:
@@ -42,9 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # Whoever read our output is gone; the interpreter's own flush at exit must not complain about it either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = QUIET
-    except Exception as error:
-        record_failure(error)
-        raise
     sys.exit(code)
 
 
@@ -185,7 +181,7 @@ def _add_prepare(commands: argparse._SubParsersAction) -> None:
     prepare.add_argument("--source", type=Path, metavar="DIR", help="the log's folder (the dataset card's)")
     prepare.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
     prepare.add_argument("--workers", type=int, default=1, metavar="N", help="processes (1)")
-    prepare.add_argument("--stride", type=int, metavar="N", help="frames between window starts (1; a video card's own)")
+    prepare.add_argument("--stride", type=int, default=1, metavar="N", help="frames between window starts (1)")
     prepare.add_argument(
         "--heldout", type=float, default=0.05, metavar="FRACTION", help="share of episodes that never trains (0.05)"
     )
