@@ -10,40 +10,55 @@
 #   train    the transformer                   all GPUs
 #   assemble the trained folder in data/cosmos3_pico
 #
-# SEEDS gives the states files (five of 1,000 episodes); MINUTES the codec's time. Each stage leaves what it made alone.
+# SEEDS names the states files (five), EPISODES what each holds (1,000); a third of all is drawn for each of the other two
+# robots. MINUTES is the codec's time, CODEC more options for it, TRAIN more key=value for the training.
 set -euo pipefail
 SEEDS=${SEEDS:-0 1 2 3 4}
+EPISODES=${EPISODES:-1000}
 MINUTES=${MINUTES:-7}
+CODEC=${CODEC:-}
+TRAIN=${TRAIN:-}
 GPUS=${GPUS:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 WORKERS=${WORKERS:-$(nproc)}
 states=(); for k in $SEEDS; do states+=("prepared/pico_states/$k.npz"); done
-draw() { python data/pusht/make_episodes.py --contract "$1" --episodes "$2" --from-states "${states[@]}" --gop 30 --crf 30 --output "$3"; }
-rows() { cosmos3 prepare data/pusht/log.yaml --embodiment "$1" --source "$2" --output "$3" --workers "$WORKERS" --stride 5 --heldout 0.02; }
+ALL=$(( EPISODES * ${#states[@]} )); OTHERS=$(( (ALL + 2) / 3 ))
+draw() {
+    python data/pusht/make_episodes.py --contract "$1" --episodes "$2" --from-states "${states[@]}" --gop 30 --crf 30 \
+        --workers "$WORKERS" --output "$3"
+}
+rows() {
+    cosmos3 prepare data/pusht/log.yaml --embodiment "$1" --source "$2" --output "$3" --workers "$WORKERS" --stride 5 \
+        --heldout 0.02
+}
 
 for stage in "$@"; do
     case $stage in
     states)
         mkdir -p prepared/pico_states
         for k in $SEEDS; do
-            [ -f "prepared/pico_states/$k.npz" ] || python data/pusht/make_episodes.py --contract pusht --episodes 1000 \
+            [ -f "prepared/pico_states/$k.npz" ] || python data/pusht/make_episodes.py --contract pusht --episodes "$EPISODES" \
                 --first-seed "${k}000" --disturbed 0.6 --workers "$WORKERS" --states "prepared/pico_states/$k.npz"
         done ;;
     logs)
-        draw pusht 5000 prepared/pusht_5000 & draw pusht_turned 1700 prepared/pusht_turned_1700 & wait -n && wait -n
-        draw pusht_swapped 1700 prepared/pusht_swapped_1700 ;;
+        draw pusht "$ALL" prepared/pico_log
+        draw pusht_turned "$OTHERS" prepared/pico_turned_log
+        draw pusht_swapped "$OTHERS" prepared/pico_swapped_log ;;
     rows)
-        rows pusht prepared/pusht_5000 prepared/pico
-        rows pusht_turned prepared/pusht_turned_1700 prepared/pico_turned
-        rows pusht_swapped prepared/pusht_swapped_1700 prepared/pico_swapped ;;
+        rows pusht prepared/pico_log prepared/pico
+        rows pusht_turned prepared/pico_turned_log prepared/pico_turned
+        rows pusht_swapped prepared/pico_swapped_log prepared/pico_swapped ;;
     codec)
-        python -m torch.distributed.run --standalone --nproc-per-node "$GPUS" experiments/pico/train_vae.py \
-            --output prepared/pico_codec --minutes "$MINUTES" --seed 0 --workers 8 --held-out-clips 64 --states "${states[0]}" ;;
+        run=(python); [ "$GPUS" -gt 1 ] && run=(python -m torch.distributed.run --standalone --nproc-per-node "$GPUS")
+        # shellcheck disable=SC2086 # CODEC is words
+        "${run[@]}" experiments/pico/train_vae.py --output prepared/pico_codec --minutes "$MINUTES" --seed 0 --workers 8 \
+            --held-out-clips 64 --states "${states[0]}" $CODEC ;;
     folder)
         python experiments/pico/build_folder.py --transformer none --vae prepared/pico_codec/vae --output data/cosmos3_pico ;;
     latents)
         python experiments/pico/cache_latents.py --poses "${states[@]}" ;;
     train)
-        PROCESSES=$GPUS launch/local.sh experiments/pico.yaml ;;
+        # shellcheck disable=SC2086 # TRAIN is words
+        PROCESSES=$GPUS launch/local.sh experiments/pico.yaml $TRAIN ;;
     assemble)
         python experiments/pico/build_folder.py --transformer runs/pico/export/merged/transformer \
             --vae prepared/pico_codec/vae --output data/cosmos3_pico ;;

@@ -26,8 +26,8 @@ WALLS_PX = (5.0, 506.0)
 
 BLOCK_WEIGHT, AGENT_WEIGHT = 4.0, 24.0
 """Added to the weight of a pixel on and around the block and the agent. The agent is 25 of 9,216 pixels: with the
-block's weight a codec leaves it out, and a policy that cannot find its own hand in the latent (40 px off, measured) does
-not push well."""
+block's weight a codec leaves it out, and a policy that cannot find its own hand in the latent (40 px off, measured)
+does not push well."""
 
 # Rows: table, goal, wall, agent rim, agent, block rim, block. RGB, 0-255, as gym-pusht paints them.
 PALETTE = (
