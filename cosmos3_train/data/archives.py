@@ -78,6 +78,21 @@ def read_part(path: Path, offset: int, size: int) -> bytes:
     return content
 
 
+def read_place(root: Path, place: str) -> bytes:
+    """What stands at a place: a file, or a part of one.
+
+    Raises:
+        UserError: as `read_part`.
+    """
+    file, _, inside = place.partition("#")
+    if inside:
+        return read_part(root / file, *range_of(inside))
+    try:
+        return (root / file).read_bytes()
+    except OSError as error:
+        raise UserError(f"{root / file}: cannot be read ({error.strerror}); fetch it again") from None
+
+
 class Part(io.RawIOBase):
     """Bytes [offset, offset + size) of a file as a file of its own, for reading."""
 

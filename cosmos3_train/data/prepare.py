@@ -215,7 +215,7 @@ def _log_digest(log: Log | ClipLog) -> str:
     for path in log.described_by():
         digest.update(path.relative_to(log.root).as_posix().encode() + b"\0" + path.read_bytes())
     if isinstance(log, ClipLog):
-        media = {clip.place for clip in log.clips} | {str(clip.text[0]) for clip in log.clips if clip.text}
+        media = {clip.place for clip in log.clips} | {place for clip in log.clips for place in clip.text}
     else:
         media = {episode.data_file for episode in log.episodes}
         media |= {place.path for episode in log.episodes for place in episode.video.values()}

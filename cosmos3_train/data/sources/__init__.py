@@ -10,6 +10,7 @@ from cosmos3_train.data.sources.lerobot_v2 import open_lerobot_v2
 from cosmos3_train.data.sources.lerobot_v3 import open_lerobot
 from cosmos3_train.data.sources.log import Log
 from cosmos3_train.data.sources.rlds import open_rlds
+from cosmos3_train.data.sources.webdataset import open_webdataset
 
 OPENERS: dict[str, Callable[[DatasetCard, Path], Log]] = {
     "lerobot_v2": lambda card, source: open_lerobot_v2(source),
@@ -21,6 +22,7 @@ OPENERS: dict[str, Callable[[DatasetCard, Path], Log]] = {
 
 CLIP_OPENERS: dict[str, Callable[[DatasetCard, Path], ClipLog]] = {
     "jsonl_video": open_jsonl,
+    "webdataset": open_webdataset,
 }
 """The same for captioned video without a robot."""
 

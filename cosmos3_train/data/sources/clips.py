@@ -34,14 +34,14 @@ class Clip:
 
     index: its place in the set;  name: for people
     group: clips of one group are held out together (the cameras of one scene)
-    place: of its video, as `video.frames_at` takes it;  text: where its caption lies, as its source reads it
+    place: of its video, as `video.frames_at` takes it;  text: places of what is said of it (`archives.read_place`)
     """
 
     index: int
     name: str
     group: str
     place: str
-    text: tuple[Any, ...] = ()
+    text: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,10 @@ class ClipLog:
         """
         raise NotImplementedError
 
+    def facts(self, clip: Clip) -> Mapping[str, Any]:
+        """What a caption template may also name: things that no document says."""
+        return {"clip": clip.name}
+
     def described_by(self) -> Iterable[Path]:
         """Files whose every byte the prepared rows depend on."""
         return ()
@@ -106,7 +110,9 @@ class ClipLog:
     def _record(self, clip: Clip) -> ClipRecord:
         documents = self.documents(clip)
         if not documents:
-            self._caption(documents)  # raises, unless a constant says it: sets hold videos that nothing is said of
+            self._caption(
+                clip, documents
+            )  # raises, unless the card says it itself: sets hold videos that nothing is said of
         if not (self.root / clip.place.partition("#")[0]).is_file():
             raise Unusable(NO_VIDEO, f"{self.root / clip.place} is missing")
         try:
@@ -116,15 +122,17 @@ class ClipLog:
         found, counts, examples = [], Counter[str](), {}
         for window, where in _windows(documents):
             try:
-                found.append(self._segment(window, documents, len(video.times)))
+                found.append(self._segment(clip, window, documents, len(video.times)))
             except Unusable as fault:
                 reason, example = fault.args
                 counts[reason] += 1
                 examples.setdefault(reason, f"{clip.name}{where}: {example}")
         return ClipRecord(clip, video, tuple(found), {key: (n, examples[key]) for key, n in counts.items()})
 
-    def _segment(self, window: Mapping[str, Any], documents: Sequence[Mapping[str, Any]], frames: int) -> Segment:
-        caption = self._caption([window, *documents] if window else documents)
+    def _segment(
+        self, clip: Clip, window: Mapping[str, Any], documents: Sequence[Mapping[str, Any]], frames: int
+    ) -> Segment:
+        caption = self._caption(clip, [window, *documents] if window else documents)
         try:
             first = int(window.get("start_frame", 0))
             last = min(int(window.get("end_frame", frames - 1)), frames - 1)
@@ -135,7 +143,7 @@ class ClipLog:
             raise Unusable(OUTSIDE, f"frames {first} to {window.get('end_frame', last)} of {frames}")
         return Segment(first, last, interval, caption)
 
-    def _caption(self, documents: Sequence[Mapping[str, Any]]) -> str:
+    def _caption(self, clip: Clip, documents: Sequence[Mapping[str, Any]]) -> str:
         card = self.card
         if card.constant_caption is not None:
             return card.constant_caption
@@ -145,7 +153,7 @@ class ClipLog:
                 if words:
                     return words
         if card.caption_template is not None:
-            return fill_template(card.caption_template, documents)
+            return fill_template(card.caption_template, [*documents, self.facts(clip)])
         keys = list(dict.fromkeys(key for document in documents for key in document))
         asked = ", ".join(card.captions) or "nothing (the dataset card names no captions)"
         hint = nearest(card.captions[0], keys) if card.captions and keys else ""

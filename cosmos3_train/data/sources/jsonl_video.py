@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cosmos3_train.config import UserError, nearest
-from cosmos3_train.data.archives import read_part
+from cosmos3_train.data.archives import Member, place_of, read_place
 from cosmos3_train.data.card import DatasetCard
 from cosmos3_train.data.sources.clips import Clip, ClipLog, look_up
 
@@ -24,16 +24,15 @@ MAPPING = ("rows", "video", "group")
 
 
 class JsonlLog(ClipLog):
-    """See the module. A clip's text is (file, first byte, bytes) of its row."""
+    """See the module. A clip's text is the place of its row."""
 
     def documents(self, clip: Clip) -> list[Mapping[str, Any]]:
         """See `ClipLog.documents`: the row."""
-        file, offset, size = clip.text
-        return [json.loads(read_part(self.root / file, offset, size))]
+        return [json.loads(read_place(self.root, clip.text[0]))]
 
     def described_by(self) -> list[Path]:
         """See `ClipLog.described_by`: the files of rows."""
-        return [self.root / file for file in sorted({clip.text[0] for clip in self.clips})]
+        return [self.root / file for file in sorted({clip.text[0].partition("#")[0] for clip in self.clips})]
 
 
 def open_jsonl(card: DatasetCard, source: Path) -> JsonlLog:
@@ -77,5 +76,5 @@ def _clip(card: DatasetCard, root: Path, file: Path, number: int, line: bytes, o
     place = path if Path(path).is_absolute() else (file.parent.relative_to(root) / path).as_posix()
     name = str(row.get("uuid") or f"{file.name} line {number}")
     group = look_up(row, str(card.mapping["group"])) if "group" in card.mapping else None
-    text = (file.relative_to(root).as_posix(), offset, len(line))
-    return Clip(index, name, place if group is None else str(group), place, text)
+    text = place_of(file.relative_to(root).as_posix(), Member(f"line {number}", offset, len(line)))
+    return Clip(index, name, place if group is None else str(group), place, (text,))
