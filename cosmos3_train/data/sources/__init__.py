@@ -5,6 +5,7 @@ from pathlib import Path
 
 from cosmos3_train.data.card import DatasetCard
 from cosmos3_train.data.sources.clips import ClipLog
+from cosmos3_train.data.sources.hdf5 import open_hdf5
 from cosmos3_train.data.sources.jsonl_video import open_jsonl
 from cosmos3_train.data.sources.lerobot_v2 import open_lerobot_v2
 from cosmos3_train.data.sources.lerobot_v3 import open_lerobot
@@ -13,6 +14,7 @@ from cosmos3_train.data.sources.rlds import open_rlds
 from cosmos3_train.data.sources.webdataset import open_webdataset
 
 OPENERS: dict[str, Callable[[DatasetCard, Path], Log]] = {
+    "hdf5": open_hdf5,
     "lerobot_v2": lambda card, source: open_lerobot_v2(source),
     "lerobot_v3": lambda card, source: open_lerobot(source),
     "rlds": open_rlds,
