@@ -14,7 +14,8 @@ from tests.training.project import PICO
 
 pytestmark = pytest.mark.gpu
 SIZES = {"num_hidden_layers": 4, "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "head_dim": 128, "vocab_size": 1152, "action_gen": True, "action_dim": 64}  # fmt: skip
+         "num_key_value_heads": 2, "head_dim": 128, "vocab_size": 1152, "action_gen": True,
+         "action_dim": 64}  # fmt: skip
 
 
 def test_recalled_velocities_are_the_towers_within_bfloat16(tmp_path):
