@@ -1,5 +1,5 @@
-"""The command line. It alone, with its commands, chains the floors: prepare, check, train, evaluate, export, show,
-benchmark.
+"""The command line. It alone, with its commands, chains the floors: new-embodiment, prepare, check, train, evaluate,
+export, show, benchmark.
 
 Exit codes: 0 finished, 2 the user's mistake (one line on standard error), 75 interrupted and to be run again, 130
 stopped by Ctrl-C or a closed pipe (nothing is said), 1 else.
@@ -98,6 +98,12 @@ def _evaluate(options: argparse.Namespace) -> int:
     return evaluate.run(options.run, options.on, options.embodiment, options.episodes)
 
 
+def _new_embodiment(options: argparse.Namespace) -> int:
+    from cosmos3_train.commands import new_embodiment
+
+    return new_embodiment.run(options.log, options.output)
+
+
 def _prepare(options: argparse.Namespace) -> int:
     from cosmos3_train.commands import prepare
 
@@ -129,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_experiments(commands)
     _add_results(commands)
+    _add_new_embodiment(commands)
     _add_prepare(commands)
     return parser
 
@@ -171,6 +178,16 @@ def _add_results(commands: argparse._SubParsersAction) -> None:
         "--episodes", type=int, metavar="N", help="closed-loop episodes (the run's, or 20; 0 for none)"
     )
     evaluate.set_defaults(command=_evaluate)
+
+
+def _add_new_embodiment(commands: argparse._SubParsersAction) -> None:
+    words = "draft an embodiment card from a log; what the log cannot show is asked, or marked"
+    command = commands.add_parser("new-embodiment", help=words, description=words)
+    command.add_argument(
+        "--log", required=True, type=Path, metavar="DATASET_CARD|DIR", help="a dataset card, or a LeRobot log's folder"
+    )
+    command.add_argument("--output", type=Path, metavar="FILE", help="card to write (configs/embodiment/NAME.yaml)")
+    command.set_defaults(command=_new_embodiment)
 
 
 def _add_prepare(commands: argparse._SubParsersAction) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from cosmos3_train.config.schema import KINDS, Embodiment, Experiment, Model, fail, free_domain, nearest
@@ -84,7 +84,7 @@ def load_embodiment(name_or_path: str | Path, root: Path) -> Embodiment:
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
         path = find_part(root, "embodiment", str(name_or_path))
-    content = read_yaml(path)
+    content = _read_embodiment(path, root)
     check_keys(Embodiment, content, _shown(path, root))
     return _merge(Embodiment, [content])
 
@@ -126,6 +126,15 @@ def from_plain(schema: type, content: Mapping[str, Any], where: str) -> Any:
     """The inverse of `to_plain`, checking keys and types; `where` names the file in errors."""
     check_keys(schema, content, where)
     return _merge(schema, [dict(content)])
+
+
+def numbered(content: Any) -> Any:
+    """Lists of mappings as mappings by number, so that a key names the item."""
+    if isinstance(content, Mapping):
+        return {key: numbered(value) for key, value in content.items()}
+    if isinstance(content, list) and any(isinstance(item, Mapping) for item in content):
+        return {str(index): numbered(item) for index, item in enumerate(content)}
+    return content
 
 
 def flatten(content: Any, prefix: str = "") -> dict[str, Any]:
@@ -273,8 +282,17 @@ def _embodiment_layers(layers: list[tuple[str, dict]], root: Path) -> list[tuple
         if own and not path.is_file():
             continue  # the experiment defines the card in full
         path = find_part(root, "embodiment", name)
-        found.append((_shown(path, root), {"embodiments": {name: read_yaml(path)}}))
+        found.append((_shown(path, root), {"embodiments": {name: _read_embodiment(path, root)}}))
     return found
+
+
+def _read_embodiment(path: Path, root: Path) -> dict[str, Any]:
+    """The card's content. A value of ??? that a draft left open is refused: merging would pass over it to a default."""
+    content = read_yaml(path)
+    for key, value in flatten(numbered(content)).items():
+        if value == MISSING:
+            fail(f"{_shown(path, root)}: {key} has no value yet (???); fill it in")
+    return content
 
 
 def _merge(schema: type, contents: list[dict]) -> Any:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cosmos3_train.config import Clips, Embodiment, UserError, flatten, to_plain
+from cosmos3_train.config import Clips, Embodiment, UserError, flatten, numbered, to_plain
 from cosmos3_train.data.actions import Normaliser
 from cosmos3_train.data.blocks import Plan, make_plan, open_work_folder, report_path, run_blocks, values_path
 from cosmos3_train.data.card import DatasetCard
@@ -142,7 +142,7 @@ def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple
 
     Lists of mappings are compared item by item, so that the key names the item.
     """
-    old, new = flatten(_numbered(before)), flatten(_numbered(now))
+    old, new = flatten(numbered(before)), flatten(numbered(now))
     for key in dict.fromkeys([*new, *old]):
         if old.get(key) != new.get(key):
             return key, old.get(key), new.get(key)
@@ -254,14 +254,6 @@ def _already_prepared(output: Path, settings: dict[str, Any], fingerprint: str, 
     key, before, now = difference
     what = "the log has changed since" if key == "log" else f"prepared with {key} {before!r}, now {now!r}"
     raise UserError(f"{output}: {what}; prepare it again with --fresh, or choose another output")
-
-
-def _numbered(content: Any) -> Any:
-    if isinstance(content, Mapping):
-        return {key: _numbered(value) for key, value in content.items()}
-    if isinstance(content, list) and any(isinstance(item, Mapping) for item in content):
-        return {str(index): _numbered(item) for index, item in enumerate(content)}
-    return content
 
 
 # ------------------------------------------------------------------------------------------------ the end
