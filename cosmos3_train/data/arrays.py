@@ -64,12 +64,14 @@ class View:
     rotate_180, flip_vertical: turned, mirrored top to bottom
     colour: order of the stored channels
     white:  what floats call white, 255 or 1
+    empty_chunks: of Zarr: chunks that are not there hold the fill value
     """
 
     rotate_180: bool = False
     flip_vertical: bool = False
     colour: Literal["rgb", "bgr"] = "rgb"
     white: float = 255.0
+    empty_chunks: bool = False
 
     def text(self) -> str:
         """What differs from the default, as a row names it: "rotate_180=True&colour=bgr"."""

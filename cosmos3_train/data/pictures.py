@@ -17,12 +17,15 @@ from cosmos3_train.config import UserError
 from cosmos3_train.data.hdf5 import read_hdf5_pictures
 from cosmos3_train.data.parquet import read_parquet_pictures
 from cosmos3_train.data.tfrecord import SHARD, read_tfrecord_pictures
+from cosmos3_train.data.zarr_v2 import read_zarr_pictures
 
 READERS: dict[str, Callable[[Path, str, Sequence[int]], Tensor]] = {
     ".h5": read_hdf5_pictures,
     ".hdf5": read_hdf5_pictures,
     ".parquet": read_parquet_pictures,
     ".tfrecord": read_tfrecord_pictures,
+    ".zarr": read_zarr_pictures,
+    ".zip": read_zarr_pictures,
 }
 """Ending of a file -> reader of pictures uint8 [T, 3, H, W], RGB, by (file, place inside, their rising numbers)."""
 

@@ -12,12 +12,14 @@ from cosmos3_train.data.sources.lerobot_v3 import open_lerobot
 from cosmos3_train.data.sources.log import Log
 from cosmos3_train.data.sources.rlds import open_rlds
 from cosmos3_train.data.sources.webdataset import open_webdataset
+from cosmos3_train.data.sources.zarr import open_zarr
 
 OPENERS: dict[str, Callable[[DatasetCard, Path], Log]] = {
     "hdf5": open_hdf5,
     "lerobot_v2": lambda card, source: open_lerobot_v2(source),
     "lerobot_v3": lambda card, source: open_lerobot(source),
     "rlds": open_rlds,
+    "zarr": open_zarr,
 }
 """Format of a dataset card -> what opens such a log at `source`."""
 

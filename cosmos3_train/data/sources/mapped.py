@@ -7,6 +7,7 @@ Names in a mapping are paths inside an episode's group, or, with a leading '/', 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -165,7 +166,8 @@ class Stretch:
     @property
     def where(self) -> str:
         """For messages."""
-        return f"{self.file}, {self.group}" if self.group else str(self.file)
+        inside = self.group or (f"episode {self.number}" if self.episodes > 1 else "")
+        return f"{self.file}, {inside}" if inside else str(self.file)
 
     def array(self, path: str) -> str:
         """The array's name in the file that a path of the mapping stands for."""
@@ -303,19 +305,20 @@ class ArrayLog:
         info, where = file.info(array), f"{stretch.where}: {source.array}"
         if info is None:
             raise missing(file, array, stretch.group)
-        texts = np.atleast_1d(file.read(array)).reshape(-1)
-        if len(texts) == 1:
-            chosen = texts.repeat(stretch.length)
-        elif len(texts) == stretch.episodes > 1 and source.array.startswith("/"):
-            chosen = texts[[stretch.number]].repeat(stretch.length)
-        else:
-            chosen = texts[stretch.first : stretch.first + stretch.length]
-        if len(chosen) != stretch.length:
+        shared = source.array.startswith("/") or not stretch.group  # the file's, not the episode's own
+        rows, count = slice(stretch.first, stretch.first + stretch.length), stretch.length
+        if math.prod(info.shape) == 1:
+            rows, count = None, 1
+        elif shared and info.shape[0] == stretch.episodes > 1:
+            rows, count = slice(stretch.number, stretch.number + 1), 1
+        texts = np.atleast_1d(file.read(array, rows)).reshape(-1)
+        if len(texts) != count:
             raise UserError(
-                f"{where}: has {len(texts)} texts; one for all, one an episode ({stretch.episodes}) or one a row "
-                f"({stretch.length}) are expected"
+                f"{where}: has shape {list(info.shape)}; one text for all, one an episode ({stretch.episodes}), or "
+                "one a row are expected"
             )
-        return tuple(_instruction(value, source.key, where) for value in chosen)
+        found = tuple(_instruction(value, source.key, where) for value in texts)
+        return found * (stretch.length // count)
 
 
 def text_of(value: Any, where: str) -> str:

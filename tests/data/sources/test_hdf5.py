@@ -197,11 +197,11 @@ def test_words_in_arrays(tmp_path):
         assert list(next(opened.records(opened.episodes, [])).tasks) == expected
     for instruction, message in [
         ({"array": "langage"}, r"no array 'langage'. Did you mean 'language'"),
-        ({"array": "note"}, "has 2 texts"),
+        ({"array": "note"}, r"has shape \[2\]; one text for all"),
         ({"attribute": "@tusk"}, r"no attribute 'tusk'. Did you mean 'task'"),
         ({"array": "json", "key": "a.c"}, r"no key 'c' in its JSON. Known: b"),
         ({"array": "language", "key": "a"}, "not valid JSON"),
-        ({"array": "action"}, "holds a float32; words are expected"),
+        ({"array": "action"}, r"has shape \[6, 2\]"),
     ]:
         opened = open_log(card("aloha", mapping={"instruction": instruction}), tmp_path / "log")
         with pytest.raises(UserError, match=message) as caught:
