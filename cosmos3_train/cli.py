@@ -191,14 +191,14 @@ def _add_new_embodiment(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_prepare(commands: argparse._SubParsersAction) -> None:
-    words = "turn a LeRobot v3 log into prepared rows"
+    words = "turn a robot's log or captioned video into prepared rows"
     prepare = commands.add_parser("prepare", help=words, description=words)
     prepare.add_argument("card", type=Path, metavar="DATASET_CARD")
     prepare.add_argument("--embodiment", metavar="NAME", help="embodiment card (the dataset card's)")
     prepare.add_argument("--source", type=Path, metavar="DIR", help="the log's folder (the dataset card's)")
     prepare.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
     prepare.add_argument("--workers", type=int, default=1, metavar="N", help="processes (1)")
-    prepare.add_argument("--stride", type=int, default=1, metavar="N", help="frames between window starts (1)")
+    prepare.add_argument("--stride", type=int, metavar="N", help="frames between window starts (1; a video card's own)")
     prepare.add_argument(
         "--heldout", type=float, default=0.05, metavar="FRACTION", help="share of episodes that never trains (0.05)"
     )

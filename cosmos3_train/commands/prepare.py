@@ -4,10 +4,12 @@ latents of its windows, keys and values of its prompts."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from cosmos3_train.commands.console import FINISHED, say
 from cosmos3_train.config import (
+    Clips,
     Embodiment,
     Model,
     Strategy,
@@ -22,6 +24,7 @@ from cosmos3_train.config import (
 )
 
 CACHES = ("latents", "reasoner")
+DEFAULT_TASKS = ["policy"]
 
 
 def run(
@@ -31,7 +34,7 @@ def run(
     output: Path,
     *,
     workers: int,
-    stride: int,
+    stride: int | None,
     heldout: float,
     fresh: bool,
     cache: Sequence[str],
@@ -43,6 +46,7 @@ def run(
     Args:
         embodiment: name or file of the embodiment card; None takes the dataset card's.
         source: the log's folder; None takes the dataset card's.
+        stride: frames between window starts; None takes 1, and for video without a robot the dataset card's.
         cache: "latents" also encodes every window with the video tokenizer of `model`, a part's name or a file;
             "reasoner" runs its understanding tower on every distinct prompt.
         tasks: whose prompts these are; a run with others adds theirs.
@@ -57,33 +61,43 @@ def run(
     card = load_card(card_path)
     root = project_root(card_path)
     name = embodiment or card.embodiment
-    if name is None:
+    contract: Embodiment | Clips
+    if card.shows_clips:
+        if embodiment is not None:
+            raise UserError(f"--embodiment {embodiment}: {card.format} has no robot; leave it out")
+        contract = card.clips() if stride is None else replace(card.clips(), stride=stride)
+        tasks = card.tasks if tasks == DEFAULT_TASKS else tasks
+    elif name is None:
         raise UserError(f"{card_path}: the dataset card names no embodiment; give --embodiment NAME")
-    robot = load_embodiment(name, root)
+    else:
+        contract = load_embodiment(name, root)
     part = None if model is None else read_model(model, root)
     summary = prepare(
         card,
-        robot,
+        contract,
         source if source is not None else card.source_folder(root),
         output,
-        window_stride=stride,
+        window_stride=1 if stride is None else stride,
         heldout_fraction=heldout,
         workers=workers,
         fresh=fresh,
     )
     state = "was prepared already" if summary.reused else f"prepared in {summary.seconds:.1f} s"
     say(f"{summary.folder}: {state}")
+    unit = "clips" if card.shows_clips else "episodes"
     for split, windows in summary.windows.items():
-        say(f"  {split}: {windows:,} windows of {summary.episodes[split]:,} episodes")
+        say(f"  {split}: {windows:,} windows of {summary.episodes[split]:,} {unit}")
     for reason, count in summary.dropped.items():
         if count:
-            say(f"  left out: {count:,} × {reason}")
-    say(f"  picture of the normalised actions: {summary.folder / 'statistics.png'}")
+            example = f", such as {summary.examples[reason]}" if reason in summary.examples else ""
+            say(f"  left out: {count:,} × {reason}{example}")
+    if not card.shows_clips:
+        say(f"  picture of the normalised actions: {summary.folder / 'statistics.png'}")
     if part is not None and "latents" in cache:
-        _cache_latents(output, robot, part, source, workers)
+        _cache_latents(output, contract, part, source, workers)
         say(f"  latents of {part.path}: {output / 'caches' / 'latents'}")
     if part is not None and "reasoner" in cache:
-        count = _cache_reasoner(output, robot, part, tasks)
+        count = _cache_reasoner(output, contract, part, tasks)
         say(f"  keys and values of {count:,} prompts by {part.path}: {output / 'caches' / 'reasoner'}")
     return FINISHED
 
@@ -110,18 +124,23 @@ def read_model(name_or_path: str, root: Path) -> Model:
     return place_model(from_plain(Model, read_yaml(path), str(path)), root)
 
 
-def _cache_latents(folder: Path, robot: Embodiment, model: Model, source: Path | None, workers: int) -> None:
+def _cards(contract: Embodiment | Clips) -> dict[str, Embodiment]:
+    return {contract.name: contract} if isinstance(contract, Embodiment) else {}
+
+
+def _cache_latents(folder: Path, contract: Embodiment | Clips, model: Model, source: Path | None, workers: int) -> None:
     from cosmos3_train.data.reader import PreparedDataset
     from cosmos3_train.model.caches import ensure_latents
     from cosmos3_train.model.encoders import Encoder
     from cosmos3_train.model.loading import load_parts
     from cosmos3_train.training.strategy import device_for
 
-    encoder = Encoder(load_parts(model, device_for(Strategy())), {robot.name: robot})
+    encoder = Encoder(load_parts(model, device_for(Strategy())), _cards(contract))
+    robot = contract if isinstance(contract, Embodiment) else None
     ensure_latents(PreparedDataset(folder, robot, source), encoder, workers)
 
 
-def _cache_reasoner(folder: Path, robot: Embodiment, model: Model, tasks: Sequence[str]) -> int:
+def _cache_reasoner(folder: Path, contract: Embodiment | Clips, model: Model, tasks: Sequence[str]) -> int:
     """How many prompts there are."""
     import torch
 
@@ -130,7 +149,7 @@ def _cache_reasoner(folder: Path, robot: Embodiment, model: Model, tasks: Sequen
     from cosmos3_train.model.reasoner_cache import Reasoner, ensure_reasoner, prompts_of
     from cosmos3_train.training.strategy import device_for
 
-    encoder = Encoder(load_parts(model, torch.device("cpu"), vae_weights=False), {robot.name: robot})
-    prompts = prompts_of(folder, robot, tasks, encoder)
+    encoder = Encoder(load_parts(model, torch.device("cpu"), vae_weights=False), _cards(contract))
+    prompts = prompts_of(folder, contract, tasks, encoder)
     ensure_reasoner(folder, prompts, Reasoner(model, device_for(Strategy())))
     return len(prompts)

@@ -74,8 +74,8 @@ def test_robots_have_upstreams_domain_and_width_or_a_domain_of_their_own(path):
 @pytest.mark.parametrize("path", CARDS, ids=lambda path: path.stem)
 def test_dataset_cards_load_and_their_sources_exist(path):
     card = load_card(path)
-    assert card.source_folder(ROOT).exists()
-    assert card.licence and card.how_made and card.known_faults
+    assert card.source_folder(ROOT).exists() or card.hub_id
+    assert card.licence and (card.how_made or card.download) and card.known_faults
 
 
 @pytest.mark.parametrize("path", PARTS, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -110,9 +110,7 @@ class ClipLog:
     def _record(self, clip: Clip) -> ClipRecord:
         documents = self.documents(clip)
         if not documents:
-            self._caption(
-                clip, documents
-            )  # raises, unless the card says it itself: sets hold videos that nothing is said of
+            self._caption(clip, documents)  # raises unless the card says it itself: of some nothing is said
         if not (self.root / clip.place.partition("#")[0]).is_file():
             raise Unusable(NO_VIDEO, f"{self.root / clip.place} is missing")
         try:
