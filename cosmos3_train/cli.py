@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cosmos3_train.commands.console import INTERRUPTED, QUIET, USER_ERROR, say_error
 from cosmos3_train.config import Loaded, UserError, load_experiment
-from cosmos3_train.runtime import Interrupted, interruptible, offline_hub, set_up_logging
+from cosmos3_train.runtime import Interrupted, interruptible, offline_hub, record_failure, set_up_logging
 
 BEGAN = time.monotonic()
 
@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             code = options.command(options)
         sys.stdout.flush()
     except UserError as error:
+        record_failure(error, f"error: {error}")
         say_error(error)
         code = USER_ERROR
     except Interrupted:
@@ -41,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # Whoever read our output is gone; the interpreter's own flush at exit must not complain about it either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = QUIET
+    except Exception as error:
+        record_failure(error)
+        raise
     sys.exit(code)
 
 

@@ -7,14 +7,17 @@ so that a sample's noise does not depend on the rank, the worker or the micro-ba
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import random
 import signal
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +93,40 @@ def set_up_logging(level: int = logging.INFO) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
+def log_to_file(folder: Path) -> None:
+    """Send what this process prints to `folder/rank_NNN.log`, with all that it logs, unless it is the first rank.
+
+    The descriptors themselves are replaced, for NCCL and gloo write there without asking Python.
+    """
+    if is_first_rank() or not launched():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    file = os.open(folder / f"rank_{rank():03d}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+    logging.getLogger("cosmos3_train").setLevel(logging.INFO)
+    logger.info("started %s, process %d", time.strftime("%Y-%m-%d %H:%M:%S"), os.getpid())
+
+
+def record_failure(error: Exception, text: str = "") -> None:
+    """Tell the launcher why this process ends: torchrun shows it in its report, where it would show an exit code alone.
+
+    Args:
+        text: what is shown, instead of the traceback of the exception that is being handled.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    told = {"py_callstack": text or traceback.format_exc(), "timestamp": str(int(time.time()))}
+    content = {"message": {"message": f"{type(error).__name__}: {error}", "extraInfo": told}}
+    # Best effort: a full disk must not put another error in the place of this one.
+    with suppress(OSError):
+        Path(path).write_text(json.dumps(content), encoding="utf-8")
+
+
 class Interrupted(BaseException):
     """SIGTERM, while `interruptible`. Like Ctrl-C's exception it passes through what handles errors."""
 
@@ -105,6 +142,8 @@ def interruptible() -> Iterator[None]:
         return
 
     def stop(number: int, frame: object) -> None:
+        # Launchers repeat it; what tidies up is not interrupted again.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise Interrupted
 
     before = signal.signal(signal.SIGTERM, stop)
@@ -112,6 +151,16 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def wait_for_sigterm(seconds: float) -> bool:
+    """Whether SIGTERM comes within the time; it is not obeyed but told."""
+    try:
+        with interruptible():
+            time.sleep(seconds)
+    except Interrupted:
+        return True
+    return False
 
 
 def ignore_sigterm(worker: int) -> None:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from cosmos3_train.commands.console import FAILED, FINISHED, INTERRUPTED, QUIET, USER_ERROR, say, say_error
 from cosmos3_train.config import Loaded
-from cosmos3_train.runtime import is_first_rank
+from cosmos3_train.runtime import is_first_rank, log_to_file, record_failure, wait_for_sigterm
 
 if TYPE_CHECKING:
     from cosmos3_train.export.verify import VerifyReport
     from cosmos3_train.training.run import Run
 
 REPORT = "report.html"
+LAUNCHER_ENDS_US_SECONDS = 20.0
 
 
 def run(loaded: Loaded, *, fresh: bool, began: float) -> int:
@@ -30,10 +31,12 @@ def run(loaded: Loaded, *, fresh: bool, began: float) -> int:
     """
     from cosmos3_train.export.verify import VerificationError
     from cosmos3_train.training.measures import measure
-    from cosmos3_train.training.run import TrainingFailed, build, is_finished, quieten_lightning, train
+    from cosmos3_train.training.run import LOGS, TrainingFailed, build, is_finished, quieten_lightning, train
+    from cosmos3_train.training.strategy import PeerLost, RankMissing
 
     if (fresh or not is_finished(loaded.run_folder)) and _mistakes(loaded):
         return USER_ERROR
+    log_to_file(loaded.run_folder / LOGS)
     quieten_lightning()
     try:
         ended = train(loaded, fresh=fresh, evaluate=measure, deliver=lambda run: _deliver(run, began))
@@ -45,7 +48,15 @@ def run(loaded: Loaded, *, fresh: bool, began: float) -> int:
             elif not _exported(loaded):  # it was finished when another form was asked for, or none
                 _export(build(loaded))
             _summary(loaded)
-    except (TrainingFailed, VerificationError) as error:
+    except PeerLost as error:
+        # The one that went away has the error; its launcher finds it, tells, and ends us. Whoever goes first is taken
+        # for the culprit, and what is said first for the reason: so neither go nor speak before.
+        if error.asked_to_stop or wait_for_sigterm(LAUNCHER_ENDS_US_SECONDS):
+            return FAILED
+        say_error(error)
+        return FAILED
+    except (RankMissing, TrainingFailed, VerificationError) as error:
+        record_failure(error, f"error: {error}")
         say_error(error)
         return FAILED
     except SystemExit as stopped:  # how Lightning passes Ctrl-C on

@@ -548,16 +548,19 @@ class Strategy:
     """How the run is spread.
 
     name:        single, or ddp (every rank holds the model, gradients are averaged)
-    devices:     processes on this machine; under torchrun it must equal what torchrun started
+    devices:     processes on each machine; under torchrun it must equal what torchrun started
     accelerator: auto takes a GPU where there is one
+    collective_timeout_seconds:  how long processes wait for one that does not come to a step's collective, before the
+                 run ends with its rank in the error; not while the first rank measures, which takes what it takes
     """
 
     name: Literal["single", "ddp"] = "single"
     devices: int = 1
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    collective_timeout_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
-        _require("strategy", self, "at least 1", lambda x: x >= 1, "devices")
+        _require("strategy", self, "at least 1", lambda x: x >= 1, "devices", "collective_timeout_seconds")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from cosmos3_train.training.checkpoints import Checkpoint, save_checkpoint
 from cosmos3_train.training.module import PostTraining
 from cosmos3_train.training.optimizer import optimizer_tensors
 from cosmos3_train.training.progress import SKIPPED, Bar, Metrics, write_status
-from cosmos3_train.training.strategy import any_rank
+from cosmos3_train.training.strategy import PeerLost, any_rank, meet, wait_for_first_rank
 from cosmos3_train.training.throughput import StepTime, Throughput
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ class RunLoop(lightning.Callback):
             write_status(self.folder, "running", step, self.training.steps)
         if self._evaluation_due(step):  # unless it was made already: a run may stop between a checkpoint and the next
             self._evaluate()
+            wait_for_first_rank(f"the evaluation at step {step}")
         self._bar = Bar(self.training.steps, step, is_first_rank())
         self._throughput = Throughput(self.module.device)
 
@@ -68,6 +69,7 @@ class RunLoop(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         assert self._throughput is not None
+        meet(f"the samples of step {self.module.position.step + 1}")
         self._throughput.start()
 
     def on_train_batch_end(
@@ -92,6 +94,7 @@ class RunLoop(lightning.Callback):
             self._throughput.restart()
         if made and self._evaluation_due(step) and not self.interrupted:
             self._evaluate()
+            wait_for_first_rank(f"the evaluation at step {step}")
             self._throughput.restart()
         if last or self.interrupted:
             trainer.should_stop = True
@@ -101,11 +104,15 @@ class RunLoop(lightning.Callback):
             state = "interrupted" if self.interrupted else "finished"
             write_status(self.folder, state, self.module.position.step, self.training.steps)
         self._close()
+        # A launcher ends the rest as soon as one process has ended with another code than 0.
+        wait_for_first_rank("the end")
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
         self._close()
+        if isinstance(exception, PeerLost):
+            exception.asked_to_stop = self._asked_to_stop
 
     # -------------------------------------------------------------------------------------------- details
 

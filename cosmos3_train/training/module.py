@@ -27,7 +27,7 @@ from cosmos3_train.training.batching import LOSSES, TEXT, PackedStep, Packer
 from cosmos3_train.training.checkpoints import Position
 from cosmos3_train.training.ema import Average
 from cosmos3_train.training.optimizer import clip_gradients, make_optimizer, set_learning_rate
-from cosmos3_train.training.strategy import assert_same_on_all_ranks, sum_gradients, summed
+from cosmos3_train.training.strategy import assert_same_on_all_ranks, meet, sum_gradients, summed
 from cosmos3_train.training.throughput import Arithmetic
 from cosmos3_train.types import PackedSequence, StepBatch
 
@@ -158,6 +158,7 @@ class PostTraining(lightning.LightningModule):
         """Sum gradients over ranks, clip, step. A non-finite gradient leaves weights, moments and schedule alone."""
         config, training = self.experiment.optimizer, self.experiment.training
         parameters = list(self.trainables.parameters.values())
+        meet(f"the gradients of step {self.position.step + 1}")
         sum_gradients(parameters)
         norm = float(clip_gradients(parameters, config.clip))
         finite = math.isfinite(norm)

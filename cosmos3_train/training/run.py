@@ -48,6 +48,8 @@ EXPERIMENT = "experiment.yaml"
 BASE = "base.json"
 DATA = "data.json"
 CHECKPOINTS = "checkpoints"
+LOGS = "logs"
+"""What ranks but the first print, a file a rank."""
 
 FREE = (
     "question",
@@ -265,7 +267,7 @@ def claim_folder(loaded: Loaded, fresh: bool) -> bool:
     kept = folder / EXPERIMENT
     if fresh:
         if is_first_rank() and kept.is_file():  # nothing but a run is ever thrown away
-            shutil.rmtree(folder, ignore_errors=True)
+            _empty(folder)
     elif kept.is_file():
         _refuse_changes(read_yaml(kept), experiment, folder)
         if is_finished(folder):
@@ -277,6 +279,15 @@ def claim_folder(loaded: Loaded, fresh: bool) -> bool:
         beside.write_text(to_yaml(experiment), encoding="utf-8")
         beside.replace(kept)
     return False
+
+
+def _empty(folder: Path) -> None:
+    """Remove all of a run but its logs, which other ranks have open already."""
+    for path in folder.iterdir():
+        if path.is_dir() and path.name != LOGS:
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.is_file():
+            path.unlink()
 
 
 def _refuse_another_base(loaded: Loaded) -> None:
@@ -337,6 +348,7 @@ def quieten_lightning() -> None:
     """Lightning advertises and announces devices that we name ourselves; its warnings still come through."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")  # torchrun starts our processes
 
 
 def make_trainer(experiment: Experiment, device: torch.device, loop: RunLoop) -> lightning.Trainer:

@@ -3,11 +3,17 @@
 Under ddp every rank holds the whole model. Gradients are summed by us, once a step, after the last micro-batch, rather
 than by DistributedDataParallel's hooks: ranks may cut their share into different numbers of micro-batches, and a head
 that one rank's samples do not use must not hold the others up. For LoRA that is one call over a few dozen megabytes.
+
+A collective that one rank does not come to holds all others, for ever or until NCCL aborts them without a name. So the
+ranks `meet` first, on the host: the first rank counts, and names who is missing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -16,7 +22,28 @@ from torch import Tensor, nn
 
 from cosmos3_train import config
 from cosmos3_train.config import UserError
-from cosmos3_train.runtime import launched, local_rank, node_count, world_size
+from cosmos3_train.runtime import is_first_rank, launched, local_rank, node_count, world_size
+
+AS_LONG_AS_IT_TAKES = timedelta(days=7)
+GRACE = timedelta(seconds=15)
+"""The other ranks wait so much longer than the first one, so that it is the one that says who is missing."""
+
+_meetings: dict[timedelta, dist.ProcessGroup] = {}
+"""Gloo groups by how long their ranks wait for each other: like torch's own groups, one set a process."""
+_patience = AS_LONG_AS_IT_TAKES
+
+
+class RankMissing(RuntimeError):
+    """A rank has not come to a collective in time."""
+
+
+class PeerLost(RuntimeError):
+    """Another rank went away while this one waited for it; why, that rank's own error says.
+
+    asked_to_stop: the launcher has told this process to end meanwhile, so it knows.
+    """
+
+    asked_to_stop = False
 
 
 class SummedGradients(DDPStrategy):
@@ -24,6 +51,20 @@ class SummedGradients(DDPStrategy):
 
     def configure_ddp(self) -> None:
         """Leave the module as it is; `sum_gradients` does what the wrapper's hooks would."""
+
+    def setup_distributed(self) -> None:
+        global _patience
+        super().setup_distributed()
+        assert self._timeout is not None
+        _patience = self._timeout
+        for patience in (_patience, AS_LONG_AS_IT_TAKES):  # a group's own time is what its ranks but the first wait
+            group = dist.new_group(backend="gloo", timeout=patience + GRACE)
+            assert isinstance(group, dist.ProcessGroup)
+            _meetings[patience] = group
+
+    def barrier(self, *args: object, **kwargs: object) -> None:
+        with _peers("a barrier"):
+            super().barrier(*args, **kwargs)
 
 
 def device_for(strategy: config.Strategy) -> torch.device:
@@ -58,13 +99,84 @@ def make_strategy(strategy: config.Strategy, device: torch.device) -> Strategy:
     """Lightning's strategy for the run."""
     if strategy.name == "single":
         return SingleDeviceStrategy(device=device)
-    return SummedGradients(process_group_backend="nccl" if device.type == "cuda" else "gloo")
+    return SummedGradients(
+        process_group_backend="nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=strategy.collective_timeout_seconds),
+    )
+
+
+def meet(where: str) -> None:
+    """Wait until every rank is here. Costs the host some tenths of a millisecond and waits for no device.
+
+    Raises:
+        RankMissing: one has not come in `strategy.collective_timeout_seconds`.
+        PeerLost: one has gone.
+    """
+    if dist.is_initialized():
+        _meet(where, _patience)
+
+
+def wait_for_first_rank(where: str) -> None:
+    """Wait while the first rank does alone what the others need not do; it may take as long as it takes."""
+    if dist.is_initialized():
+        _meet(where, AS_LONG_AS_IT_TAKES)
+
+
+def _meet(where: str, patience: timedelta) -> None:
+    """Every rank tells the first one that it has come, and is told in turn that all have.
+
+    It is what torch's `monitored_barrier` does, which writes lines of its own before those of whoever is at fault.
+    """
+    group, word, ends = _meetings[patience], torch.zeros(1), time.monotonic() + patience.total_seconds()
+    if not is_first_rank():
+        with _peers(where, "rank 0"):
+            dist.send(word, dst=0, group=group)
+            dist.recv(word, src=0, group=group)
+        return
+    others = range(1, world_size())
+    coming = {other: dist.irecv(torch.zeros(1), src=other, group=group) for other in others}
+    missing = []
+    for other, message in coming.items():
+        try:
+            assert message is not None
+            message.wait(timedelta(seconds=max(1.0, ends - time.monotonic())))
+        except RuntimeError as error:
+            if time.monotonic() < ends:
+                raise PeerLost(f"{where}: rank {other} has gone") from error
+            missing.append(other)
+    if missing:
+        raise RankMissing(
+            f"{where}: {'ranks' if len(missing) > 1 else 'rank'} {', '.join(map(str, missing))} did not come in "
+            f"{patience.total_seconds():g} s (strategy.collective_timeout_seconds); the log of that rank says what it "
+            f"did last"
+        )
+    with _peers(where):
+        for other in others:
+            dist.send(word, dst=other, group=group)
+
+
+@contextmanager
+def _peers(what: str, awaited: str = "a rank") -> Iterator[None]:
+    """Errors of a collective are a peer's, not this process's."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "Timed out waiting" in str(error):
+            raise RankMissing(f"{what}: {awaited} did not come ({str(error).splitlines()[0]})") from error
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo's have no class of their own
+            raise
+        raise PeerLost(f"{what} failed: {str(error).splitlines()[0]}") from error
+
+
+def _all_reduce(values: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
+    with _peers("a sum over ranks" if operation == dist.ReduceOp.SUM else "a comparison of ranks"):
+        dist.all_reduce(values, op=operation)
 
 
 def summed(values: Tensor) -> Tensor:
     """The sum over ranks, in place (unchanged where there is one process)."""
     if dist.is_initialized():
-        dist.all_reduce(values, op=dist.ReduceOp.SUM)
+        _all_reduce(values, dist.ReduceOp.SUM)
     return values
 
 
@@ -73,7 +185,7 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     if not dist.is_initialized():
         return flag
     value = torch.tensor(float(flag), device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    _all_reduce(value, dist.ReduceOp.MAX)
     return bool(value)
 
 
@@ -82,12 +194,12 @@ def sum_gradients(parameters: list[nn.Parameter]) -> None:
     if not dist.is_initialized():
         return
     present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=parameters[0].device)
-    dist.all_reduce(present, op=dist.ReduceOp.MAX)
+    _all_reduce(present, dist.ReduceOp.MAX)
     used = [p for p, has in zip(parameters, present.tolist(), strict=True) if has]
     if not used:
         return
     flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in used])
-    dist.all_reduce(flat, op=dist.ReduceOp.SUM)
+    _all_reduce(flat, dist.ReduceOp.SUM)
     for parameter, part in zip(used, flat.split([p.numel() for p in used]), strict=True):
         parameter.grad = part.view_as(parameter)
 
@@ -98,6 +210,6 @@ def assert_same_on_all_ranks(tensors: Iterable[Tensor], what: str) -> None:
         return
     digest = torch.stack([t.detach().double().sum() for t in tensors]).sum()
     low, high = digest.clone(), digest.clone()
-    dist.all_reduce(low, op=dist.ReduceOp.MIN)
-    dist.all_reduce(high, op=dist.ReduceOp.MAX)
+    _all_reduce(low, dist.ReduceOp.MIN)
+    _all_reduce(high, dist.ReduceOp.MAX)
     assert bool(low == high), f"{what} differ between ranks"

@@ -1,0 +1,99 @@
+"""Two processes of one run, one of which dies, fails or stands still; and what the other and the user are told."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.training.test_processes import LONG, REPOSITORY, ended, steps_made, wait_for_step
+from tests.training.test_run import status
+
+pytestmark = pytest.mark.slow
+
+FAULTY = ("-m", "tests.training.faulty")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def start(project: Path, command: tuple[str | Path, ...], *arguments: str) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PROCESSES": "2"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    return subprocess.Popen(
+        [*command, *arguments],
+        cwd=project,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def local(project: Path, *arguments: str) -> subprocess.Popen:
+    return start(project, (REPOSITORY / "launch" / "local.sh", "experiments/small.yaml"), *arguments)
+
+
+def faulty(project: Path, what: str, *arguments: str) -> subprocess.Popen:
+    launcher = (*TORCHRUN, *FAULTY, what, "train", "experiments/small.yaml")
+    return start(project, launcher, "strategy.name=ddp", "strategy.devices=2", *LONG, *arguments)
+
+
+def log_of(folder: Path, rank: int) -> str:
+    return (folder / "logs" / f"rank_{rank:03d}.log").read_text()
+
+
+def root_cause(output: str) -> str:
+    """The last part of torchrun's report."""
+    return output.rpartition("Root Cause")[2]
+
+
+def test_a_dead_rank_ends_the_run_and_is_named_first(project):
+    folder = project / "runs" / "dead"
+    process = local(project, "name=dead", *LONG)
+    wait_for_step(process, folder, 5)
+    found = re.findall(r"process (\d+)", log_of(folder, 1))
+    os.kill(int(found[-1]), signal.SIGKILL)
+    killed = time.monotonic()
+    code, output = ended(process)
+    assert code == 1 and time.monotonic() - killed < 60, output
+    assert "rank      : 1 " in root_cause(output) and "SIGKILL" in root_cause(output), output
+    before = output.partition("exitcode: -9")[0]
+    assert "error" not in before.lower() and "Traceback" not in before, "another rank's complaint came first"
+    assert status(folder)["state"] == "running"
+
+
+def test_a_rank_s_own_error_comes_first(project):
+    folder = project / "runs" / "failing"
+    code, output = ended(faulty(project, "fail", "name=failing"))
+    assert code == 1
+    assert "ValueError: the reader is broken" in root_cause(output), output
+    first = re.search(r"error.*", output, re.IGNORECASE)
+    assert first is not None and "rank" not in first[0] and "gone" not in output, output
+    assert "ValueError: the reader is broken" in log_of(folder, 1) and "Traceback" in log_of(folder, 1)
+    assert steps_made(folder) == 5, "steps are counted from 0 where they are drawn"
+
+
+def test_a_rank_that_stands_still_is_named(project):
+    began = time.monotonic()
+    # torchrun gives the one that stands still half a minute to end.
+    code, output = ended(faulty(project, "stop", "name=stuck", "strategy.collective_timeout_seconds=3"))
+    assert code == 1 and time.monotonic() - began < 120, output
+    told = "error: the samples of step 6: rank 1 did not come in 3 s (strategy.collective_timeout_seconds)"
+    assert output.count(told) == 2, "once by the first rank, once in torchrun's report\n" + output
+    assert "rank      : 0 " in root_cause(output) and "Traceback" not in output.partition(told)[0], output
+
+
+def test_sigterm_to_torchrun_saves_and_tells_so(project):
+    folder = project / "runs" / "told"
+    process = local(project, "name=told", *LONG)
+    wait_for_step(process, folder, 5)
+    process.send_signal(signal.SIGTERM)
+    ended(process)
+    told = status(folder)
+    assert told["state"] == "interrupted" and 5 <= told["step"] < 120
+    assert (folder / "checkpoints" / f"step_{told['step']:06d}" / "state.json").is_file()
