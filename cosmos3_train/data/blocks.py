@@ -234,6 +234,8 @@ def _of_episodes(plan: Plan, log: Log, number: int) -> Made:
         starts, gaps = window_starts(record.timestamps, embodiment.chunk, plan.window_stride, embodiment.control_hz)
         split = plan.splits[record.index]
         made.add(episode_rows(record, starts, plan.card, embodiment, split, size), split)
+        for reason, (count, example) in record.faults.items():
+            made.drop(reason, count, example)
         if gaps:
             made.drop(GAP, gaps, f"episode {record.index}")
         if split == "train" and starts:

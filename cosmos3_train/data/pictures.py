@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cosmos3_train.config import UserError
+from cosmos3_train.data.bags import read_bag_pictures
 from cosmos3_train.data.hdf5 import read_hdf5_pictures
 from cosmos3_train.data.parquet import read_parquet_pictures
 from cosmos3_train.data.tfrecord import SHARD, read_tfrecord_pictures
@@ -22,6 +23,7 @@ from cosmos3_train.data.zarr_v2 import read_zarr_pictures
 READERS: dict[str, Callable[[Path, str, Sequence[int]], Tensor]] = {
     ".h5": read_hdf5_pictures,
     ".hdf5": read_hdf5_pictures,
+    ".mcap": read_bag_pictures,
     ".parquet": read_parquet_pictures,
     ".tfrecord": read_tfrecord_pictures,
     ".zarr": read_zarr_pictures,

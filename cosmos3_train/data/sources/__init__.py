@@ -10,6 +10,7 @@ from cosmos3_train.data.sources.jsonl_video import open_jsonl
 from cosmos3_train.data.sources.lerobot_v2 import open_lerobot_v2
 from cosmos3_train.data.sources.lerobot_v3 import open_lerobot
 from cosmos3_train.data.sources.log import Log
+from cosmos3_train.data.sources.mcap import open_mcap
 from cosmos3_train.data.sources.rlds import open_rlds
 from cosmos3_train.data.sources.webdataset import open_webdataset
 from cosmos3_train.data.sources.zarr import open_zarr
@@ -18,6 +19,7 @@ OPENERS: dict[str, Callable[[DatasetCard, Path], Log]] = {
     "hdf5": open_hdf5,
     "lerobot_v2": lambda card, source: open_lerobot_v2(source),
     "lerobot_v3": lambda card, source: open_lerobot(source),
+    "mcap": open_mcap,
     "rlds": open_rlds,
     "zarr": open_zarr,
 }

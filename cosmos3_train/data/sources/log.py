@@ -7,7 +7,7 @@ package's `__init__` names it. Nothing above this folder knows a format.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -15,8 +15,8 @@ import numpy as np
 
 
 class VideoPlace(NamedTuple):
-    """Where an episode's frames lie: a place relative to the log's folder (`video.frames_at`), and its first frame's time
-    there in seconds."""
+    """Where an episode's frames lie: a place relative to the log's folder (`video.frames_at`), and its first frame's
+    time there in seconds."""
 
     path: str
     from_timestamp: float
@@ -41,6 +41,7 @@ class EpisodeRecord:
     tasks:      the instruction at each of the T rows
     columns:    asked-for name → float32 [T, W], or list of T strings for a text column
     video:      camera → where its frames lie
+    faults:     reason → (how many of it were left out or put right, an example)
     """
 
     index: int
@@ -49,6 +50,7 @@ class EpisodeRecord:
     tasks: tuple[str, ...]
     columns: dict[str, Any]
     video: dict[str, VideoPlace]
+    faults: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     @property
     def task(self) -> str:
