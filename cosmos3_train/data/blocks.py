@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, disable_progress_bars
 from tqdm import tqdm
@@ -93,6 +95,33 @@ def make_plan(
     splits = assign_splits(card.name, long_enough, heldout_fraction, seed)
     plan = Plan(card, embodiment, source, work, stride, splits, tuple(blocks))
     return plan, len(log.episodes) - len(long_enough)
+
+
+def hold_one_out(plan: Plan, log: ClipLog, heldout_fraction: float, seed: int) -> tuple[int, int]:
+    """Where every group of clips that was to be held out gave no window, hold out one that did.
+
+    Which clips can be used is known only when all were read. The rows are written again, the same ones each time.
+
+    Returns:
+        How many windows, of how many clips, are held out now.
+    """
+    paths = sorted((plan.work / "finished").glob("windows-*.parquet"))
+    used = {number for path in paths for number in pq.read_table(path, columns=["episode_index"])[0].to_pylist()}
+    splits = split_clips(plan.card.name, [clip for clip in log.clips if clip.index in used], heldout_fraction, seed)
+    heldout = {number for number, split in splits.items() if split == "heldout"}
+    windows = 0
+    for path in paths:
+        table = pq.read_table(path)
+        numbers = table["episode_index"].to_pylist()
+        if heldout.isdisjoint(numbers):
+            continue
+        sides = [splits[number] for number in numbers]
+        windows += sides.count("heldout")
+        place = table.column_names.index("split")
+        written = io.BytesIO()
+        pq.write_table(table.set_column(place, table.schema.field(place), pa.array(sides)), written)
+        write_whole(path, written.getvalue())
+    return windows, len(heldout)
 
 
 def open_work_folder(work: Path, fingerprint: str) -> None:

@@ -22,7 +22,15 @@ import torch
 
 from cosmos3_train.config import Clips, Embodiment, UserError, flatten, numbered, to_plain
 from cosmos3_train.data.actions import Normaliser
-from cosmos3_train.data.blocks import Plan, make_plan, open_work_folder, report_path, run_blocks, values_path
+from cosmos3_train.data.blocks import (
+    Plan,
+    hold_one_out,
+    make_plan,
+    open_work_folder,
+    report_path,
+    run_blocks,
+    values_path,
+)
 from cosmos3_train.data.card import DatasetCard
 from cosmos3_train.data.files import disk_full_is_the_users, write_whole
 from cosmos3_train.data.index import GAP, SPLITS, check_log
@@ -106,7 +114,7 @@ def prepare(
         try:
             plan, short = make_plan(card, contract, log, source, work, window_stride, heldout_fraction, seed)
             run_blocks(plan, log, workers, progress)
-            content = _finish(plan, log.root, settings, fingerprint, short)
+            content = _finish(plan, log, settings, fingerprint, short)
         except UserError:  # the log or the card will change, so no finished block is worth keeping
             shutil.rmtree(work)
             raise
@@ -259,7 +267,7 @@ def _already_prepared(output: Path, settings: dict[str, Any], fingerprint: str, 
 # ------------------------------------------------------------------------------------------------ the end
 
 
-def _finish(plan: Plan, root: Path, settings: dict[str, Any], fingerprint: str, short: int) -> dict[str, Any]:
+def _finish(plan: Plan, log: Log | ClipLog, settings: dict[str, Any], fingerprint: str, short: int) -> dict[str, Any]:
     """Statistics of a robot and their picture, and the card, which is written last."""
     robot = plan.contract if isinstance(plan.contract, Embodiment) else None
     reports = [json.loads(report_path(plan, number).read_text()) for number in range(len(plan.blocks))]
@@ -276,12 +284,16 @@ def _finish(plan: Plan, root: Path, settings: dict[str, Any], fingerprint: str, 
     if counts["windows"]["train"] == 0:
         why = "; ".join(f"{n:,} × {reason} ({examples.get(reason, '')})" for reason, n in dropped.items() if n)
         raise UserError(f"dataset {plan.card.name!r}: no window to train on; left out: {why or 'nothing'}")
+    if isinstance(log, ClipLog) and settings["heldout_fraction"] and not counts["windows"]["heldout"]:
+        moved = hold_one_out(plan, log, settings["heldout_fraction"], settings["seed"])
+        for key, count in zip(("windows", "episodes"), moved, strict=True):
+            counts[key] = {"train": counts[key]["train"] - count, "heldout": count}
     folder = plan.work / "finished"
     if robot is not None:
         _statistics(plan, robot, fingerprint, folder).save(folder / STATISTICS_FILE)
     content = {
         "fingerprint": fingerprint,
-        "source": str(root.resolve()),
+        "source": str(log.root.resolve()),
         "dataset": to_plain(plan.card),
         **({"embodiment": to_plain(robot)} if robot else {"clips": to_plain(plan.contract)}),
         "settings": settings,

@@ -11,7 +11,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import av
 import numpy as np
@@ -247,7 +247,11 @@ def _container(path: Path, inside: str = "") -> InputContainer:
     if not container.streams.video:
         container.close()
         raise UserError(f"{_named(path, inside)}: the file has no video stream; copy the log again")
-    container.streams.video[0].codec_context.thread_count = 1
+    codec = cast(Any, container.streams.video[0].codec_context)
+    if codec is None:  # of a kind that FFmpeg does not know, as a damaged header may say
+        container.close()
+        raise UserError(f"{_named(path, inside)}: the video's codec is not known; copy the log again")
+    codec.thread_count = 1
     _open[key] = container
     while len(_open) > OPEN_FILES:
         oldest, stale = _open.popitem(last=False)

@@ -307,3 +307,16 @@ def test_killed_resumed_and_in_parallel(tmp_path, monkeypatch):
     assert 3 <= len(list(reports.glob("*.json"))) < 16
     assert prepared(source, tmp_path / "out").dropped == undisturbed.dropped
     assert same_files(tmp_path / "undisturbed", tmp_path / "out")
+
+
+def test_something_is_held_out_whatever_is_left_out(tmp_path):
+    """The one clip that the hash holds out of a small set may be one that cannot be used."""
+    write_files(tmp_path, {f"videos/{i}.mp4": mp4(9 if i % 2 else 5) for i in range(12)})
+    for count in range(3, 12):
+        write_rows(tmp_path / "rows.jsonl", [row(str(i), 9, "words") for i in range(count)])
+        summary = prepared(tmp_path, tmp_path / f"out{count}", heldout_fraction=0.001)
+        usable = count // 2
+        assert summary.windows == summary.episodes
+        assert summary.windows == ({"train": usable - 1, "heldout": 1} if usable > 1 else {"train": 1, "heldout": 0})
+        dataset = PreparedDataset(tmp_path / f"out{count}", None)
+        assert (dataset.count("train"), dataset.count("heldout")) == tuple(summary.windows.values())

@@ -135,7 +135,7 @@ class ClipLog:
             first = int(window.get("start_frame", 0))
             last = min(int(window.get("end_frame", frames - 1)), frames - 1)
             interval = int(window.get("temporal_interval") or 1)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise Unusable(OUTSIDE, f"its frames are no numbers: {_shown(window)}") from None
         if first < 0 or last < first or interval < 1:
             raise Unusable(OUTSIDE, f"frames {first} to {window.get('end_frame', last)} of {frames}")

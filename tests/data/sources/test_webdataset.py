@@ -1,6 +1,7 @@
 """Videos in tar shards and loose folders, read in place, beside captions that lie elsewhere."""
 
 import os
+from random import Random
 
 import pytest
 
@@ -10,6 +11,7 @@ from cosmos3_train.data.prepare import prepare
 from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.data.sources import open_clips
 from cosmos3_train.data.sources.clips import BAD_TEXT, NO_CAPTION, UNREADABLE
+from cosmos3_train.data.video import close
 from tests.data.clips import mp4, numbers, video_card, window, write_files, write_tar
 from tests.data.test_prepare import same_files
 
@@ -188,3 +190,41 @@ def test_a_part_of_a_file_reads_as_a_file(tmp_path):
     assert part.read(1) == b"" and part.seek(-3, os.SEEK_END) == 17 and part.read(9) == bytes((27, 28, 29))
     part.close()
     part.close()
+
+
+WRONG_TYPES = (
+    '{"caption": 3}', '{"caption": null}', "null", "[" * 5000, '"words"', '{"t2w_windows": 5, "caption": "c"}',
+    '{"t2w_windows": [5, null, {}], "caption": "c"}', '{"t2w_windows": [{"start_frame": "x"}], "caption": "c"}',
+    '{"t2w_windows": [{"start_frame": Infinity, "end_frame": NaN}], "caption": "c"}',
+    '{"t2w_windows": [{"start_frame": 3, "end_frame": -2, "temporal_interval": -1}], "caption": "c"}',
+)  # fmt: skip
+
+
+def test_corruptions_are_errors_or_counted(tmp_path):
+    """Whatever is wrong with a shard: one line, or a count; never anything else, and what is left can be read."""
+    members = {f"{n}.mp4": mp4(10, size=(48, 64)) for n in range(3)} | {f"{n}.json": {"caption": "c"} for n in range(3)}
+    path = write_tar(tmp_path / "source" / "shard.tar", members)
+    whole, random, refused = path.read_bytes(), Random(0), 0
+    for turn in range(40):
+        content = bytearray(whole)
+        if turn < len(WRONG_TYPES):
+            content = write_tar(tmp_path / "other.tar", {**members, "1.json": WRONG_TYPES[turn]}).read_bytes()
+        elif turn % 3 == 0:
+            del content[random.randrange(len(content)) :]
+        elif turn % 3 == 1:
+            first = random.randrange(len(content))
+            content[first : first + 300] = bytes(len(content[first : first + 300]))
+        else:
+            for _ in range(random.choice((1, 40))):
+                content[random.randrange(len(content))] = random.randrange(256)
+        path.write_bytes(content)
+        close()
+        try:
+            prepared(tmp_path / "source", tmp_path / "out", shards_card(), fresh=True)
+            dataset, rows = rows_of(tmp_path / "out")
+            for row in rows:
+                dataset.frames(row)
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert 5 < refused < 30
