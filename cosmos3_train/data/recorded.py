@@ -100,7 +100,7 @@ def targets(action: np.ndarray, now: Mapping[str, np.ndarray], embodiment: Embod
         elif piece.kind == "gripper":
             found[piece.column] = piece.closed + part * (piece.open - piece.closed)
         else:
-            tool = _tool(piece)
+            tool = tool_of(piece)
             if piece.moves:
                 there = tool @ poses.to_steps(part) @ poses.inverse(tool)
             else:
@@ -125,7 +125,7 @@ def _poses(columns: Mapping[str, Any], piece: Recorded, where: str) -> np.ndarra
         if piece.degrees and piece.form in ("euler", "axis_angle"):
             angles = np.radians(angles)
         rotation = poses.to_matrices(angles, piece.form, piece.order, where)
-    there, tool = poses.to_poses(position * piece.metres, rotation), _tool(piece)
+    there, tool = poses.to_poses(position * piece.metres, rotation), tool_of(piece)
     return poses.inverse(tool) @ there @ tool if piece.moves else there @ tool
 
 
@@ -156,7 +156,8 @@ def _column(columns: Mapping[str, Any], text: str, where: str) -> np.ndarray:
     return np.asarray(values, dtype=np.float64)[:, first:stop]
 
 
-def _tool(piece: Recorded) -> np.ndarray:
+def tool_of(piece: Recorded) -> np.ndarray:
+    """[4, 4]: the frame whose moves the model learns, seen from the recorded one."""
     tool = np.eye(4)
     if piece.tool:
         tool[:3] = np.asarray(piece.tool).reshape(3, 4)

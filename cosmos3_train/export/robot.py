@@ -3,6 +3,7 @@
     import robot
     robot.register()                                      # once a process
     actions = robot.act(pipe, image, "what to do")        # float32 [chunk, channels] in the robot's own units
+    poses = robot.targets(actions, {"hand": pose_now})    # where channels are moves: the poses that they lead to
 
 Everything that it knows stands in robot.json beside it: name, domain, width, rate, canvas, and the affine map of each
 channel from the model's units to the robot's.
@@ -92,6 +93,32 @@ def act(
         output_type="latent",  # the predicted frames stay undecoded: only the actions are wanted
     )
     return denormalise(result.action[0].double().numpy(), robot)
+
+
+def targets(actions: np.ndarray, now: dict[str, np.ndarray], name: str | None = None) -> dict[str, np.ndarray]:
+    """The poses that moves lead to, one after the other, of every body in robot.json's "bodies".
+
+    Args:
+        actions: [n, width] in the robot's own units, as `act` gives them.
+        now: body -> its pose [4, 4] in metres, in the frame in which the log recorded it.
+
+    Returns:
+        body -> poses [n, 4, 4], in the same frame.
+    """
+    robot, found = _find(name), {}
+    for body, place in robot["bodies"].items():
+        tool = np.asarray(place["tool"])
+        pose, poses = np.asarray(now[body], dtype=np.float64) @ tool, []
+        for move in np.asarray(actions, dtype=np.float64)[:, place["first"] : place["first"] + 9]:
+            step = np.eye(4)  # its rotation's first two columns, which a model writes only nearly orthonormal
+            step[:3, 3], step[:3, 0] = move[:3], move[3:6] / np.linalg.norm(move[3:6])
+            second = move[6:9] - step[:3, 0] * (step[:3, 0] @ move[6:9])
+            step[:3, 1] = second / np.linalg.norm(second)
+            step[:3, 2] = np.cross(step[:3, 0], step[:3, 1])
+            pose = pose @ step
+            poses.append(pose @ np.linalg.inv(tool))
+        found[body] = np.stack(poses)
+    return found
 
 
 def denormalise(actions: np.ndarray, robot: dict[str, Any]) -> np.ndarray:

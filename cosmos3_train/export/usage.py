@@ -12,6 +12,7 @@ from typing import Any
 from cosmos3_train.config import Embodiment, to_yaml
 from cosmos3_train.data.actions import Normaliser
 from cosmos3_train.data.files import write_whole
+from cosmos3_train.data.recorded import tool_of
 from cosmos3_train.data.statistics import Statistics
 from cosmos3_train.export.folder import write_json
 from cosmos3_train.model.base_identity import BaseIdentity
@@ -58,9 +59,20 @@ def robot_values(robot: Robot) -> dict[str, Any]:
         "layout": card.layout,
         "state_row": card.state_row,
         "channels": [{"name": channel.name, "unit": channel.unit} for channel in card.action],
+        "bodies": bodies(card),
         "scale": normaliser.scale.tolist(),
         "offset": normaliser.offset.tolist(),
     }
+
+
+def bodies(card: Embodiment) -> dict[str, dict[str, Any]]:
+    """Body whose channels are moves made from its recorded poses -> its first channel, and its tool [4][4]."""
+    found, first = {}, 0
+    for piece in card.recorded:
+        if piece.kind == "pose" and not piece.moves:
+            found[piece.name] = {"first": first, "tool": tool_of(piece).tolist()}
+        first += len(piece.channels())
+    return found
 
 
 def adapter_readme(run: str, base: BaseIdentity, robots: Sequence[Robot]) -> str:
