@@ -24,7 +24,7 @@ class DatasetCard:
     """A dataset card.
 
     name:             of the dataset, in keys, statistics and messages
-    format:           lerobot_v3 or conversations
+    format:           what reads it, one of `FORMATS`
     source:           folder (or .jsonl file), relative to the project's root, or absolute
     hub_id:           where it is published
     licence, size, layout, columns, known_faults, download, how_made: for the reader
