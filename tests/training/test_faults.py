@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -97,3 +98,28 @@ def test_sigterm_to_torchrun_saves_and_tells_so(project):
     told = status(folder)
     assert told["state"] == "interrupted" and 5 <= told["step"] < 120
     assert (folder / "checkpoints" / f"step_{told['step']:06d}" / "state.json").is_file()
+
+
+def test_torchrun_by_hand_on_each_machine_ends_on_all_when_a_rank_dies(project):
+    """Two machines are two torchruns here. Nothing tells the one of the living rank but that rank itself."""
+    folder = project / "runs" / "by_hand"
+    place = ("--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(free_port()))
+    line = ("-m", "cosmos3_train.cli", "train", "experiments/small.yaml", "strategy.name=ddp", "strategy.devices=1")
+    machines = [
+        start(project, (*TORCHRUN[:3], *place, "--node-rank", number, *line), "name=by_hand", *LONG) for number in "01"
+    ]
+    wait_for_step(machines[0], folder, 5)
+    found = re.findall(r"process (\d+)", log_of(folder, 1))
+    os.kill(int(found[-1]), signal.SIGKILL)
+    killed = time.monotonic()
+    (first, told), (second, of_the_dead) = (ended(machine) for machine in machines)
+    assert first == second == 1 and time.monotonic() - killed < 60, told
+    assert "rank      : 1 " in root_cause(of_the_dead) and "SIGKILL" in root_cause(of_the_dead)
+    errors = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and ("rank 1 has gone" in errors[0] or "Connection" in errors[0]), told
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
