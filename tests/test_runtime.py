@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import signal
 
 import numpy as np
+import pytest
 import torch
 
 from cosmos3_train import runtime
@@ -79,3 +81,28 @@ def test_other_ranks_only_warn(monkeypatch):
         root.handlers[:] = before
         root.setLevel(level)
         root.propagate = propagate
+
+
+def test_torchrun_reads_the_failure_that_was_recorded(monkeypatch, tmp_path):
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    runtime.record_failure(ValueError("nobody asks"))
+    path = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    runtime.record_failure(ValueError("no such key"), "error: no such key")
+    report = str(ChildFailedError("train", {3: ProcessFailure(0, 7, 2, str(path))}))
+    assert "rank      : 3 " in report and "error: no such key" in report
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "no folder" / "error.json"))
+    runtime.record_failure(ValueError("a full disk"))
+
+
+def test_a_second_sigterm_does_not_cut_what_the_first_one_tidies_up():
+    tidied = False
+    with pytest.raises(runtime.Interrupted), runtime.interruptible():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            tidied = True
+    assert tidied
