@@ -216,7 +216,7 @@ def _add_prepare(commands: argparse._SubParsersAction) -> None:
     )
     prepare.add_argument("--model", metavar="PART", help="whose video tokenizer, or tower: a file under configs/model/")
     prepare.add_argument(
-        "--tasks", type=_listed, default=["policy"], metavar="TASK[,TASK]", help="whose prompts are kept (policy)"
+        "--tasks", type=_listed, metavar="TASK[,TASK]", help="whose prompts are kept (policy; of video, the card's)"
     )
     prepare.set_defaults(command=_prepare)
 

@@ -10,6 +10,7 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from cosmos3_train.commands.check_data import CheckedData, check_dataset
 from cosmos3_train.commands.check_model import CheckedModel, check_model, longest_sample, reasoner_rows
@@ -108,37 +109,53 @@ def _check_simulators(loaded: Loaded, findings: Findings) -> None:
 
 
 def _check_disk(loaded: Loaded, findings: Findings) -> None:
-    """Checkpoints and export of what trains, and latents, keys and values that are not cached yet.
+    """Checkpoints and export of what trains, and latents, keys and values that are not cached yet, on their disks.
+
+    What an interrupted run has written already is not asked for again.
 
     Raises:
         UserError: more than is free.
     """
-    experiment, model, needed, words = loaded.experiment, findings.model, 0, []
+    experiment, model = loaded.experiment, findings.model
+    needs: list[tuple[Path, int, str]] = []  # where, bytes still to be written, what
     if model is not None:
         # float32: weights, two moments and the average; one checkpoint more than are kept while it is written.
         one = model.trained * 4 * (3 + int(experiment.training.ema_decay > 0))
         copies = experiment.training.keep_checkpoints + 1
         exports = {"none": 0, "adapter": 8 * model.trained, "merged": model.stored_bytes}[experiment.export]
-        needed += one * copies + exports
-        words += [f"{_size(one)} a checkpoint", f"{_size(exports)} the export"]
-    latents = sum(
-        checked.windows * math.prod(checked.latent) * LATENT_BYTES
-        for name, checked in findings.data.items()
-        if experiment.data.datasets[name].cache_latents and not checked.cached and checked.latent is not None
-    )
-    if latents:
-        needed += latents
-        words.append(f"{_size(latents)} cached latents")
+        there, exported = (_bytes_under(loaded.run_folder / name) for name in ("checkpoints", "export"))
+        needs.append((loaded.run_folder, max(one, one * copies - there), f"{_size(one)} a checkpoint"))
+        needs.append((loaded.run_folder, max(0, exports - exported), f"{_size(exports)} the export"))
+    for name, checked in findings.data.items():
+        entry = experiment.data.datasets[name]
+        if entry.cache_latents and not checked.cached and checked.latent is not None:
+            caches = loaded.root / entry.prepared / "caches"
+            size = checked.windows * math.prod(checked.latent) * LATENT_BYTES
+            left = max(0, size - sum(_bytes_under(part) for part in caches.glob("latents.partial-*")))
+            needs.append((caches, left, f"{_size(size)} cached latents"))
     if findings.reasoner_bytes:
-        needed += findings.reasoner_bytes
-        words.append(f"{_size(findings.reasoner_bytes)} cached keys and values")
-    place = loaded.run_folder
+        first = next(entry for entry in experiment.data.datasets.values() if entry.cache_reasoner)
+        words = f"{_size(findings.reasoner_bytes)} cached keys and values"
+        needs.append((loaded.root / first.prepared, findings.reasoner_bytes, words))
+    disks: dict[int, list[tuple[Path, int, str]]] = {}
+    for need in needs:
+        disks.setdefault(_existing(need[0]).stat().st_dev, []).append(need)
+    for here in disks.values():
+        needed, words = sum(size for _, size, _ in here), ", ".join(what for _, _, what in here)
+        free = shutil.disk_usage(_existing(here[0][0])).free
+        if needed > free:
+            raise UserError(
+                f"{here[0][0]}: the run needs about {_size(needed)} of disk ({words}) and {_size(free)} are free; free "
+                "some space, or lower training.keep_checkpoints"
+            )
+        findings.rows.append(("disk", f"about {_size(needed)} of {_size(free)} free ({words})"))
+
+
+def _existing(place: Path) -> Path:
     while not place.exists():
         place = place.parent
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise UserError(
-            f"{loaded.run_folder}: the run needs about {_size(needed)} of disk ({', '.join(words)}) and {_size(free)} "
-            "are free; free some space, or lower training.keep_checkpoints"
-        )
-    findings.rows.append(("disk", f"about {_size(needed)} of {_size(free)} free ({', '.join(words) or 'no estimate'})"))
+    return place
+
+
+def _bytes_under(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -83,12 +83,12 @@ def reasoner_rows(folder: Path, loaded: Loaded, data: Mapping[str, CheckedData])
     for name in data:
         entry = experiment.data.datasets[name]
         prepared = loaded.root / entry.prepared
-        if not (prepared / CARD_FILE).is_file() or entry.embodiment is None:
+        if not (prepared / CARD_FILE).is_file():
             rows.append((f"reasoner {name}", "not cached yet; the run computes it once the log is prepared"))
             continue
         dataset = PreparedDataset(
             prepared,
-            experiment.embodiments[entry.embodiment],
+            experiment.embodiments[entry.embodiment] if entry.embodiment else None,
             loaded.root / entry.source if entry.source else None,
         )
         prompts = run_prompts(loaded, dataset, entry, encoder)

@@ -24,7 +24,6 @@ from cosmos3_train.config import (
 )
 
 CACHES = ("latents", "reasoner")
-DEFAULT_TASKS = ["policy"]
 
 
 def run(
@@ -39,7 +38,7 @@ def run(
     fresh: bool,
     cache: Sequence[str],
     model: str | None,
-    tasks: Sequence[str],
+    tasks: Sequence[str] | None,
 ) -> int:
     """Prepare, and say what came of it.
 
@@ -49,12 +48,13 @@ def run(
         stride: frames between window starts; None takes 1, and for video without a robot the dataset card's.
         cache: "latents" also encodes every window with the video tokenizer of `model`, a part's name or a file;
             "reasoner" runs its understanding tower on every distinct prompt.
-        tasks: whose prompts these are; a run with others adds theirs.
+        tasks: whose prompts these are; None takes policy, and for video without a robot the dataset card's. A run with
+            others adds theirs.
 
     Raises:
         UserError: the log, a card or the disk does not allow it.
     """
-    _check_caches(cache, model, tasks)
+    _check_caches(cache, model)
     from cosmos3_train.data.card import load_card  # the data floor brings pyarrow and torch
     from cosmos3_train.data.prepare import prepare
 
@@ -66,11 +66,12 @@ def run(
         if embodiment is not None:
             raise UserError(f"--embodiment {embodiment}: {card.format} has no robot; leave it out")
         contract = card.clips() if stride is None else replace(card.clips(), stride=stride)
-        tasks = card.tasks if tasks == DEFAULT_TASKS else tasks
     elif name is None:
         raise UserError(f"{card_path}: the dataset card names no embodiment; give --embodiment NAME")
     else:
         contract = load_embodiment(name, root)
+    tasks = tasks or (card.tasks if card.shows_clips else ["policy"])
+    _check_tasks(tasks, robot=not card.shows_clips)
     part = None if model is None else read_model(model, root)
     summary = prepare(
         card,
@@ -102,15 +103,22 @@ def run(
     return FINISHED
 
 
-def _check_caches(cache: Sequence[str], model: str | None, tasks: Sequence[str]) -> None:
+def _check_tasks(tasks: Sequence[str], *, robot: bool) -> None:
     from cosmos3_train.flow.tasks import TASKS
 
-    for kind in cache:
-        if kind not in CACHES:
-            raise UserError(f"--cache: {kind!r} is unknown.{nearest(kind, CACHES)}")
     for task in tasks:
         if task not in TASKS:
             raise UserError(f"--tasks: {task!r} is not a task.{nearest(task, TASKS)}")
+        if TASKS[task].has_robot and not robot:
+            raise UserError(f"--tasks: {task!r} needs a robot's actions, which this dataset does not have")
+        if TASKS[task].sound != "absent":
+            raise UserError(f"--tasks: {task!r} needs sound, which prepared rows do not have")
+
+
+def _check_caches(cache: Sequence[str], model: str | None) -> None:
+    for kind in cache:
+        if kind not in CACHES:
+            raise UserError(f"--cache: {kind!r} is unknown.{nearest(kind, CACHES)}")
     if cache and model is None:
         raise UserError(
             f"--cache {','.join(cache)} needs --model PART, such as --model cosmos3_nano (a file in configs/model/)"

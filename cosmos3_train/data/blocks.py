@@ -244,7 +244,9 @@ def made_of_clips(log: ClipLog, clips: Clips, some: Sequence[Clip], splits: Mapp
         if rows:
             ends = [rows[0]["video"][0]["start_time"], max(row["video"][0]["end_time"] for row in rows)]
             try:  # decodes the first and the last frame that are used: most broken videos are found here
-                _, _, height, width = frames_at(log.root, record.clip.place, sorted(set(ends))).shape
+                # One by one: between the two of one call everything would be decoded.
+                first, *_ = [frames_at(log.root, record.clip.place, [time]) for time in sorted(set(ends))]
+                height, width = first.shape[2:]
             except UserError as error:
                 made.drop(UNREADABLE, 1, f"{name}: {error}")
                 continue
@@ -295,7 +297,9 @@ def _view_size(plan: Plan, record: EpisodeRecord, embodiment: Embodiment) -> tup
     views = []
     for camera in embodiment.cameras:
         place = record.video[camera]
-        views.append(frames_at(plan.source, place.path, ends + place.from_timestamp))
+        # One by one: between the two of one call everything would be decoded.
+        times = ends + place.from_timestamp
+        views.append(torch.cat([frames_at(plan.source, place.path, [time]) for time in times]))
     _, _, height, width = compose(views, embodiment.layout).shape
     return height, width
 

@@ -191,22 +191,33 @@ def _nearest_frames(
     assert stream.time_base is not None
     container.seek(max(0, int(seek_to / stream.time_base)), stream=stream, backward=True)
     limit = period / 2 * 1.01  # timestamps are float32 in logs: 1 % keeps a rounding from being an error
-    near: list[av.VideoFrame | None] = [None] * len(times)
+    near: dict[int, av.VideoFrame] = {}
     distance = [limit] * len(times)
+    found: list[np.ndarray | None] = [None] * len(times)
+    reformatter = VideoReformatter()  # one for all: `frame.to_ndarray(format=...)` makes one a frame, 4 ms each
+    last: tuple[av.VideoFrame, np.ndarray] | None = None  # two times may be nearest to one frame
+
+    def settle(place: int) -> None:
+        nonlocal last
+        frame = near.pop(place)
+        if last is None or last[0] is not frame:
+            last = frame, _to_rgb(reformatter, frame, size)
+        found[place] = last[1]
+
     for frame in container.decode(stream):
         if frame.time is None:
             continue
         for place, time in enumerate(times):
             if abs(frame.time - time) < distance[place]:
                 near[place], distance[place] = frame, abs(frame.time - time)
+        # A frame that no later one can displace is made small at once: whole ones of 4K are 12 MB each.
+        for place in [place for place in near if frame.time - times[place] > distance[place]]:
+            settle(place)
         if frame.time >= times[-1] - period / 20:
             break
-    converted: dict[int, np.ndarray] = {}
-    reformatter = VideoReformatter()  # one for all: `frame.to_ndarray(format=...)` makes one a frame, 4 ms each
-    for frame in near:
-        if frame is not None and id(frame) not in converted:
-            converted[id(frame)] = _to_rgb(reformatter, frame, size)
-    return [None if frame is None else converted[id(frame)] for frame in near]
+    for place in sorted(near):
+        settle(place)
+    return found
 
 
 def _to_rgb(reformatter: VideoReformatter, frame: av.VideoFrame, size: tuple[int, int] | None) -> np.ndarray:

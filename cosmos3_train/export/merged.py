@@ -167,6 +167,8 @@ def _component_files(base_folder: Path) -> list[Path]:
         if file.is_file() and (file.name == "model_index.json" or file.name.upper().startswith(("LICENSE", "NOTICE")))
     ]
     for component in components:
+        if Path(component).name != component:
+            raise UserError(f"{base_folder}/model_index.json: component {component!r} is no folder's; fetch it again")
         folder = base_folder / component
         if not folder.is_dir():
             raise UserError(f"{folder}: missing, though model_index.json names it; fetch the base again")

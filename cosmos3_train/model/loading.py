@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 
 from cosmos3_train.config import Model, UserError, nearest
 from cosmos3_train.model.attention import choose_backend
+from cosmos3_train.model.base_identity import shard_files
 from cosmos3_train.model.compiling import choose_compiler
 from cosmos3_train.model.omni import Cosmos3PackedTransformer, is_understanding
 from cosmos3_train.runtime import fold
@@ -72,9 +73,11 @@ def fetched_folder(model: Model) -> Path | None:
         return model_folder(model)
     try:
         folder = Path(snapshot_download(model.path, revision=model.revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None
-    return folder if (folder / "transformer" / "config.json").is_file() else None
+        shard_files(folder / "transformer")
+    except (LocalEntryNotFoundError, HFValidationError, UserError):
+        return None  # not there, or its download was cut off: fetching goes on from there
+    whole = all((folder / part / "config.json").is_file() for part in ("transformer", "vae"))
+    return folder if whole else None
 
 
 Towers = Literal["both", "generation", "understanding"]

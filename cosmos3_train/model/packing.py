@@ -34,9 +34,10 @@ from cosmos3_train.types import (
 VIDEO, SOUND, ACTION = 0, 1, 2
 """Order of the modalities inside a sample of the generation stream."""
 
-SHAPES_KEPT = 1024
-"""Of tensors that depend on a sample's shape alone: a robot's windows have a handful of shapes, whose positions and
-masks would otherwise be most of the packing. What is kept is shared, so it is never written to."""
+SHAPES_KEPT = 256
+"""Of positions that depend on a sample's shape alone: a robot's windows have a handful of shapes, whose positions and
+masks would otherwise be most of the packing. Positions of a clip of 93 frames at 480 are half a megabyte, its mask
+seven: hence so few. What is kept is shared, so it is never written to."""
 
 
 @dataclass(frozen=True)
@@ -406,7 +407,7 @@ def _video_rows(sample: TokenSample, noise: Values, layout: Layout) -> _Rows | N
     return _Rows(patchify(velocity(sample.video, noise.video), layout.patch), valid, h * w, c * rows * columns)
 
 
-@lru_cache(SHAPES_KEPT)
+@lru_cache(64)
 def _valid_video(shape: tuple[int, ...], patch: int) -> Tensor:
     """Which elements of a latent's tokens are its own, and not the padding of odd sides."""
     return patchify(torch.ones(shape), patch) > 0

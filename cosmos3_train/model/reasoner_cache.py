@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -44,6 +45,9 @@ logger = logging.getLogger(__name__)
 FOLDER = Path("caches") / "reasoner"
 CARD = "card.json"
 FORMAT = 1
+
+ABANDONED_SECONDS = 24 * 3600
+"""Age from which a half-written shard has no writer any more."""
 
 TOKENS_A_SHARD = 2048
 """Text tokens of one forward while writing, which fill one file: 0.3 GB of Nano's keys and values, 0.5 GB of Super's.
@@ -132,8 +136,8 @@ class ReasonerCache:
             UserError: it is another model's, or its card or a shard cannot be read.
         """
         folder = prepared / FOLDER
-        if not folder.is_dir() or not any(folder.iterdir()):
-            return None
+        if not (folder / CARD).exists() and not any(folder.glob("*.safetensors")):
+            return None  # nothing, or what a kill left of the first card
         try:
             card = json.loads((folder / CARD).read_text(encoding="utf-8"))
             fingerprint, made_of = str(card["fingerprint"]), f"{card['model']!r} in {card['dtype']}"
@@ -232,8 +236,9 @@ def ensure_reasoner(prepared: Path, prompts: Sequence[Tensor], reasoner: Reasone
                 save_file(tensors, beside, {"fingerprint": reasoner.fingerprint})
                 beside.rename(folder / f"{name}.safetensors")
                 bar.update(len(few))
-        for stale in folder.glob("*.partial"):
-            stale.unlink(missing_ok=True)
+        for stale in folder.glob("*.partial"):  # a killed writer's; another's that is at work is left alone
+            if time.time() - stale.stat().st_mtime > ABANDONED_SECONDS:
+                stale.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         # safetensors has an error of its own for a full disk
         raise UserError(f"{folder}: the keys and values could not be written ({error}); free some space") from error

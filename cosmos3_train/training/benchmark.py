@@ -153,6 +153,11 @@ def measure(loaded: Loaded, against: Literal["stock"] | None = None) -> Result |
     """
     experiment = loaded.experiment
     only_task(only_dataset(experiment))
+    if experiment.data.caption_dropout > 0:
+        raise UserError(
+            f"data.caption_dropout is {experiment.data.caption_dropout}; a benchmark's samples have all the same "
+            "length, so it is 0"
+        )
     if world_size() > 1:
         raise UserError(f"{world_size()} processes were started; a benchmark is of one")
     first, steps = experiment.benchmark.first_step, experiment.training.steps

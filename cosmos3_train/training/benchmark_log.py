@@ -38,6 +38,7 @@ def ensure_benchmark_data(loaded: Loaded) -> None:
     embodiment = experiment.embodiments[entry.embodiment or ""]
     prepared = loaded.root / entry.prepared
     log = prepared.with_name(f"{prepared.name}_log_{_geometry(experiment.benchmark, embodiment)}")
+    _require_own(prepared)
     if not log.is_dir():
         instruction = fill_instruction(loaded, embodiment, only_task(entry))
         logger.info("making %s", log)
@@ -55,6 +56,18 @@ def ensure_benchmark_data(loaded: Loaded) -> None:
         fresh=stale,
         progress=False,
     )
+
+
+def _require_own(prepared: Path) -> None:
+    """Raise `UserError` where the prepared folder holds rows of a log that no benchmark made: they would be lost."""
+    if not (prepared / CARD_FILE).is_file():
+        return
+    log = Path(read_card(prepared)["source"])
+    if not log.name.startswith(f"{prepared.name}_log_"):
+        raise UserError(
+            f"{prepared}: holds the rows of {log}, and a benchmark would put its own in their place; name another "
+            "prepared folder"
+        )
 
 
 def only_dataset(experiment: Experiment) -> Dataset:

@@ -1,4 +1,4 @@
-"""What NVIDIA says its GPUs can do: the denominators of MFU, and the sizes that `cosmos3 plan` knows.
+"""What NVIDIA says its GPUs can do: the denominators of MFU.
 
 Dense tensor-core rates with float32 accumulation, without sparsity (data sheets print twice that where they count it).
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 class Gpu:
     """One kind of GPU.
 
-    key:      how `cosmos3 plan --gpu` calls it
+    key:      a short name
     names:    pattern of what torch calls it (`torch.cuda.get_device_name`)
     gb:       memory as sold, in 10⁹ bytes
     bfloat16, fp8: peak TFLOP/s; None where it has no such tensor cores

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
@@ -62,6 +63,8 @@ FREE = (
     "evaluation",
     "export",
     "data.workers",
+    "data.datasets.*.cache_latents",
+    "data.datasets.*.cache_reasoner",
     "model.attention",
     "model.compile",
     "model.checkpoint_activations",
@@ -70,7 +73,7 @@ FREE = (
     "training.checkpoint_every_n_steps",
     "training.keep_checkpoints",
 )
-"""Keys that may differ when a run goes on: they change how it is carried out, not what it computes."""
+"""Keys (* is any name) that may differ when a run goes on: they change how it is carried out, not what it computes."""
 
 Ended = Literal["finished", "interrupted"]
 
@@ -336,7 +339,7 @@ def _refuse_other_data(loaded: Loaded, opened: Opened) -> None:
 def _refuse_changes(before: Mapping, experiment: Experiment, folder: Path) -> None:
     old, new = flatten(before), flatten(to_plain(experiment))
     for key in sorted(old.keys() | new.keys()):
-        free = any(key == name or key.startswith(f"{name}.") for name in FREE)
+        free = any(fnmatchcase(key, name) or key.startswith(f"{name}.") for name in FREE)
         if not free and old.get(key) != new.get(key):
             raise UserError(
                 f"{folder}: {key} is {new.get(key)!r}, but the run there was started with {old.get(key)!r}; "

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
 
 from cosmos3_train.commands.benchmark import HEAD
-from cosmos3_train.config import Tuning
+from cosmos3_train.config import Tuning, UserError
+from cosmos3_train.data.prepare import LAYOUT_VERSION
 from cosmos3_train.training.benchmark import Rate
+from cosmos3_train.training.benchmark_log import _require_own
 from cosmos3_train.training.throughput import Arithmetic
 
 TINY = {
@@ -150,3 +153,13 @@ def test_the_experiments_are_the_yardsticks_workloads(name, text, grid, action):
     nano = SimpleNamespace(**experiment.model.random, hidden_act="silu")
     counted = Arithmetic.of(nano, Tuning()).flops([text], [math.prod(grid) + action])
     assert counted == stock_baseline_flops(nano, text, math.prod(grid) + action)
+
+
+def test_rows_that_no_benchmark_made_are_not_replaced(tmp_path):
+    prepared = tmp_path / "mine"
+    prepared.mkdir()
+    for source, refused in (("/logs/mine", True), ("/logs/mine_log_256x256", False)):
+        card = {"source": source, "settings": {"layout_version": LAYOUT_VERSION}}
+        (prepared / "card.json").write_text(json.dumps(card))
+        with pytest.raises(UserError, match="holds the rows of /logs/mine") if refused else nullcontext():
+            _require_own(prepared)

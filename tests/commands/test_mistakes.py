@@ -8,12 +8,19 @@ import resource
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+from cosmos3_train.commands.check import Findings, _check_disk
+from cosmos3_train.commands.check_model import CheckedModel
+from cosmos3_train.commands.prepare import _check_tasks
+from cosmos3_train.config import Loaded, UserError, load_experiment
+from cosmos3_train.model.packing import Layout
 from tests.data.logs import CAMERA, default_actions, make_log
 from tests.training.project import robot, write, write_project
 
@@ -307,3 +314,28 @@ def test_a_disk_that_is_full_at_a_checkpoint(root, cosmos3, capsys):
     assert len(errors) == 1 and "the checkpoint could not be written" in errors[0] and "free some space" in errors[0]
     assert not list((root / "runs" / "small" / "checkpoints").iterdir())
     assert cosmos3(*line) == 0
+
+
+def test_tasks_whose_prompts_a_dataset_cannot_have():
+    _check_tasks(["policy"], robot=True)
+    for task, robotic, words in (("policy", False, "needs a robot"), ("video_to_sound", True, "needs sound")):
+        with pytest.raises(UserError, match=words):
+            _check_tasks([task], robot=robotic)
+
+
+def test_an_interrupted_run_is_not_asked_again_for_the_room_it_has_taken(tmp_path, monkeypatch):
+    layout = Layout(2, 48, 64, 64, 15000, 24.0, 25.0, True, True)
+    findings = Findings(model=CheckedModel(rows=[], trained=10**6, stored_bytes=0, layout=layout))  # 16 MB a checkpoint
+    experiment = load_experiment(Path(__file__).parents[2] / "experiments" / "quickstart.yaml").experiment
+    loaded = Loaded(replace(experiment, name="r"), {}, tmp_path)
+    free = {"bytes": 60_000_000}
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=free["bytes"]))
+    _check_disk(loaded, findings)
+    checkpoint = loaded.run_folder / "checkpoints" / "step_000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "weights").write_bytes(bytes(32_000_000))
+    free["bytes"] -= 32_000_000
+    _check_disk(loaded, findings)
+    free["bytes"] = 1_000_000
+    with pytest.raises(UserError, match="free some space"):
+        _check_disk(loaded, findings)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from cosmos3_train.config import Tuning, UserError
 from cosmos3_train.export.folder import VerificationError
-from cosmos3_train.export.merged import write_merged
+from cosmos3_train.export.merged import _component_files, write_merged
 from cosmos3_train.export.verify import verify_merged
 from tests.export.test_folder import largest_file
 from tests.export.trained import DOMAIN, PICO, robot, token_samples, trained_pico
@@ -191,3 +191,9 @@ def test_nothing_trained_is_refused_and_nothing_is_left(tmp_path):
     with pytest.raises(UserError, match="trained nothing"):
         write_merged(backbone, PICO, tmp_path / "merged", run="a")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_component_is_a_folder_of_the_base(tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"../secrets": ["diffusers", "AutoencoderKLWan"]}))
+    with pytest.raises(UserError, match=r"'\.\./secrets' is no folder's"):
+        _component_files(tmp_path)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from cosmos3_train.config import Model, UserError
 from cosmos3_train.evaluation.sampling import solver_schedule
+from cosmos3_train.model import loading
 from cosmos3_train.model.loading import load_backbone, load_parts
 from cosmos3_train.model.prompts import robot_prompt, video_prompt
 from tests.training.project import robot, write_model
@@ -165,3 +166,15 @@ def test_what_upstream_and_accelerate_ask_for_by_class_name_finds_the_packed_lay
         assert not [name for name in places if name.startswith("layers.") and name.count(".") > 1]
     backbone.compile_repeated_blocks()
     assert all(layer._compiled_call_impl is not None for layer in backbone.layers)
+
+
+def test_a_download_that_was_cut_off_is_not_there_yet(folder, tmp_path, monkeypatch):
+    copy = tmp_path / "snapshot"
+    shutil.copytree(folder, copy)
+    monkeypatch.setattr(loading, "snapshot_download", lambda *arguments, **named: str(copy))
+    hub = Model(path="nvidia/Cosmos3-Nano")
+    (copy / "vae").mkdir(exist_ok=True)
+    (copy / "vae" / "config.json").touch()
+    assert loading.fetched_folder(hub) == copy
+    next((copy / "transformer").glob("*.safetensors")).unlink()
+    assert loading.fetched_folder(hub) is None

@@ -16,11 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cosmos3_train.config import UserError
+from cosmos3_train.config import UserError, load_experiment, to_plain
 from cosmos3_train.training.checkpoints import list_checkpoints
 from cosmos3_train.training.datamodule import StepData
 from cosmos3_train.training.module import TrainingFailed
-from cosmos3_train.training.run import build, claim_folder, train
+from cosmos3_train.training.run import _refuse_changes, build, claim_folder, train
 from cosmos3_train.training.throughput import RATES
 from tests.data.logs import CAMERA, make_log
 from tests.training.project import FRESH, load, write_project
@@ -394,3 +394,13 @@ def test_a_signal_to_the_whole_group_reaches_the_workers_too_and_does_no_harm(pr
     assert train(loaded, evaluate=signal_all) == "interrupted"
     assert status(loaded.run_folder)["state"] == "interrupted"
     assert train(loaded, evaluate=lambda run: {}) == "finished"
+
+
+def test_caches_may_be_given_up_while_a_run_goes_on(tmp_path):
+    """Their values are those that are computed otherwise, and error messages advise it."""
+    path = Path(__file__).parents[2] / "experiments" / "quickstart.yaml"
+    before = to_plain(load_experiment(path).experiment)
+    switches = [f"data.datasets.moves.{name}=false" for name in ("cache_latents", "cache_reasoner")]
+    _refuse_changes(before, load_experiment(path, switches).experiment, tmp_path)
+    with pytest.raises(UserError, match=r"data\.datasets\.moves\.weight"):
+        _refuse_changes(before, load_experiment(path, ["data.datasets.moves.weight=2"]).experiment, tmp_path)
