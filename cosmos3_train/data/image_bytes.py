@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Iterable
 
 import numpy as np
@@ -13,14 +14,17 @@ from torch import Tensor
 from cosmos3_train.config import UserError
 
 
-def decode_images(encoded: Iterable[bytes | memoryview], where: str) -> Tensor:
+def decode_images(encoded: Iterable[bytes | memoryview], where: str, numbers: Iterable[int] | None = None) -> Tensor:
     """Pictures uint8 [T, 3, H, W], RGB, of T files' bytes; grey ones and palettes become RGB.
+
+    Args:
+        numbers: what errors call them; None counts from 0.
 
     Raises:
         UserError: bytes that are no picture or are cut off, or pictures of different sizes; `where` names them.
     """
     pictures = []
-    for number, content in enumerate(encoded):
+    for number, content in zip(itertools.count() if numbers is None else numbers, encoded, strict=False):
         try:
             with Image.open(io.BytesIO(content)) as image:
                 pictures.append(np.asarray(image.convert("RGB")).transpose(2, 0, 1))

@@ -105,7 +105,7 @@ def read_parquet_pictures(path: Path, inside: str, numbers: Sequence[int]) -> Te
     if missed.any():
         raise UserError(f"{where}: no picture at {wanted[missed][0]:.4f} s; the log has changed, prepare it again")
     cells = table.cells(path, column, rows[nearest_row])
-    return decode_images([_picture_bytes(path, cell, where) for cell in cells], where)
+    return decode_images([_picture_bytes(path, cell, where) for cell in cells], where, nearest_row.tolist())
 
 
 @dataclass(frozen=True)

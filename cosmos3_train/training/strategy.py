@@ -134,7 +134,12 @@ def _meet(where: str, patience: timedelta) -> None:
             dist.recv(word, src=0, group=group)
         return
     others = range(1, world_size())
-    coming = {other: dist.irecv(torch.zeros(1), src=other, group=group) for other in others}
+    coming = {}
+    for other in others:
+        try:
+            coming[other] = dist.irecv(torch.zeros(1), src=other, group=group)
+        except RuntimeError as error:  # its connection is closed already
+            raise PeerLost(f"{where}: rank {other} has gone") from error
     missing = []
     for other, message in coming.items():
         try:

@@ -255,7 +255,7 @@ def test_templates_of_another_version(tmp_path):
         (
             "path",
             lambda log: cut(log / f"images/{CAMERA}/episode_000001/frame_000008.png"),
-            "picture 1: not a readable picture",
+            "picture 8: not a readable picture",
         ),
     ],
 )
