@@ -4,10 +4,8 @@ and not a file that was not there before."""
 from __future__ import annotations
 
 import json
-import resource
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +20,7 @@ from cosmos3_train.commands.prepare import _check_tasks
 from cosmos3_train.config import Loaded, UserError, load_experiment
 from cosmos3_train.model.packing import Layout
 from tests.data.logs import CAMERA, default_actions, make_log
+from tests.disk import small_files
 from tests.training.project import robot, write, write_project
 
 TRAIN = (
@@ -281,17 +280,6 @@ def test_a_run_s_checkpoint_that_is_damaged(finished, refused, monkeypatch, name
 
 
 # ------------------------------------------------------------------------------------------------ a full disk
-
-
-@contextmanager
-def small_files(limit: int) -> Iterator[None]:
-    """No file of this process grows beyond `limit` bytes: to a writer that is a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_disk_that_is_full_while_preparing(root, cosmos3, capsys):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import resource
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,20 +10,10 @@ from safetensors import SafetensorError
 
 from cosmos3_train.config import UserError
 from cosmos3_train.export.folder import VerificationError, is_disk_full, whole_folder, write_json
+from tests.disk import small_files
 
 BASE = {"name": "b", "config": "c", "weights": "w"}
 DESCRIPTION = {"form": "adapter", "run": "a", "base": BASE}
-
-
-@contextlib.contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file of this process may become larger, as on a disk without space or beyond a quota."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def write(output: Path, weights: str, error: Exception | None = None) -> None:
@@ -72,7 +59,7 @@ def test_any_other_end_leaves_what_was_there(error, tmp_path):
 def test_a_full_disk_is_told_in_one_line(tmp_path):
     write(tmp_path / "adapter", "first")
     with (
-        largest_file(1000),
+        small_files(1000),
         pytest.raises(UserError, match=r"/adapter: the disk is full; free some space") as told,
         whole_folder(tmp_path / "adapter", DESCRIPTION) as new,
     ):

@@ -17,7 +17,7 @@ from cosmos3_train.config import Tuning, UserError
 from cosmos3_train.export.folder import VerificationError
 from cosmos3_train.export.merged import _component_files, write_merged
 from cosmos3_train.export.verify import verify_merged
-from tests.export.test_folder import largest_file
+from tests.disk import small_files
 from tests.export.trained import DOMAIN, PICO, robot, token_samples, trained_pico
 
 BOTH = ["understanding", "generation"]
@@ -127,7 +127,7 @@ def test_it_shares_nothing_with_the_base(tmp_path):
 @pytest.mark.parametrize("largest", [10_000, 5_000_000], ids=["a copied file", "a merged shard"])
 def test_a_full_disk_is_told_in_one_line_and_nothing_is_left(largest, tmp_path):
     backbone = trained_pico(Tuning(method="hybrid", rank=4))
-    with largest_file(largest), pytest.raises(UserError, match=r"/merged: the disk is full; free some space") as told:
+    with small_files(largest), pytest.raises(UserError, match=r"/merged: the disk is full; free some space") as told:
         write_merged(backbone, PICO, tmp_path / "merged", run="a")
     assert "\n" not in str(told.value)
     assert list(tmp_path.iterdir()) == []

@@ -26,7 +26,7 @@ from cosmos3_train.export.verify import MEMORY_MARGIN, choose_way, merged_limit,
 from cosmos3_train.export.verify_upstream import stream_names
 from cosmos3_train.model.packing import Layout
 from cosmos3_train.types import TokenSample
-from tests.export.test_folder import largest_file
+from tests.disk import small_files
 from tests.export.trained import PICO, odd_samples, owned, token_samples, trained_pico
 
 # Of a model of which one layer is in memory, upstream's loaders fill the others on the meta device.
@@ -296,6 +296,6 @@ def test_no_space_for_what_is_compared_is_told_in_one_line(backbone, tmp_path, m
 
     folder = write_adapter(backbone, tmp_path / "adapter", PICO, run="a")
     monkeypatch.setattr(verify, "_run_alone", never)
-    with largest_file(1000), pytest.raises(UserError, match=r"no space in .*; free some, or set TMPDIR") as told:
+    with small_files(1000), pytest.raises(UserError, match=r"no space in .*; free some, or set TMPDIR") as told:
         verify_adapter(folder, PICO, backbone, token_samples(("policy",)))
     assert "\n" not in str(told.value)

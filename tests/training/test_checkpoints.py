@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,7 @@ from cosmos3_train.training.checkpoints import (
 )
 from cosmos3_train.training.progress import write_status
 from cosmos3_train.training.run import train
+from tests.disk import small_files
 from tests.training.project import load
 
 
@@ -28,17 +27,6 @@ def checkpoint(step: int, size: int = 8) -> Checkpoint:
     weights = {"a.weight": torch.full((size,), float(step)), "b": torch.arange(6.0).view(2, 3).T}
     state = {f"{name}.exp_avg": value / 2 for name, value in weights.items()}
     return Checkpoint(Position(step, step + 1, 4 * step, 1), weights, {}, state)
-
-
-@contextmanager
-def small_files(limit: int) -> Iterator[None]:
-    """No file of this process grows beyond `limit` bytes: to a writer that is a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_what_is_saved_is_loaded(tmp_path):
