@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 KEPT_FLOAT32 = ("time_embedder.",)
 """Upstream keeps these in float32 whatever the rest runs in (`_keep_in_fp32_modules`)."""
+LARGE = ("layers.", "embed_tokens.", "lm_head.")
+"""What a checkpoint's size is made of: every other weight together is a few percent of one layer's share."""
 SWITCHES = ("default_use_system_prompt", "use_native_flow_schedule")
 """Of a folder's model_index.json: what upstream's pipeline takes from there; what is absent has upstream's default."""
 RANDOM_STD = 0.02
@@ -84,7 +87,7 @@ Towers = Literal["both", "generation", "understanding"]
 
 
 def load_backbone(
-    model: Model, device: torch.device, *, text_logits: bool = True, towers: Towers = "both"
+    model: Model, device: torch.device, *, text_logits: bool = True, towers: Towers = "both", large: bool = True
 ) -> Cosmos3PackedTransformer:
     """The packed transformer with its weights, in the run's dtype, on its device, nothing trainable yet.
 
@@ -93,12 +96,12 @@ def load_backbone(
         towers: which are needed: the other's modules are left out, and its tensors are not read. Without the
             understanding tower `recall` must be set before a forward; without the generation tower it has `understand`
             alone.
+        large: without it the `LARGE` weights stay on the meta device, for `read_weights` to read where they are wanted.
 
     Raises:
         UserError: a file is missing or damaged, or its tensors are not those of this architecture.
     """
     folder = model_folder(model) / "transformer"
-    dtype = DTYPES[model.dtype]
     with init_empty_weights():
         backbone = make_backbone(folder, model)
     config = backbone.config
@@ -106,19 +109,33 @@ def load_backbone(
         del backbone.lm_head
     if towers != "both":
         _leave_out(backbone, understanding=towers == "generation")
-    if model.random:
-        fill_at_random(backbone, dtype, device)
-    else:
-        fill_from_shards(backbone, folder, dtype, device)
+    read_weights(backbone, model, device, None if large else lambda name: not name.startswith(LARGE))
     # inv_freq is a non-persistent buffer: no file holds it, and a strict load does not miss it.
     cast(Any, backbone).rotary_emb = _rotary_embedding(backbone, config).to(device)
-    backbone.compute_dtype = dtype
-    backbone.attention_backend = choose_backend(model.attention, device, dtype)
+    backbone.compute_dtype = DTYPES[model.dtype]
+    backbone.attention_backend = choose_backend(model.attention, device, backbone.compute_dtype)
     backbone.compiler = choose_compiler(model.compile, device)
-    backbone.requires_grad_(False)
     if model.checkpoint_activations:
         backbone.enable_gradient_checkpointing()
     return backbone
+
+
+def read_weights(
+    backbone: Cosmos3PackedTransformer,
+    model: Model,
+    device: torch.device,
+    wanted: Callable[[str], bool] | None = None,
+) -> None:
+    """Fill the backbone's meta parameters on the device, those whose name is `wanted` or all, also around adapters.
+
+    Raises:
+        UserError: as `load_backbone`.
+    """
+    dtype = DTYPES[model.dtype]
+    if model.random:
+        fill_at_random(backbone, dtype, device, wanted)
+    else:
+        fill_from_shards(backbone, model_folder(model) / "transformer", dtype, device, wanted)
 
 
 def read_understanding(backbone: Cosmos3PackedTransformer, model: Model, device: torch.device) -> None:
@@ -134,11 +151,7 @@ def read_understanding(backbone: Cosmos3PackedTransformer, model: Model, device:
     for owner in _owners(whole, understanding=True):
         parent, _, leaf = owner.rpartition(".")
         setattr(backbone.get_submodule(parent), leaf, whole.get_submodule(owner))
-    dtype = DTYPES[model.dtype]
-    if model.random:
-        fill_at_random(backbone, dtype, device)
-    else:
-        fill_from_shards(backbone, folder, dtype, device)
+    read_weights(backbone, model, device)
 
 
 def forget_understanding(backbone: Cosmos3PackedTransformer) -> None:
@@ -205,6 +218,8 @@ def load_parts(model: Model, device: torch.device, *, vae_weights: bool = True) 
 def make_backbone(folder: Path, model: Model) -> Cosmos3PackedTransformer:
     """The packed transformer that `model` describes, on whatever device is the default, with no weights of its own.
 
+    Nothing in it trains.
+
     Args:
         folder: the checkpoint's transformer.
 
@@ -224,21 +239,25 @@ def make_backbone(folder: Path, model: Model) -> Cosmos3PackedTransformer:
                 raise UserError(f"model.random: {key!r} is no size of the transformer.{nearest(key, known)}")
         config = dict(model.random)
     try:
-        return cast(Cosmos3PackedTransformer, Cosmos3PackedTransformer.from_config(config))
+        made = cast(Cosmos3PackedTransformer, Cosmos3PackedTransformer.from_config(config))
     except (TypeError, ValueError, RuntimeError) as error:
         if not model.random:
             raise
         raise UserError(f"model.random: upstream's transformer cannot be made of it ({error})") from error
+    made.requires_grad_(False)
+    return made
 
 
-def fill_at_random(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Give every meta parameter of a module values on the device, one at a time: matrices normal, norms 1, biases 0.
+def fill_at_random(
+    module: nn.Module, dtype: torch.dtype, device: torch.device, wanted: Callable[[str], bool] | None = None
+) -> None:
+    """Give meta parameters of a module values on the device, one at a time: matrices normal, norms 1, biases 0.
 
     The same values for one kind of device, whatever was drawn before and whichever parameters are left out.
     """
     generator = torch.Generator(device)
-    for name, parameter in _empty_parameters(module).items():
-        generator.manual_seed(fold(0, "random weights", name))
+    for name, parameter in _empty_parameters(module, wanted).items():
+        generator.manual_seed(fold(0, "random weights", _published(name)))
         keep = torch.float32 if name.startswith(KEPT_FLOAT32) else dtype
         value = torch.empty(parameter.shape, dtype=keep, device=device)
         if value.dim() > 1:
@@ -248,40 +267,52 @@ def fill_at_random(module: nn.Module, dtype: torch.dtype, device: torch.device) 
         _set_parameter(module, name, value)
 
 
-def fill_from_shards(module: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-    """Give every meta parameter of a module its tensor, one at a time, from the folder's safetensors shards.
+def fill_from_shards(
+    module: nn.Module,
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    wanted: Callable[[str], bool] | None = None,
+) -> None:
+    """Give meta parameters of a module their tensors, one at a time, from the folder's safetensors shards.
 
     Raises:
         UserError: a shard is missing or damaged, a tensor is missing or has another shape; names file and tensor.
     """
     places = _tensor_files(folder)
-    wanted = {name: parameter.shape for name, parameter in _empty_parameters(module).items()}
-    missing = sorted(wanted.keys() - places.keys())
+    empty = {_published(name): name for name in _empty_parameters(module, wanted)}
+    missing = sorted(empty.keys() - places.keys())
     if missing:
         raise UserError(
             f"{folder}: the checkpoint lacks {len(missing)} tensors, {missing[0]!r} first; it is not of this "
             f"architecture, or its config.json is of another model"
         )
     by_file: dict[Path, list[str]] = {}
-    for name in wanted:
+    for name in empty:
         by_file.setdefault(places[name], []).append(name)
     for file, names in by_file.items():
         try:
             with safe_open(file, framework="pt") as shard:
                 for name in names:
-                    tensor = shard.get_tensor(name)
-                    if tensor.shape != wanted[name]:
+                    tensor, expected = shard.get_tensor(name), module.get_parameter(empty[name]).shape
+                    if tensor.shape != expected:
                         raise UserError(
-                            f"{file}: tensor {name!r} is {list(tensor.shape)}, the model expects {list(wanted[name])}"
+                            f"{file}: tensor {name!r} is {list(tensor.shape)}, the model expects {list(expected)}"
                         )
                     keep = torch.float32 if name.startswith(KEPT_FLOAT32) else dtype
-                    _set_parameter(module, name, tensor.to(device=device, dtype=keep))
+                    _set_parameter(module, empty[name], tensor.to(device=device, dtype=keep))
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file}: damaged or missing ({str(error).splitlines()[0]}); fetch it again") from error
 
 
-def _empty_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.is_meta}
+def _empty_parameters(module: nn.Module, wanted: Callable[[str], bool] | None) -> dict[str, nn.Parameter]:
+    empty = {name: parameter for name, parameter in module.named_parameters() if parameter.is_meta}
+    return {name: parameter for name, parameter in empty.items() if wanted is None or wanted(name)}
+
+
+def _published(name: str) -> str:
+    """The name that a parameter has without the adapter around its layer."""
+    return name.replace(".base_layer.", ".")
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
@@ -308,7 +339,10 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
 
 def _set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
     owner_name, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(owner_name), leaf, nn.Parameter(value, requires_grad=False))
+    trains = module.get_parameter(name).requires_grad
+    if trains:
+        value = value.float()  # a master (`trainable`), of the value that the run's dtype has room for
+    setattr(module.get_submodule(owner_name), leaf, nn.Parameter(value, requires_grad=trains))
 
 
 def _rotary_embedding(backbone: Cosmos3PackedTransformer, config: Any) -> nn.Module:

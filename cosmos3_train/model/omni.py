@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cosmos3_train.model.attention import Backend, attend
 from cosmos3_train.model.compiling import Compiler, compiled
-from cosmos3_train.types import DomainRows, PackedSequence, Spans, Velocities
+from cosmos3_train.types import DomainRows, PackedSequence, Velocities
 
 TIMESTEPS = 1000
 """Training timesteps: the network is told timestep = 1000·σ, which its `timestep_scale` brings back to [0, 1]."""
@@ -58,6 +58,14 @@ def is_understanding(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in UNDERSTANDING_NAMES)
 
 
+def only_speaks(name: str, layers: int) -> bool:
+    """Whether a parameter of that name, in a transformer of so many layers, has a part in predicted text alone: what
+    follows the last keys and values."""
+    last = f"layers.{layers - 1}."
+    ends = ("self_attn.to_q.", "self_attn.to_out.", "self_attn.norm_q.", "mlp.", "post_attention_layernorm.")
+    return name.startswith(("lm_head.", "norm.", *(last + end for end in ends)))
+
+
 @dataclass(frozen=True)
 class Understood:
     """What the understanding tower leaves behind: keys and values of every layer, hidden states at labelled text.
@@ -79,20 +87,20 @@ class PackedDecoderLayer(Cosmos3VLTextMoTDecoderLayer):
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
-        stream: Literal["understanding", "generation"],
-        hidden: Tensor,
-        rotary: Rotary,
-        queries: Spans,
-        keys: Spans,
+        stream: Literal["understanding", "generation", "both"],
+        hidden: Any,
+        rotary: Any,
+        queries: Any,
+        keys: Any,
         backend: Backend,
         compiler: Compiler | None,
         understood: KeysValues | None = None,
         joint_order: Tensor | None = None,
-    ) -> tuple[Tensor, KeysValues | None]:
+    ) -> tuple[Any, KeysValues | None]:
         """One layer of one tower: what stands before attention and after it may be compiled, attention never is.
 
         Args:
-            stream: which tower.
+            stream: which tower; with "both" the four that follow are pairs, understanding first, and so is the result.
             hidden: [U, D] or [G, D].
             rotary: cosines and sines of that stream, [*, 1, head_dim].
             queries, keys: borders of the samples; for generation `keys` are those of the joint stream.
@@ -103,6 +111,11 @@ class PackedDecoderLayer(Cosmos3VLTextMoTDecoderLayer):
         Returns:
             The stream after the layer, and for the understanding tower its keys and values for generation.
         """
+        if stream == "both":
+            one, other = zip(hidden, rotary, queries, keys, strict=True)
+            text, understood = self.forward("understanding", *one, backend, compiler)
+            made, _ = self.forward("generation", *other, backend, compiler, understood, joint_order)
+            return (text, made), None
         if stream == "understanding":
             q, k, v, seen = compiled(_understanding_before, compiler)(self, hidden, rotary)
             out = attend(q, k, v, queries, keys, causal=True, backend=backend)
@@ -138,6 +151,7 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
     attention_backend: Backend = "sdpa"
     compiler: Compiler | None = None
     understanding_trains: bool = True
+    joint_layers: bool = False
     recall: Recall | None = None
     _compute_dtype: torch.dtype | None = None
 
@@ -183,6 +197,8 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
         Raises:
             AssertionError: something cast positions or noise levels below float32, which would shift every token.
         """
+        if self.joint_layers and understood is None and self.recall is None and pack.generation_spans.lengths:
+            return self._understand_and_generate(pack)
         understood = understood or self.understand(pack)
         video, sound, action = self.generate(pack, understood)
         return Velocities(video=video, sound=sound, action=action, text_hidden=understood.text_hidden)
@@ -195,29 +211,21 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
         if self.recall is not None:
             return self.recall(pack)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.understanding_trains):
-            assert pack.text_positions.dtype == torch.float32, "text positions were cast"
-            hidden = self._as_input(self.embed_tokens(pack.text_ids).to(self.compute_dtype))
-            rotary = self._rotary(pack.text_positions, hidden.dtype)
+            hidden, rotary = self._text_in(pack)
             spans, kept = pack.text_spans, []
             for layer in self.layers:
                 hidden, keys_values = self._layer(
                     layer, self.understanding_trains, "understanding", hidden, rotary, spans, spans
                 )
                 kept.append(keys_values)
-            if pack.text_out.numel():
-                text_hidden = self.norm(hidden).index_select(0, pack.text_out)
-            else:
-                text_hidden = hidden.new_zeros((0, hidden.shape[1]))
-            return Understood(keys_values=kept, text_hidden=text_hidden)
+            return Understood(keys_values=kept, text_hidden=self._text_out(hidden, pack))
 
     def generate(self, pack: PackedSequence, understood: Understood) -> tuple[Tensor, Tensor, Tensor]:
         """Run the generation tower: velocities of video [n, P], sound [n, 64] and action [n, A] tokens."""
         if not pack.generation_spans.lengths:
             empty = understood.text_hidden.new_zeros
             return empty((0, self.video_width)), empty((0, self.sound_width)), empty((0, self.action_width))
-        assert pack.positions.dtype == torch.float32, "positions were cast"
-        hidden = self._as_input(self._embed_generation(pack))
-        rotary = self._rotary(pack.positions, hidden.dtype)
+        hidden, rotary = self._generation_in(pack)
         joint_order = pack.joint_order if understood.joint_order is None else understood.joint_order
         for layer, keys_values in zip(self.layers, understood.keys_values, strict=True):
             hidden, _ = self._layer(
@@ -231,6 +239,37 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
                 keys_values,
                 joint_order,
             )
+        return self._generation_out(hidden, pack)
+
+    def _understand_and_generate(self, pack: PackedSequence) -> Velocities:
+        """Both towers, a layer of both at a time: where layers are sharded, so that one is gathered once a pass, not
+        once a tower, and in backward not before its turn, for its keys and values do not leave it."""
+        (text, text_rotary), (hidden, rotary) = self._text_in(pack), self._generation_in(pack)
+        spans, joint = (pack.text_spans, pack.generation_spans), (pack.text_spans, pack.joint_spans)
+        both = (text, hidden)
+        for layer in self.layers:
+            both, _ = self._layer(
+                layer, True, "both", both, (text_rotary, rotary), spans, joint, None, pack.joint_order
+            )
+        video, sound, action = self._generation_out(both[1], pack)
+        return Velocities(video=video, sound=sound, action=action, text_hidden=self._text_out(both[0], pack))
+
+    def _text_in(self, pack: PackedSequence) -> tuple[Tensor, Rotary]:
+        assert pack.text_positions.dtype == torch.float32, "text positions were cast"
+        hidden = self._as_input(self.embed_tokens(pack.text_ids).to(self.compute_dtype))
+        return hidden, self._rotary(pack.text_positions, hidden.dtype)
+
+    def _text_out(self, hidden: Tensor, pack: PackedSequence) -> Tensor:
+        if pack.text_out.numel():
+            return self.norm(hidden).index_select(0, pack.text_out)
+        return hidden.new_zeros((0, hidden.shape[1]))
+
+    def _generation_in(self, pack: PackedSequence) -> tuple[Tensor, Rotary]:
+        assert pack.positions.dtype == torch.float32, "positions were cast"
+        hidden = self._as_input(self._embed_generation(pack))
+        return hidden, self._rotary(pack.positions, hidden.dtype)
+
+    def _generation_out(self, hidden: Tensor, pack: PackedSequence) -> tuple[Tensor, Tensor, Tensor]:
         hidden = self.norm_moe_gen(hidden)
         video = self.proj_out(hidden.index_select(0, pack.video_out))
         sound = hidden.new_zeros((0, self.sound_width))
@@ -269,7 +308,7 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
             hidden.requires_grad_()
         return hidden
 
-    def _layer(self, layer: nn.Module, trains: bool, *arguments) -> tuple[Tensor, KeysValues | None]:
+    def _layer(self, layer: nn.Module, trains: bool, *arguments) -> tuple[Any, KeysValues | None]:
         stream, hidden, rotary, queries, keys, *rest = arguments
         arguments = (stream, hidden, rotary, queries, keys, self.attention_backend, self.compiler, *rest)
         if self.gradient_checkpointing and trains and torch.is_grad_enabled():

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -57,15 +58,20 @@ class Trainables:
     description: str
 
     def groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Optimizer groups, one for each (factor, decay) that occurs, in a stable order."""
-        grouped: dict[tuple[float, float], list[nn.Parameter]] = {}
+        """Optimizer groups, one for each (factor, decay, kind of tensor) that occurs, in a stable order."""
+        grouped: dict[tuple[float, float, type], list[nn.Parameter]] = {}
         for name, parameter in self.parameters.items():
-            key = (self.factors[name], weight_decay if name in self.decayed else 0.0)
+            # A fused step takes sharded and whole parameters, but not both at once.
+            key = (self.factors[name], weight_decay if name in self.decayed else 0.0, type(parameter.data))
             grouped.setdefault(key, []).append(parameter)
         return [
             {"params": parameters, "lr": learning_rate * factor, "weight_decay": decay, "factor": factor}
-            for (factor, decay), parameters in grouped.items()
+            for (factor, decay, _), parameters in grouped.items()
         ]
+
+    def found_in(self, backbone: nn.Module) -> Trainables:
+        """The same by name, where other parameters have taken the place of those that `make_trainable` found."""
+        return replace(self, parameters={name: p for name, p in backbone.named_parameters() if p.requires_grad})
 
 
 def make_trainable(
@@ -134,20 +140,52 @@ def _inject(backbone: Cosmos3PackedTransformer, tuning: Tuning, embodiments: Seq
     if tuning.method == "lora":
         _refuse_untrained_slots(embodiments)
     indices = {f"{head}.{part}": rows for head in ACTION_HEADS for part in ("fc", "bias")} if rows else None
-    backbone.add_adapter(
-        LoraConfig(
-            r=tuning.rank,
-            lora_alpha=cast(int, tuning.alpha),
-            lora_dropout=tuning.dropout,
-            target_modules=lora_targets(backbone, tuning),
-            use_rslora=tuning.rslora,
-            use_dora=tuning.dora,
-            trainable_token_indices=cast(Any, indices),
-        ),
-        adapter_name=ADAPTER,
-    )
+    with _stand_ins(backbone):
+        backbone.add_adapter(
+            LoraConfig(
+                r=tuning.rank,
+                lora_alpha=cast(int, tuning.alpha),
+                lora_dropout=tuning.dropout,
+                target_modules=lora_targets(backbone, tuning),
+                use_rslora=tuning.rslora,
+                use_dora=tuning.dora,
+                trainable_token_indices=cast(Any, indices),
+            ),
+            adapter_name=ADAPTER,
+        )
     if rows:
         _start_rows(backbone, embodiments, rows)
+
+
+@contextmanager
+def _stand_ins(backbone: Cosmos3PackedTransformer) -> Iterator[None]:
+    """Within the block one number stands for every weight that is not read yet: PEFT puts an adapter on the device of
+    its layer's weight, where the meta device would take its values away."""
+    device = next((p.device for p in backbone.parameters() if not p.is_meta), torch.device("meta"))
+    empty = [
+        (module, name, parameter)
+        for module in backbone.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.is_meta
+    ]
+    for module, name, parameter in empty:
+        number = torch.zeros((), dtype=backbone.compute_dtype, device=device)
+        setattr(module, name, nn.Parameter(number.expand(parameter.shape), requires_grad=False))
+    try:
+        yield
+    finally:
+        for module, name, parameter in empty:
+            setattr(module, name, parameter)
+
+
+def restart_magnitudes(module: nn.Module) -> None:
+    """Start the DoRA magnitudes of a module from its weights, for adapters made before those were read."""
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_magnitude_vector:
+            magnitude, base = cast(Any, layer.lora_magnitude_vector[ADAPTER]), cast(nn.Linear, layer.get_base_layer())
+            a, b = (cast(Tensor, side[ADAPTER].weight).to(base.weight.dtype) for side in (layer.lora_A, layer.lora_B))
+            magnitude.update_layer(base_layer=base, lora_A=a, lora_B=b, scaling=layer.scaling[ADAPTER])
+            magnitude.weight.data = magnitude.weight.data.float()
 
 
 def _refuse_untrained_slots(embodiments: Sequence[Embodiment]) -> None:
