@@ -20,4 +20,4 @@ processes=${PROCESSES:-$("${python[@]}" -c 'import torch; print(max(1, torch.cud
 # After TERM, torchrun gives its processes 120 s for the step that they are in and its checkpoint, where it would give 30.
 # (When one of them is dead it gives the others 30 s, whatever is said here.)
 exec "${python[@]}" -m torch.distributed.run --standalone --nproc-per-node "$processes" --shutdown-timeout 120 \
-    -m cosmos3_train.cli train "$experiment" strategy.name=ddp "strategy.devices=$processes" "$@"
+    -m cosmos3_train.cli train "$experiment" "strategy.devices=$processes" "$@"

@@ -547,20 +547,25 @@ class Training:
 class Strategy:
     """How the run is spread.
 
-    name:        single, or ddp (every rank holds the model, gradients are averaged)
+    name:        single; ddp (every process holds the model); fsdp2 (each holds a part of every layer's weights, and
+                 gathers a layer while it runs); hsdp (several copies of the model, each spread as in fsdp2); auto is
+                 single for one process and ddp for several
     devices:     processes on each machine; under torchrun it must equal what torchrun started
+    shards:      hsdp: processes that share one copy of the model; 0: those of a machine
     accelerator: auto takes a GPU where there is one
     collective_timeout_seconds:  how long processes wait for one that does not come to a step's collective, before the
                  run ends with its rank in the error; not while the first rank measures, which takes what it takes
     """
 
-    name: Literal["single", "ddp"] = "single"
+    name: Literal["auto", "single", "ddp", "fsdp2", "hsdp"] = "auto"
     devices: int = 1
+    shards: int = 0
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     collective_timeout_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
         _require("strategy", self, "at least 1", lambda x: x >= 1, "devices", "collective_timeout_seconds")
+        _require("strategy", self, "at least 0", lambda x: x >= 0, "shards")
 
 
 @dataclass(frozen=True)

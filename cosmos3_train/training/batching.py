@@ -7,8 +7,9 @@ same either way: every draw is a function of the seed and the sample's number.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch.utils.data import Dataset
 
 from cosmos3_train.config import Objective, UserError
@@ -16,7 +17,7 @@ from cosmos3_train.data.mixture import StepDataset
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.packing import Layout
 from cosmos3_train.objectives import flow_matching, next_token
-from cosmos3_train.types import PackedSequence, StepBatch, TokenSample
+from cosmos3_train.types import IGNORED_LABEL, PackedSequence, StepBatch, TokenSample
 
 TEXT = "text"
 LOSSES: tuple[str, ...] = (*flow_matching.MODALITIES, TEXT)
@@ -25,37 +26,75 @@ LOSSES: tuple[str, ...] = (*flow_matching.MODALITIES, TEXT)
 class PackedStep:
     """One rank's share of a step, packed. Opaque like `StepBatch`, so that nothing casts positions or noise levels.
 
-    packs:  on the CPU
-    counts: what this rank's samples add to the step's denominators, by loss
+    packs:   on the CPU
+    counts:  what this rank's samples add to the step's denominators, by loss
+    samples: of this rank, padding left out
     """
 
-    __slots__ = ("counts", "packs", "step")
+    __slots__ = ("counts", "packs", "samples", "step")
 
-    def __init__(self, step: int, packs: list[PackedSequence], counts: dict[str, int]) -> None:
+    def __init__(self, step: int, packs: list[PackedSequence], counts: dict[str, int], samples: int) -> None:
         self.step = step
         self.packs = packs
         self.counts = counts
+        self.samples = samples
+
+    @property
+    def generates(self) -> bool:
+        return any(self.counts[name] for name in flow_matching.MODALITIES)
+
+    @property
+    def speaks(self) -> bool:
+        return self.counts[TEXT] > 0
 
 
 @dataclass(frozen=True)
 class Packer:
-    """Encodes, cuts and packs a step's samples."""
+    """Encodes, cuts and packs a step's samples.
+
+    padded: whether every pack ends with `padding`, which counts nothing (`sharding` says what for)
+    """
 
     encoder: Encoder
     layout: Layout
     objective: Objective
     budget: int
     seed: int
+    padded: bool = False
 
     def __call__(self, batch: StepBatch) -> PackedStep:
         samples = self.encoder.encode(batch.samples)
-        packs = [
-            flow_matching.noisy_pack(members, self.layout, self.objective, self.seed)
-            for members in split_into_packs(samples, self.layout, self.budget)
-        ]
+        packs = [self._packed(members) for members in split_into_packs(samples, self.layout, self.budget)]
         counts = flow_matching.counts(samples, self.objective)
         counts[TEXT] = next_token.labelled_tokens(samples)
-        return PackedStep(batch.step, packs, counts)
+        return PackedStep(batch.step, packs, counts, len(samples))
+
+    def _packed(self, members: list[TokenSample]) -> PackedSequence:
+        if not self.padded:
+            return flow_matching.noisy_pack(members, self.layout, self.objective, self.seed)
+        members = [*members, padding(self.layout)]
+        return without_last(flow_matching.noisy_pack(members, self.layout, self.objective, self.seed))
+
+
+def padding(layout: Layout) -> TokenSample:
+    """A sample of one text token and one video token."""
+    latent = torch.zeros((layout.channels, 1, layout.patch, layout.patch))
+    text, given = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.bool)
+    return TokenSample("padding", 0, "text_to_image", text, video=latent, video_given=given)
+
+
+def without_last(pack: PackedSequence) -> PackedSequence:
+    """The pack with a last sample of one token in each stream that is predicted but counts nothing: its loss is 0, and
+    so is its gradient, which every weight of both towers has."""
+    video = pack.video_target
+    assert video is not None
+    counted = (video.sample < pack.samples - 1)[:, None]
+    return replace(
+        pack,
+        video_target=replace(video, valid=video.valid & counted),
+        text_out=torch.cat((pack.text_out, torch.tensor([pack.text_spans.total - 1]))),
+        labels=torch.cat((pack.labels, torch.tensor([IGNORED_LABEL]))),
+    )
 
 
 class PackedSteps(Dataset[PackedStep]):

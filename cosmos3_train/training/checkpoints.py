@@ -1,25 +1,33 @@
 """Checkpoints of a run: trainables, their average, the optimizer and the run's position, whole or not at all.
 
-A checkpoint is a folder `step_000200/` of safetensors and one JSON file. It is written beside its name and renamed into
-place, so a kill at any moment leaves the last whole one. No random state is kept: every draw of a run is a function of
-the seed and the place where it is made.
+A checkpoint is a folder `step_000200/`, of one form for every strategy. `trainables.safetensors` (and `average`,
+`optimizer`) holds what every rank has whole, `trainables.shard_00003.safetensors` the rows that rank 3 has of what is
+sharded, `files_00003.json` the hashes of what rank 3 wrote, `state.json` the position. Rows are read as they are
+wanted, so a run goes on from it on any number of ranks and under any strategy, and one process exports it.
+
+It is written beside its name and renamed into place, so a kill at any moment leaves the last whole one. No random state
+is kept: every draw of a run is a function of the seed and the place where it is made.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from cosmos3_train.config import UserError, nearest
 from cosmos3_train.data.files import write_whole
+from cosmos3_train.runtime import is_first_rank, rank, world_size
+from cosmos3_train.training.strategy import meet
 
 STATE = "state.json"
 PARTS = ("trainables", "average", "optimizer")
@@ -42,19 +50,33 @@ class Position:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Which rows of a tensor: `count` of `total`, from `first` on."""
+
+    first: int
+    count: int
+    total: int
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint folder holds, tensors by parameter name; `average` is empty without an EMA."""
+    """What a checkpoint folder holds, tensors by parameter name; `average` is empty without an EMA.
+
+    rows: of the parameters of which this rank holds some rows alone, here and in the optimizer
+    """
 
     position: Position
     trainables: dict[str, Tensor]
     average: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    rows: dict[str, Rows] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write `folder/step_NNNNNN` atomically, then remove all but the newest `keep`.
 
-    Where it is there already, only steps were left out since, which change no tensor: its position alone is replaced.
+    With `rows` every rank calls it and writes its own, else the first rank alone. Where it is there already, only steps
+    were left out since, which change no tensor: its position alone is replaced.
 
     Raises:
         UserError: the disk is full or read-only; the earlier checkpoints are untouched.
@@ -64,22 +86,24 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     state = (json.dumps(asdict(checkpoint.position), indent=2) + "\n").encode()
     try:
         if (target / STATE).is_file():
-            write_whole(target / STATE, state)
+            if is_first_rank():
+                write_whole(target / STATE, state)
             return target
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        for part in PARTS:
-            tensors: Mapping[str, Tensor] = getattr(checkpoint, part)
-            if tensors:
-                save_file(
-                    {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial / f"{part}.safetensors"
-                )
-        (partial / STATE).write_bytes(state)
-        for file in partial.iterdir():
-            _flush(file)
-        partial.replace(target)
-        _flush(folder)
+        if is_first_rank():
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+        if checkpoint.rows:
+            meet(f"the checkpoint of step {checkpoint.position.step}")
+        _write_parts(partial, checkpoint)
+        if checkpoint.rows:
+            meet(f"the end of the checkpoint of step {checkpoint.position.step}")
+        if is_first_rank():
+            (partial / STATE).write_bytes(state)
+            _flush(partial / STATE)
+            _flush(partial)
+            partial.replace(target)
+            _flush(folder)
     except (OSError, SafetensorError) as error:  # a full disk is the latter where safetensors meets it
         shutil.rmtree(partial, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
@@ -87,9 +111,47 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
             f"{target}: the checkpoint could not be written ({reason}); free some space and run "
             f"the same command again, which goes on from the last whole checkpoint"
         ) from error
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    if is_first_rank():
+        for old in list_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def _write_parts(folder: Path, checkpoint: Checkpoint) -> None:
+    """What this rank has to write, and last the hashes of it."""
+    hashes = {}
+    for part in PARTS:
+        tensors: Mapping[str, Tensor] = getattr(checkpoint, part)
+        rows = {name: checkpoint.rows.get(_parameter(name, part)) for name, value in tensors.items() if value.dim()}
+        sharded = {name: own for name, own in rows.items() if own is not None}
+        whole = {name: value for name, value in tensors.items() if name not in sharded}
+        if whole and is_first_rank():
+            hashes |= _write(folder / f"{part}.safetensors", whole, {})
+        if sharded:
+            places = {name: json.dumps(asdict(own)) for name, own in sharded.items()}
+            hashes |= _write(
+                folder / f"{part}.shard_{rank():05d}.safetensors", {name: tensors[name] for name in sharded}, places
+            )
+    if hashes:
+        path = folder / f"files_{rank():05d}.json"
+        path.write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
+        _flush(path)
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> dict[str, str]:
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata)
+    _flush(path)
+    return {path.name: _hash(path)}
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _parameter(name: str, part: str) -> str:
+    """The parameter that a tensor belongs to."""
+    return name.rpartition(".")[0] if part == "optimizer" else name
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -99,24 +161,76 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [found[step] for step in sorted((step for step in found if step.isdigit()), key=int)]
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def load_checkpoint(path: Path, rows: Mapping[str, Rows] | None = None) -> Checkpoint:
     """Read a checkpoint folder.
+
+    Args:
+        rows: of the parameters of which only some rows are wanted; of all others everything is.
 
     Raises:
         UserError: a file is missing or damaged; names it and says what to do.
     """
+    rows = dict(rows or {})
     try:
         position = Position(**json.loads((path / STATE).read_text()))
-        tensors = {
-            part: load_file(path / f"{part}.safetensors") if (path / f"{part}.safetensors").is_file() else {}
-            for part in PARTS
-        }
-    except (OSError, SafetensorError, json.JSONDecodeError, TypeError) as error:
+        _check_hashes(path)
+        tensors = {part: dict(_read_part(path, part, rows)) for part in PARTS}
+    except (OSError, SafetensorError, json.JSONDecodeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{path}: damaged checkpoint ({reason}); remove the folder to go on from the one before"
         ) from error
-    return Checkpoint(position=position, **tensors)
+    return Checkpoint(position=position, **tensors, rows=rows)
+
+
+def _check_hashes(path: Path) -> None:
+    """Compare the files with their hashes, every rank its share of them."""
+    files: dict[str, str] = {}
+    for told in sorted(path.glob("files_*.json")):
+        files |= json.loads(told.read_text(encoding="utf-8"))
+    for name in sorted(files)[rank() :: world_size()]:
+        if _hash(path / name) != files[name]:
+            raise ValueError(f"{name} has changed since it was written")
+
+
+def _read_part(path: Path, part: str, wanted: Mapping[str, Rows]) -> Iterator[tuple[str, Tensor]]:
+    pieces: dict[str, list[tuple[Rows | None, Path]]] = {}  # None: a scalar
+    for file in (path / f"{part}.safetensors", *sorted(path.glob(f"{part}.shard_*.safetensors"))):
+        if not file.is_file():
+            continue
+        with safe_open(file, framework="pt") as opened:
+            places = opened.metadata() or {}
+            for name in opened.keys():  # noqa: SIM118  it is no mapping
+                shape = opened.get_slice(name).get_shape()
+                held = Rows(0, shape[0], shape[0]) if shape else None
+                if name in places:
+                    held = Rows(**json.loads(places[name]))
+                pieces.setdefault(name, []).append((held, file))
+    for name, found in pieces.items():
+        held = [(rows, file) for rows, file in found if rows is not None]
+        if not held:
+            with safe_open(found[0][1], framework="pt") as opened:
+                yield name, opened.get_tensor(name)
+            continue
+        total = held[0][0].total
+        own = wanted.get(_parameter(name, part), Rows(0, total, total))
+        if sum(rows.count for rows, _ in held) != total or own.total != total:
+            raise ValueError(f"rows of {part} {name!r} are missing")
+        yield name, _joined(name, sorted(held, key=lambda piece: piece[0].first), own)
+
+
+def _joined(name: str, pieces: list[tuple[Rows, Path]], wanted: Rows) -> Tensor:
+    """The wanted rows of a tensor, read from those files that hold some of them."""
+    parts = []
+    for held, file in pieces:
+        first = max(held.first, wanted.first)
+        stop = max(first, min(held.first + held.count, wanted.first + wanted.count))
+        if first < stop or not wanted.count:
+            with safe_open(file, framework="pt") as opened:
+                parts.append(opened.get_slice(name)[first - held.first : stop - held.first])
+        if not wanted.count:
+            break
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def check_names(path: Path, saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

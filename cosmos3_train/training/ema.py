@@ -8,24 +8,29 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from cosmos3_train.training.sharding import own_part
+
 
 class Average:
-    """Exponential moving average in float32. Written as a lerp: a·e + (1−a)·w drifts where e equals w."""
+    """Exponential moving average in float32. Written as a lerp: a·e + (1−a)·w drifts where e equals w.
+
+    values: by parameter; of a sharded one this rank's part
+    """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self.decay = decay
-        self.values: dict[str, Tensor] = {name: p.detach().clone() for name, p in parameters.items()}
+        self.values: dict[str, Tensor] = {name: own_part(p).clone() for name, p in parameters.items()}
 
     @torch.no_grad()
     def update(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Move every value towards its parameter by 1 − decay."""
         values = list(self.values.values())
-        torch._foreach_lerp_(values, [p.detach() for p in parameters.values()], 1 - self.decay)
+        torch._foreach_lerp_(values, [own_part(p) for p in parameters.values()], 1 - self.decay)
 
     @contextmanager
     def in_place_of(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
         """Within the block the parameters hold the average."""
-        kept = {name: p.detach().clone() for name, p in parameters.items()}
+        kept = {name: own_part(p).clone() for name, p in parameters.items()}
         _write(parameters, self.values)
         try:
             yield
@@ -36,4 +41,4 @@ class Average:
 @torch.no_grad()
 def _write(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
     for name, parameter in parameters.items():
-        parameter.copy_(values[name])
+        own_part(parameter).copy_(values[name])

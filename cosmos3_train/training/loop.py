@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,6 +17,7 @@ from cosmos3_train.training.checkpoints import Checkpoint, save_checkpoint
 from cosmos3_train.training.module import PostTraining
 from cosmos3_train.training.optimizer import optimizer_tensors
 from cosmos3_train.training.progress import SKIPPED, Bar, Metrics, write_status
+from cosmos3_train.training.sharding import lend, own_part, own_rows, writes_shards
 from cosmos3_train.training.strategy import PeerLost, any_rank, meet, wait_for_first_rank
 from cosmos3_train.training.throughput import StepTime, Throughput
 
@@ -142,33 +144,31 @@ class RunLoop(lightning.Callback):
         return step >= self.training.steps or (every > 0 and step % every == 0)
 
     def _evaluate(self) -> None:
-        step = self.module.position.step
-        if self.evaluate is None or self._metrics is None or self._metrics.has(step, EVALUATED):
+        module, step = self.module, self.module.position.step
+        due = self.evaluate is not None and self._metrics is not None and not self._metrics.has(step, EVALUATED)
+        if module.sharded:
+            due = any_rank(due, module.device)  # the first rank alone has metrics
+        if not due:
             return
-        self.module.backbone.eval()
-        average = self.module.average
-        if average is None:
-            values = self.evaluate()
-        else:
-            with average.in_place_of(self.module.trainables.parameters):
-                values = self.evaluate()
-        self.module.backbone.train()
-        self._write(step, {**values, EVALUATED: 1.0})
+        module.backbone.eval()
+        with nullcontext() if module.average is None else module.average.in_place_of(module.trainables.parameters):
+            if module.sharded:
+                lend(module.backbone, self._measure)
+            else:
+                self._measure()
+        module.backbone.train()
+
+    def _measure(self) -> None:
+        assert self.evaluate is not None
+        self._write(self.module.position.step, {**self.evaluate(), EVALUATED: 1.0})
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         if self._metrics is not None:
             self._metrics.write(step, values)
 
     def _save(self, trainer: lightning.Trainer) -> None:
-        if is_first_rank():
-            module = self.module
-            parameters = module.trainables.parameters
-            checkpoint = Checkpoint(
-                position=module.position,
-                trainables={name: p.detach() for name, p in parameters.items()},
-                average=module.average.values if module.average is not None else {},
-                optimizer=optimizer_tensors(module.optimizer, parameters),
-            )
+        checkpoint = current_checkpoint(self.module)
+        if is_first_rank() or checkpoint.rows:
             save_checkpoint(self.folder / "checkpoints", checkpoint, self.training.keep_checkpoints)
         trainer.strategy.barrier()
 
@@ -179,3 +179,18 @@ class RunLoop(lightning.Callback):
             self._metrics.close()
         if self._previous_handler is not None:
             signal.signal(signal.SIGTERM, self._previous_handler)
+
+
+def current_checkpoint(module: PostTraining) -> Checkpoint:
+    """Where a run stands, with what this rank has of it to write."""
+    parameters = module.trainables.parameters
+    rows = own_rows(parameters)
+    if not writes_shards(parameters):
+        return Checkpoint(module.position, {}, {}, {}, rows)
+    return Checkpoint(
+        position=module.position,
+        trainables={name: own_part(p) for name, p in parameters.items()},
+        average=module.average.values if module.average is not None else {},
+        optimizer=optimizer_tensors(module.optimizer, parameters),
+        rows=rows,
+    )

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import lightning
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from cosmos3_train.config import Experiment
-from cosmos3_train.model.omni import Cosmos3PackedTransformer
+from cosmos3_train.model.omni import Cosmos3PackedTransformer, is_understanding, only_speaks
 from cosmos3_train.model.trainable import Trainables
 from cosmos3_train.objectives import flow_matching, next_token
 from cosmos3_train.runtime import fold, rank
@@ -27,7 +29,8 @@ from cosmos3_train.training.batching import LOSSES, TEXT, PackedStep, Packer
 from cosmos3_train.training.checkpoints import Position
 from cosmos3_train.training.ema import Average
 from cosmos3_train.training.optimizer import clip_gradients, make_optimizer, set_learning_rate
-from cosmos3_train.training.strategy import assert_same_on_all_ranks, meet, sum_gradients, summed
+from cosmos3_train.training.sharding import reduce_after_this_pack
+from cosmos3_train.training.strategy import assert_same_on_all_ranks, largest, meet, sum_gradients, summed
 from cosmos3_train.training.throughput import Arithmetic
 from cosmos3_train.types import PackedSequence, StepBatch
 
@@ -88,29 +91,54 @@ class PostTraining(lightning.LightningModule):
         torch.manual_seed(fold(self.experiment.training.seed, "dropout", batch.step, rank()))
         step = self.packer(batch) if isinstance(batch, StepBatch) else batch
         counts = self.step_counts(step)
-        sums = self.accumulate(step.packs, counts)
+        sums = self.accumulate(step.packs, counts, self._passes(step))
         self._descend(batch.step)
         self.report = replace(
             self.report,
             tokens=sum(p.tokens for p in step.packs),
-            samples=sum(p.samples for p in step.packs),
+            samples=step.samples,
             flops=self.arithmetic.step_flops(step.packs),
             packs=len(step.packs),
         )
         self._sums, self._counts = sums, counts
 
-    def accumulate(self, packs: Iterable[PackedSequence], counts: Tensor) -> dict[str, Tensor]:
+    def accumulate(
+        self, packs: Sequence[PackedSequence], counts: Tensor, passes: int | None = None
+    ) -> dict[str, Tensor]:
         """Forward and backward of packs, one after the other; gradients add up. Returns the summed losses by modality.
 
         Args:
             counts: `step_counts` of the whole step.
+            passes: how many forwards to make where that is more than there are packs: the last one counts once.
         """
+        passes = passes or len(packs)
         sums = dict.fromkeys(LOSSES, torch.zeros((), device=self.device))
-        for pack in packs:
-            losses = self.pack_losses(pack.to(self.device))
-            self.manual_backward(self._weighted(losses, counts))
-            sums = {name: sums[name] + losses[name].detach() if name in losses else sums[name] for name in LOSSES}
+        for number in range(passes):
+            counted = number < len(packs)
+            losses = self.pack_losses(packs[min(number, len(packs) - 1)].to(self.device))
+            total = self._weighted(losses, counts)
+            reduce_after_this_pack(self.backbone, last=number == passes - 1)
+            self.manual_backward(total if counted else 0 * total)
+            if counted:
+                sums = {name: sums[name] + losses[name].detach() if name in losses else sums[name] for name in LOSSES}
         return sums
+
+    def _passes(self, step: PackedStep) -> int:
+        """Forwards that every rank makes in this step: under sharding as many as the one with the most packs."""
+        self._unreached: list[nn.Parameter] = []
+        if not self.sharded:
+            return len(step.packs)
+        passes, generates, speaks = largest(
+            [len(step.packs), int(step.generates), int(step.speaks)], f"the packs of step {self.position.step + 1}"
+        )
+        if self.packer.padded:  # which gives weights a gradient of 0 that the step's samples do not reach
+            layers = len(self.backbone.layers)
+            self._unreached = [
+                parameter
+                for name, parameter in self.trainables.parameters.items()
+                if not (speaks if only_speaks(name, layers) else is_understanding(name) or generates)
+            ]
+        return passes
 
     def on_train_batch_start(self, batch: StepBatch | PackedStep, batch_idx: int) -> int | None:
         """End the epoch, and so the run, once its steps are made."""
@@ -159,7 +187,9 @@ class PostTraining(lightning.LightningModule):
         config, training = self.experiment.optimizer, self.experiment.training
         parameters = list(self.trainables.parameters.values())
         meet(f"the gradients of step {self.position.step + 1}")
-        sum_gradients(parameters)
+        sum_gradients([p for p in parameters if not isinstance(p, DTensor)])
+        for parameter in self._unreached:
+            parameter.grad = None
         norm = float(clip_gradients(parameters, config.clip))
         finite = math.isfinite(norm)
         rate = set_learning_rate(self.optimizer, self.position.step, training.steps, config)
@@ -187,9 +217,17 @@ class PostTraining(lightning.LightningModule):
 
     def _compare_ranks_once(self, parameters: list[nn.Parameter]) -> None:
         if not self._compared_ranks:
-            assert_same_on_all_ranks([p.grad for p in parameters if p.grad is not None], "gradients")
-            assert_same_on_all_ranks(parameters, "trainable weights")
+            whole = [p for p in parameters if not isinstance(p, DTensor)]
+            assert_same_on_all_ranks([p.grad for p in whole if p.grad is not None], "gradients")
+            assert_same_on_all_ranks(whole, "trainable weights")
             self._compared_ranks = True
+
+    @property
+    def sharded(self) -> bool:
+        return isinstance(self.backbone, FSDPModule)
+
+    def configure_model(self) -> None:
+        """Lightning's door to shard the model, which is asked for; `run.build` has done it."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Lightning's door to the optimizer that `__init__` made."""

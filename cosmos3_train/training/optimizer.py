@@ -7,9 +7,12 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cosmos3_train.config import Optimizer
 from cosmos3_train.model.trainable import Trainables
+from cosmos3_train.training.sharding import own_part
+from cosmos3_train.training.strategy import summed_over_shards
 
 
 def make_optimizer(trainables: Trainables, config: Optimizer) -> torch.optim.AdamW:
@@ -52,17 +55,24 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, steps: int, c
 
 def clip_gradients(parameters: list[nn.Parameter], largest: float) -> Tensor:
     """Scale the gradients so that their joint norm is at most `largest` (0: leave them); returns the norm before."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    whole = [p for p in parameters if not isinstance(p, DTensor)]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in whole if p.grad is not None])
+    # Of the sharded ones the rows here: an operation on the whole tensor would be a collective for each.
+    rows = [own_part(p.grad) for p in parameters if isinstance(p, DTensor) and p.grad is not None]
+    if len(whole) < len(parameters):
+        theirs = summed_over_shards(torch.nn.utils.get_total_norm(rows).square().to(parameters[0].device))
+        norm = (norm.to(theirs).square() + theirs).sqrt()  # every rank takes the same step, or leaves it out
     if largest > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+        torch.nn.utils.clip_grads_with_norm_(whole, largest, norm)
+        if rows:
+            torch._foreach_mul_(rows, (largest / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name: 'NAME.step', 'NAME.exp_avg', 'NAME.exp_avg_sq'."""
+    """The optimizer's state by parameter name: 'NAME.step', 'NAME.exp_avg', 'NAME.exp_avg_sq'; this rank's rows."""
     return {
-        f"{name}.{key}": value.detach()
+        f"{name}.{key}": own_part(value)
         for name, parameter in parameters.items()
         for key, value in optimizer.state[parameter].items()
     }
@@ -75,4 +85,4 @@ def load_optimizer_tensors(
     with torch.no_grad():
         for name, parameter in parameters.items():
             for key, value in optimizer.state[parameter].items():
-                value.copy_(tensors[f"{name}.{key}"])
+                own_part(value).copy_(tensors[f"{name}.{key}"])

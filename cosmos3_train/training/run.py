@@ -7,6 +7,7 @@ The same command again resumes an interrupted run, reports a finished one, and r
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import shutil
@@ -40,7 +41,8 @@ from cosmos3_train.training.loop import RunLoop
 from cosmos3_train.training.module import PostTraining, TrainingFailed
 from cosmos3_train.training.optimizer import load_optimizer_tensors
 from cosmos3_train.training.progress import read_status, write_status
-from cosmos3_train.training.strategy import device_for, make_strategy
+from cosmos3_train.training.sharding import own_part, own_rows, shard
+from cosmos3_train.training.strategy import connect, device_for, device_mesh, is_sharded, make_strategy
 from cosmos3_train.training.throughput import StepTime
 
 logger = logging.getLogger(__name__)
@@ -141,10 +143,24 @@ def train(
 
 def _carry_out(loaded: Loaded, evaluate: Evaluate | None, deliver: Deliver | None, watch: Watch | None) -> Ended:
     run = build(loaded)
+    if not _fit(run, evaluate, watch):
+        return "interrupted"
+    if deliver is not None and is_first_rank():
+        if run.module.sharded:
+            del run
+            gc.collect()  # units refer to each other in circles
+            run = build(loaded, alone=True)
+        run.module.to(run.device)  # Lightning's teardown has moved it to the CPU
+        deliver(run)
+    return "finished"
+
+
+def _fit(run: Run, evaluate: Evaluate | None, watch: Watch | None) -> bool:
+    """Make the run's steps. Returns whether all are made, False where a signal ended it before."""
     position = run.module.position
     logger.info("seed %d", run.experiment.training.seed)
     logger.info("%s", run.trainables.description)
-    data = StepData(loaded, run.opened, run.module.packer)
+    data = StepData(run.loaded, run.opened, run.module.packer)
     data.first_step = position.drawn
     loop = RunLoop(
         run.module,
@@ -159,12 +175,7 @@ def _carry_out(loaded: Loaded, evaluate: Evaluate | None, deliver: Deliver | Non
         if is_first_rank():
             write_status(run.folder, "failed", run.module.position.step, run.experiment.training.steps, str(error))
         raise
-    if loop.interrupted:
-        return "interrupted"
-    if deliver is not None and is_first_rank():
-        run.module.to(run.device)  # Lightning's teardown has moved it to the CPU
-        deliver(run)
-    return "finished"
+    return not loop.interrupted
 
 
 def _tell_interrupted(loaded: Loaded) -> None:
@@ -181,10 +192,17 @@ def is_finished(folder: Path) -> bool:
     return status is not None and status["state"] == "finished"
 
 
-def build(loaded: Loaded) -> Run:
-    """Load and prepare everything that a run needs, and put it where its newest checkpoint stands."""
+def build(loaded: Loaded, *, alone: bool = False) -> Run:
+    """Load and prepare everything that a run needs, and put it where its newest checkpoint stands.
+
+    Args:
+        alone: this process holds the whole model, also where others take part in the run and each held a part.
+    """
     experiment = loaded.experiment
     device = device_for(experiment.strategy)
+    sharded = is_sharded(experiment.strategy) and not alone
+    if sharded:
+        connect(experiment.strategy, device)
     began = time.monotonic()
     _refuse_another_base(loaded)
     reasoner = Reasoner(loaded.model, device) if caches_reasoner(loaded) else None
@@ -205,11 +223,15 @@ def build(loaded: Loaded) -> Run:
         device,
         text_logits=talks or experiment.tuning.method == "full",
         towers="generation" if reasoner is not None else "both",
+        large=not sharded,
     )
     if reasoner is not None:
         remember(backbone, _reasoner_caches(opened, reasoner))
     robots = list(experiment.embodiments.values())
     trainables = make_trainable(backbone, experiment.tuning, robots, experiment.training.seed)
+    if sharded:
+        shard(backbone, experiment.tuning, loaded.model, device, device_mesh())
+        trainables = trainables.found_in(backbone)
     backbone.train()
     packer = Packer(
         encoder,
@@ -217,6 +239,7 @@ def build(loaded: Loaded) -> Run:
         experiment.objective,
         experiment.training.tokens_per_micro_batch,
         experiment.training.seed,
+        padded=sharded and talks and any(isinstance(dataset, PreparedDataset) for dataset, _ in opened.values()),
     )
     module = PostTraining(experiment, backbone, trainables, packer)
     logger.info("loaded %s on %s in %.1f s", experiment.model.path, device, time.monotonic() - began)
@@ -241,7 +264,7 @@ def resume(run: Run) -> None:
     found = list_checkpoints(run.folder / CHECKPOINTS)
     if not found:
         return
-    checkpoint = load_checkpoint(found[-1])
+    checkpoint = load_checkpoint(found[-1], own_rows(run.trainables.parameters))
     restore(run, checkpoint, found[-1])
     logger.info("resumed at step %d from %s", checkpoint.position.step, found[-1].name)
 
@@ -249,10 +272,10 @@ def resume(run: Run) -> None:
 def restore(run: Run, checkpoint: Checkpoint, path: Path) -> None:
     """Write a checkpoint's tensors into the run."""
     parameters = run.trainables.parameters
-    check_names(path, checkpoint.trainables, parameters)
+    check_names(path, checkpoint.trainables, {name: own_part(p) for name, p in parameters.items()})
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(checkpoint.trainables[name])
+            own_part(parameter).copy_(checkpoint.trainables[name])
         if run.module.average is not None:
             for name, value in run.module.average.values.items():
                 value.copy_(checkpoint.average[name])

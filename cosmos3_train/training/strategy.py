@@ -3,6 +3,7 @@
 Under ddp every rank holds the whole model. Gradients are summed by us, once a step, after the last micro-batch, rather
 than by DistributedDataParallel's hooks: ranks may cut their share into different numbers of micro-batches, and a head
 that one rank's samples do not use must not hold the others up. For LoRA that is one call over a few dozen megabytes.
+Under fsdp2 and hsdp the same holds of what is not sharded; of what is, `sharding` tells.
 
 A collective that one rank does not come to holds all others, for ever or until NCCL aborts them without a name. So the
 ranks `meet` first, on the host: the first rank counts, and names who is missing.
@@ -10,19 +11,22 @@ ranks `meet` first, on the host: the first rank counts, and names who is missing
 
 from __future__ import annotations
 
+import atexit
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from cosmos3_train import config
 from cosmos3_train.config import UserError
-from cosmos3_train.runtime import is_first_rank, launched, local_rank, node_count, world_size
+from cosmos3_train.runtime import is_first_rank, launched, local_rank, local_world_size, node_count, world_size
 
 AS_LONG_AS_IT_TAKES = timedelta(days=7)
 GRACE = timedelta(seconds=15)
@@ -31,6 +35,7 @@ GRACE = timedelta(seconds=15)
 _meetings: dict[timedelta, dist.ProcessGroup] = {}
 """Gloo groups by how long their ranks wait for each other: like torch's own groups, one set a process."""
 _patience = AS_LONG_AS_IT_TAKES
+_mesh: DeviceMesh | None = None
 
 
 class RankMissing(RuntimeError):
@@ -53,18 +58,53 @@ class SummedGradients(DDPStrategy):
         """Leave the module as it is; `sum_gradients` does what the wrapper's hooks would."""
 
     def setup_distributed(self) -> None:
-        global _patience
         super().setup_distributed()
         assert self._timeout is not None
-        _patience = self._timeout
-        for patience in (_patience, AS_LONG_AS_IT_TAKES):  # a group's own time is what its ranks but the first wait
-            group = dist.new_group(backend="gloo", timeout=patience + GRACE)
-            assert isinstance(group, dist.ProcessGroup)
-            _meetings[patience] = group
+        _open_meetings(self._timeout)
 
     def barrier(self, *args: object, **kwargs: object) -> None:
         with _peers("a barrier"):
             super().barrier(*args, **kwargs)
+
+
+class ShardedWeights(ModelParallelStrategy):
+    """Lightning's strategy for `fully_shard`, on processes that `connect` has joined and a backbone that is sharded
+    already: it was read so."""
+
+    def setup_environment(self) -> None:
+        self._setup_distributed()
+        self._device_mesh = device_mesh()
+
+    def model_to_device(self) -> None:
+        """It is there. Moving would have every unit look for its shards anew."""
+
+    def barrier(self, name: str | None = None) -> None:
+        with _peers("a barrier"):
+            super().barrier(name)
+
+
+def _open_meetings(patience: timedelta) -> None:
+    global _patience
+    _patience = patience
+    for wait in (patience, AS_LONG_AS_IT_TAKES):  # a group's own time is what its ranks but the first wait
+        group = dist.new_group(backend="gloo", timeout=wait + GRACE)
+        assert isinstance(group, dist.ProcessGroup)
+        _meetings[wait] = group
+
+
+Name = Literal["single", "ddp", "fsdp2", "hsdp"]
+
+
+def strategy_name(strategy: config.Strategy) -> Name:
+    """What `auto` means for the processes that were started."""
+    if strategy.name == "auto":
+        return "ddp" if strategy.devices > 1 or world_size() > 1 else "single"
+    return strategy.name
+
+
+def is_sharded(strategy: config.Strategy) -> bool:
+    """Whether no process holds the whole model."""
+    return strategy_name(strategy) in ("fsdp2", "hsdp")
 
 
 def device_for(strategy: config.Strategy) -> torch.device:
@@ -75,9 +115,10 @@ def device_for(strategy: config.Strategy) -> torch.device:
     """
     if strategy.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("strategy.accelerator is 'gpu', but torch sees no GPU here; use 'auto' or 'cpu'")
-    if strategy.name == "single" and world_size() > 1:
+    name = strategy_name(strategy)
+    if name == "single" and world_size() > 1:
         raise UserError(f"strategy.name is 'single', but {world_size()} processes were started; use strategy.name=ddp")
-    if strategy.name == "ddp":
+    if name != "single":
         if strategy.devices > 1 and not launched():
             raise UserError(
                 f"strategy.devices is {strategy.devices}, but one process was started; "
@@ -88,6 +129,13 @@ def device_for(strategy: config.Strategy) -> torch.device:
                 f"strategy.devices is {strategy.devices}, but {world_size()} processes were started on "
                 f"{node_count()} machines; give strategy.devices={world_size() // node_count()}"
             )
+    if name in ("fsdp2", "hsdp") and not launched():
+        raise UserError(f"strategy.name is {name!r}, but one process was started; use launch/local.sh EXPERIMENT")
+    if name == "hsdp" and world_size() % _shards(strategy):
+        raise UserError(
+            f"strategy.shards is {_shards(strategy)}, which does not divide the {world_size()} processes that were "
+            f"started"
+        )
     if strategy.accelerator != "cpu" and torch.cuda.is_available():
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
@@ -97,12 +145,51 @@ def device_for(strategy: config.Strategy) -> torch.device:
 
 def make_strategy(strategy: config.Strategy, device: torch.device) -> Strategy:
     """Lightning's strategy for the run."""
-    if strategy.name == "single":
+    if strategy_name(strategy) == "single":
         return SingleDeviceStrategy(device=device)
-    return SummedGradients(
-        process_group_backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=strategy.collective_timeout_seconds),
-    )
+    kind = ShardedWeights if is_sharded(strategy) else SummedGradients
+    return kind(process_group_backend=_backend(device), timeout=timedelta(seconds=strategy.collective_timeout_seconds))
+
+
+def connect(strategy: config.Strategy, device: torch.device) -> DeviceMesh:
+    """Join the processes of a sharded run, for each reads its own shards; once a process.
+
+    Returns:
+        Their mesh [shards] of fsdp2, or [copies, shards] of hsdp.
+    """
+    global _mesh
+    if _mesh is None:
+        patience = timedelta(seconds=strategy.collective_timeout_seconds)
+        dist.init_process_group(_backend(device), timeout=patience, device_id=device if device.type == "cuda" else None)
+        if device.type == "cuda":
+            atexit.register(_leave)
+        _open_meetings(patience)
+        shards = _shards(strategy)
+        if shards == world_size():
+            _mesh = init_device_mesh(device.type, (shards,), mesh_dim_names=("shards",))
+        else:
+            _mesh = init_device_mesh(device.type, (world_size() // shards, shards), mesh_dim_names=("copies", "shards"))
+    return _mesh
+
+
+def _leave() -> None:
+    """NCCL warns about a group that is left open."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def device_mesh() -> DeviceMesh:
+    """The mesh that `connect` made."""
+    assert _mesh is not None
+    return _mesh
+
+
+def _shards(strategy: config.Strategy) -> int:
+    return world_size() if strategy_name(strategy) == "fsdp2" else strategy.shards or local_world_size()
+
+
+def _backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"
 
 
 def meet(where: str) -> None:
@@ -185,6 +272,13 @@ def summed(values: Tensor) -> Tensor:
     return values
 
 
+def summed_over_shards(values: Tensor) -> Tensor:
+    """The sum over the ranks that share one copy of the model, in place."""
+    with _peers("a sum over shards"):
+        dist.all_reduce(values, group=device_mesh().get_group("shards"))
+    return values
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether the flag is up on any rank; every rank gets the same answer."""
     if not dist.is_initialized():
@@ -192,6 +286,25 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     value = torch.tensor(float(flag), device=device)
     _all_reduce(value, dist.ReduceOp.MAX)
     return bool(value)
+
+
+def largest(values: list[int], what: str) -> list[int]:
+    """The largest of each over ranks, agreed on by the hosts: no device is waited for."""
+    if not dist.is_initialized():
+        return values
+    meet(what)
+    found = torch.tensor(values)
+    with _peers(what):
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=_meetings[_patience])
+    return found.tolist()
+
+
+def hear_first_rank(value: int) -> int:
+    """What the first rank says, which may take as long as it takes; the others' own value counts for nothing."""
+    word = torch.tensor(value)
+    with _peers("the first rank's word", "rank 0"):
+        dist.broadcast(word, 0, group=_meetings[AS_LONG_AS_IT_TAKES])
+    return int(word)
 
 
 def sum_gradients(parameters: list[nn.Parameter]) -> None:

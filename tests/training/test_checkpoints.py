@@ -12,6 +12,8 @@ from cosmos3_train.config import UserError
 from cosmos3_train.training.checkpoints import (
     Checkpoint,
     Position,
+    Rows,
+    _write_parts,
     check_names,
     list_checkpoints,
     load_checkpoint,
@@ -63,6 +65,58 @@ def test_half_a_checkpoint_is_none(tmp_path):
     save_checkpoint(tmp_path, checkpoint(2), keep=2)
     assert load_checkpoint(list_checkpoints(tmp_path)[-1]).position.step == 2
     assert not partial.exists()
+
+
+def write_in_shards(folder: Path, shards: int, monkeypatch) -> Path:
+    """As ranks of a sharded run write it, each its rows: `a.weight` of 8 rows is theirs in parts, `b` is whole."""
+    whole, each = checkpoint(3), -(-8 // shards)
+    for place in reversed(range(shards)):  # the first rank makes it whole
+        first = min(8, each * place)
+        held = Rows(first, min(8, first + each) - first, 8)
+        own = {name: {**getattr(whole, name)} for name in ("trainables", "optimizer")}
+        own["trainables"]["a.weight"] = whole.trainables["a.weight"][held.first : held.first + held.count]
+        own["optimizer"]["a.weight.exp_avg"] = whole.optimizer["a.weight.exp_avg"][held.first :][: held.count]
+        own["optimizer"]["a.weight.step"] = torch.tensor(3.0)
+        monkeypatch.setenv("RANK", str(place))
+        part = Checkpoint(whole.position, own["trainables"], {}, own["optimizer"], {"a.weight": held})
+        if place:
+            partial = folder / ".step_000003.partial"
+            partial.mkdir(parents=True, exist_ok=True)
+            _write_parts(partial, part)
+            for file in list(partial.iterdir()):  # the first rank would begin with an empty folder
+                file.replace(folder / file.name)
+        else:
+            path = save_checkpoint(folder, part, keep=2)
+    for file in folder.glob("*_0000[1-9]*"):
+        file.replace(path / file.name)
+    return path
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 5])
+def test_shards_are_read_whole_and_in_any_rows(tmp_path, monkeypatch, shards):
+    path, saved = write_in_shards(tmp_path, shards, monkeypatch), checkpoint(3)
+    found = load_checkpoint(path)
+    assert all(torch.equal(found.trainables[name], value) for name, value in saved.trainables.items())
+    assert torch.equal(found.optimizer["a.weight.exp_avg"], saved.optimizer["a.weight.exp_avg"])
+    assert torch.equal(found.optimizer["a.weight.step"], torch.tensor(3.0))
+    for rows in (Rows(0, 8, 8), Rows(1, 5, 8), Rows(7, 1, 8), Rows(8, 0, 8)):
+        some, span = load_checkpoint(path, {"a.weight": rows}), slice(rows.first, rows.first + rows.count)
+        assert torch.equal(some.trainables["a.weight"], saved.trainables["a.weight"][span])
+        assert torch.equal(some.optimizer["a.weight.exp_avg"], saved.optimizer["a.weight.exp_avg"][span])
+        assert torch.equal(some.trainables["b"], saved.trainables["b"])
+
+
+def test_a_lost_shard_and_a_changed_byte_are_damage(tmp_path, monkeypatch):
+    path = write_in_shards(tmp_path, 2, monkeypatch)
+    file = path / "trainables.shard_00001.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"damaged checkpoint \(trainables.shard_00001.safetensors has changed since"):
+        load_checkpoint(path)
+    file.unlink()
+    (path / "files_00001.json").unlink()
+    with pytest.raises(UserError, match=r"damaged checkpoint \(rows of trainables 'a.weight' are missing"):
+        load_checkpoint(path)
 
 
 @pytest.mark.parametrize("name", ["state.json", "trainables.safetensors", "optimizer.safetensors"])

@@ -1,0 +1,44 @@
+"""Runs of the small project on several processes, one after the other, for a process costs seconds to start.
+
+python -m torch.distributed.run --nproc-per-node N -m tests.training.sharded ROOT JOB...   where a JOB is
+"EXPERIMENT key=value ..." or "EXPERIMENT <RUN/STEP key=value ...", which goes on from the checkpoint of another run.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from cosmos3_train.config import Loaded, load_experiment
+from cosmos3_train.runtime import is_first_rank, world_size
+from cosmos3_train.training.measures import measure
+from cosmos3_train.training.run import quieten_lightning, train
+from cosmos3_train.training.strategy import meet
+
+
+def carry_out(root: Path, job: str) -> None:
+    experiment, *words = job.split()
+    overrides = [word for word in words if not word.startswith("<")]
+    if world_size() > 1:
+        overrides.append(f"strategy.devices={world_size()}")
+    loaded = load_experiment(root / "experiments" / f"{experiment}.yaml", overrides)
+    for word in words:
+        if word.startswith("<"):
+            go_on_from(loaded, word.removeprefix("<"))
+    train(loaded, evaluate=measure)
+
+
+def go_on_from(loaded: Loaded, checkpoint: str) -> None:
+    """Begin with a copy of another run's checkpoint, "RUN/STEP"."""
+    run, step = checkpoint.split("/")
+    folder = Path("checkpoints") / f"step_{int(step):06d}"
+    if is_first_rank():
+        shutil.copytree(loaded.run_folder.parent / run / folder, loaded.run_folder / folder)
+    meet("a copied checkpoint")
+
+
+if __name__ == "__main__":
+    quieten_lightning()
+    for each in sys.argv[2:]:
+        carry_out(Path(sys.argv[1]), each)

@@ -1,0 +1,173 @@
+"""Sharded runs on processes make the steps of one process, and go on from each other's checkpoints."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cosmos3_train.data.mixture import StepDataset
+from cosmos3_train.training.checkpoints import load_checkpoint
+from cosmos3_train.training.datamodule import StepData
+from cosmos3_train.training.run import build
+from tests.training.project import experiment, load, write, write_project
+from tests.training.sharded import carry_out
+from tests.training.steps import difference
+from tests.training.test_processes import wait_for_step
+from tests.training.test_run import rows, status
+
+pytestmark = pytest.mark.slow
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STEPS = (
+    "training.steps=20 training.samples_per_step=3 training.tokens_per_micro_batch=100 optimizer.learning_rate=0.003 "
+    "training.checkpoint_every_n_steps=10 training.evaluate_every_n_steps=10 evaluation.heldout_samples=2 "
+    "evaluation.action_samples=1"
+)
+"""Three samples a step: two ranks hold one and two; small packs, so that they also differ in their number."""
+
+TUNINGS = {
+    "full": f"small {STEPS} tuning.method=full model.checkpoint_activations=true",
+    "hybrid": f"small {STEPS} tuning.method=hybrid",
+    "lora": f"small {STEPS} tuning.method=lora embodiments.mover.initialise_from=24 tuning.dora=true",
+    "cached": f"moves {STEPS} tuning.method=tower tuning.towers=[generation]",
+}
+
+
+def job(tuning: str, *more: str) -> str:
+    return " ".join((TUNINGS[tuning], *more))
+
+
+def write_moves(root: Path) -> Path:
+    """Add `experiments/moves.yaml`: robots alone, their instructions' keys and values cached."""
+    without_talk = experiment(root)
+    del without_talk["data"]["datasets"]["talk"]
+    without_talk["data"]["datasets"]["moves"]["cache_reasoner"] = True
+    write(root / "experiments" / "moves.yaml", without_talk)
+    return root
+
+
+def on_processes(root: Path, count: int, *jobs: str) -> None:
+    """Carry out jobs on so many processes."""
+    process = start(root, count, *jobs)
+    output, _ = process.communicate(timeout=250)
+    assert process.returncode == 0, output
+
+
+def start(root: Path, count: int, *jobs: str) -> subprocess.Popen:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count))
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "tests.training.sharded", str(root), *jobs],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A project in which every tuning was trained by one process, and then by two with sharded weights."""
+    root = write_moves(write_project(tmp_path_factory.mktemp("sharded") / "root"))
+    for tuning in TUNINGS:
+        carry_out(root, job(tuning, f"name={tuning}"))
+    on_processes(
+        root,
+        2,
+        *(job(tuning, f"name={tuning}_fsdp2 strategy.name=fsdp2") for tuning in TUNINGS),
+        job("full", "name=single_to_fsdp2 strategy.name=fsdp2 <full/10"),
+        job("full", "name=fsdp2_to_ddp strategy.name=ddp <full_fsdp2/10"),
+    )
+    carry_out(root, job("full", "name=fsdp2_to_single <full_fsdp2/10"))
+    return root
+
+
+def told(folder: Path, names: tuple[str, ...]) -> dict[tuple[str, str], float]:
+    return {(step, name): float(value) for step, name, value in rows(folder)[1:] if name.startswith(names)}
+
+
+def assert_same_curve(root: Path, one: str, other: str, first_step: int = 1, steps: int = 20) -> None:
+    """Losses within 1e-5 at every step, what is measured in between too, and the weights at the end."""
+    expected, found = (told(root / "runs" / run, ("loss", "heldout/loss")) for run in (one, other))
+    expected = {key: value for key, value in expected.items() if int(key[0]) >= first_step}
+    assert sum(key[1] == "loss" for key in expected) == steps + 1 - first_step
+    assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-5, abs=1e-7)
+    ends = [load_checkpoint(root / "runs" / run / "checkpoints" / f"step_{steps:06d}") for run in (one, other)]
+    for part in ("trainables", "average", "optimizer"):
+        theirs, ours = (getattr(end, part) for end in ends)
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert ours[name].shape == value.shape
+            if name.endswith(".step"):
+                assert torch.equal(ours[name], value), name
+    wrong = {n: difference(ends[1].trainables[n], v) for n, v in ends[0].trainables.items()}
+    assert max(wrong.values()) < 1e-3, max(wrong, key=wrong.__getitem__)
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_two_processes_that_share_the_weights_make_the_curve_of_one(root, tuning):
+    assert_same_curve(root, tuning, f"{tuning}_fsdp2")
+
+
+@pytest.mark.parametrize("run", ["single_to_fsdp2", "fsdp2_to_ddp", "fsdp2_to_single"])
+def test_a_run_goes_on_under_another_strategy(root, run):
+    assert_same_curve(root, "full", run, first_step=11)
+
+
+def test_the_shares_of_those_steps_differ_in_every_way(root):
+    """In their packs' number, and in what they hold: a step without conversations, one where a rank has none."""
+    run = build(load(root, "name=looked", *STEPS.split()))
+    mixture = StepData(run.loaded, run.opened, run.module.packer).mixture
+    shares = [StepDataset(mixture, 3, rank, 2, 20) for rank in (0, 1)]
+    steps = [[run.module.packer(share[step]) for share in shares] for step in range(20)]
+    assert any(len(one.packs) != len(other.packs) for one, other in steps)
+    assert any(one.speaks != other.speaks for one, other in steps)
+    assert any(not one.speaks and not other.speaks for one, other in steps)
+    assert any(not one.generates for one, other in steps)
+
+
+def test_a_checkpoint_holds_each_row_once_and_whole_weights_once(root):
+    folder = root / "runs" / "full_fsdp2" / "checkpoints" / "step_000020"
+    assert sorted(p.name for p in folder.glob("trainables*")) == [
+        "trainables.safetensors", "trainables.shard_00000.safetensors", "trainables.shard_00001.safetensors"
+    ]  # fmt: skip
+    sizes = [path.stat().st_size for path in sorted(folder.glob("trainables.shard*"))]
+    assert abs(sizes[0] - sizes[1]) < 0.02 * sizes[0]
+    lora = root / "runs" / "lora_fsdp2" / "checkpoints" / "step_000020"
+    assert [p.name for p in lora.glob("trainables*")] == ["trainables.safetensors"], "adapters are whole on every rank"
+
+
+def test_two_copies_of_two_shards_make_the_curve_of_one(root):
+    few = "training.steps=6 training.samples_per_step=5"
+    carry_out(root, job("full", "name=few", few))
+    on_processes(root, 4, job("full", "name=few_hsdp strategy.name=hsdp strategy.shards=2", few))
+    assert_same_curve(root, "few", "few_hsdp", steps=6)
+
+
+def test_killed_at_random_it_ends_with_the_weights_of_an_undisturbed_run(root):
+    folder, chance = root / "runs" / "killed", random.Random()
+    killed = job("full", "name=killed strategy.name=fsdp2 training.checkpoint_every_n_steps=1")
+    process = start(root, 2, killed)
+    wait_for_step(process, folder, chance.randint(2, 14))
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(ranks) == 2
+    time.sleep(chance.uniform(0, 0.2))
+    for pid in ranks:
+        os.kill(int(pid), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert status(folder)["state"] == "running"
+    on_processes(root, 2, killed)
+    undisturbed = load_checkpoint(root / "runs" / "full_fsdp2" / "checkpoints" / "step_000020")
+    found = load_checkpoint(folder / "checkpoints" / "step_000020")
+    for part in ("trainables", "average", "optimizer"):
+        ours, theirs = getattr(found, part), getattr(undisturbed, part)
+        assert [name for name, value in theirs.items() if not torch.equal(ours[name], value)] == []
+    assert rows(folder) == rows(root / "runs" / "full_fsdp2")
