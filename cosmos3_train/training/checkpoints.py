@@ -15,8 +15,11 @@ import hashlib
 import json
 import os
 import shutil
+import threading
+import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -31,6 +34,8 @@ from cosmos3_train.training.strategy import meet
 
 STATE = "state.json"
 PARTS = ("trainables", "average", "optimizer")
+GLANCE_SECONDS = 0.02
+"""Between two looks of the first rank's thread at what the others have written."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class Checkpoint:
     """What a checkpoint folder holds, tensors by parameter name; `average` is empty without an EMA.
 
     rows: of the parameters of which this rank holds some rows alone, here and in the optimizer
+    writers: how many ranks have something to write
     """
 
     position: Position
@@ -70,51 +76,123 @@ class Checkpoint:
     average: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     rows: dict[str, Rows] = field(default_factory=dict)
+    writers: int = 1
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write `folder/step_NNNNNN` atomically, then remove all but the newest `keep`.
+    """Write `folder/step_NNNNNN` atomically, then remove all but the newest `keep`. As `Saving`, waited for."""
+    saving = Saving(folder, checkpoint, keep)
+    saving.finish()
+    return saving.target
 
-    With `rows` every rank calls it and writes its own, else the first rank alone. Where it is there already, only steps
-    were left out since, which change no tensor: its position alone is replaced.
+
+class Saving:
+    """A checkpoint on its way to the disk, which a thread writes while the run goes on.
+
+    With `rows` every rank makes one, with its own rows in it, else the first rank alone. The first rank's thread makes
+    it whole as soon as it sees every rank's part; until then, and after an error, those before are untouched. Where
+    `folder/step_NNNNNN` is there already, only steps were left out since, which change no tensor: its position alone is
+    replaced.
+
+    Args:
+        folder: of the checkpoints.
+        checkpoint: copied, so that the run may go on.
+        keep: of the checkpoints that are whole, the newest so many stay.
 
     Raises:
-        UserError: the disk is full or read-only; the earlier checkpoints are untouched.
+        UserError: the disk is full or read-only.
     """
-    name = f"step_{checkpoint.position.step:06d}"
-    target, partial = folder / name, folder / f".{name}.partial"
-    state = (json.dumps(asdict(checkpoint.position), indent=2) + "\n").encode()
-    try:
-        if (target / STATE).is_file():
+
+    def __init__(self, folder: Path, checkpoint: Checkpoint, keep: int) -> None:
+        name = f"step_{checkpoint.position.step:06d}"
+        self.folder, self.keep, self.step = folder, keep, checkpoint.position.step
+        self.target, self._partial = folder / name, folder / f".{name}.partial"
+        self._state = (json.dumps(asdict(checkpoint.position), indent=2) + "\n").encode()
+        self._shards, self._written = bool(checkpoint.rows), threading.Event()
+        self._error: UserError | None = None
+        self._thread: threading.Thread | None = None
+        with self._one_line_of_a_full_disk():
+            if (self.target / STATE).is_file():
+                if is_first_rank():
+                    write_whole(self.target / STATE, self._state)
+                return
             if is_first_rank():
-                write_whole(target / STATE, state)
-            return target
-        if is_first_rank():
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-        if checkpoint.rows:
-            meet(f"the checkpoint of step {checkpoint.position.step}")
-        _write_parts(partial, checkpoint)
-        if checkpoint.rows:
-            meet(f"the end of the checkpoint of step {checkpoint.position.step}")
-        if is_first_rank():
-            (partial / STATE).write_bytes(state)
-            _flush(partial / STATE)
-            _flush(partial)
-            partial.replace(target)
-            _flush(folder)
-    except (OSError, SafetensorError) as error:  # a full disk is the latter where safetensors meets it
-        shutil.rmtree(partial, ignore_errors=True)
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-        raise UserError(
-            f"{target}: the checkpoint could not be written ({reason}); free some space and run "
-            f"the same command again, which goes on from the last whole checkpoint"
-        ) from error
-    if is_first_rank():
-        for old in list_checkpoints(folder)[:-keep]:
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(self._partial, ignore_errors=True)
+                self._partial.mkdir()
+        if self._shards:
+            meet(f"the checkpoint of step {self.step}")
+        self._thread = threading.Thread(target=self._carry_out, args=(_copied(checkpoint),), daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise the `UserError` that this rank's thread has met, if any."""
+        if self._error is not None:
+            raise self._error
+
+    def finish(self) -> None:
+        """Wait until the checkpoint is whole; under sharding every rank does."""
+        if self._thread is None:
+            return
+        self._written.wait()
+        self.check()
+        if self._shards:
+            meet(f"all parts of the checkpoint of step {self.step}")
+        self._thread.join()
+        self.check()
+        if self._shards:
+            meet(f"the end of the checkpoint of step {self.step}")
+        assert not is_first_rank() or (self.target / STATE).is_file(), "the thread has ended without a checkpoint"
+
+    def wait_alone(self) -> None:
+        """As far as this rank can, in a run that ends with an error."""
+        if self._thread is not None and not self._shards:
+            self._thread.join()
+
+    def _carry_out(self, checkpoint: Checkpoint) -> None:
+        try:
+            with self._one_line_of_a_full_disk():
+                _write_parts(self._partial, checkpoint)
+                self._written.set()
+                if is_first_rank():
+                    self._make_whole(checkpoint.writers)
+        except UserError as error:
+            self._error = error
+        finally:
+            self._written.set()
+
+    def _make_whole(self, writers: int) -> None:
+        while len(list(self._partial.glob("files_*.json"))) < writers:
+            time.sleep(GLANCE_SECONDS)
+        (self._partial / STATE).write_bytes(self._state)
+        _flush(self._partial / STATE)
+        _flush(self._partial)
+        self._partial.replace(self.target)
+        _flush(self.folder)
+        for old in list_checkpoints(self.folder)[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
-    return target
+
+    @contextmanager
+    def _one_line_of_a_full_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:  # a full disk is the latter where safetensors meets it
+            shutil.rmtree(self._partial, ignore_errors=True)
+            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+            raise UserError(
+                f"{self.target}: the checkpoint could not be written ({reason}); free some space and run "
+                f"the same command again, which goes on from the last whole checkpoint"
+            ) from error
+
+
+def _copied(checkpoint: Checkpoint) -> Checkpoint:
+    """With its tensors in the host's memory, in copies of their own."""
+    copies = {part: {n: _copy(t) for n, t in getattr(checkpoint, part).items()} for part in PARTS}
+    return replace(checkpoint, **copies)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor.detach())
 
 
 def _write_parts(folder: Path, checkpoint: Checkpoint) -> None:
@@ -133,13 +211,12 @@ def _write_parts(folder: Path, checkpoint: Checkpoint) -> None:
                 folder / f"{part}.shard_{rank():05d}.safetensors", {name: tensors[name] for name in sharded}, places
             )
     if hashes:
-        path = folder / f"files_{rank():05d}.json"
-        path.write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
-        _flush(path)
+        # Whole or not at all, for the first rank waits for it.
+        write_whole(folder / f"files_{rank():05d}.json", (json.dumps(hashes, indent=2) + "\n").encode())
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> dict[str, str]:
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata)
+    save_file(dict(tensors), path, metadata)
     _flush(path)
     return {path.name: _hash(path)}
 
@@ -174,13 +251,13 @@ def load_checkpoint(path: Path, rows: Mapping[str, Rows] | None = None) -> Check
     try:
         position = Position(**json.loads((path / STATE).read_text()))
         _check_hashes(path)
-        tensors = {part: dict(_read_part(path, part, rows)) for part in PARTS}
+        trainables, average, optimizer = (dict(_read_part(path, part, rows)) for part in PARTS)
     except (OSError, SafetensorError, json.JSONDecodeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{path}: damaged checkpoint ({reason}); remove the folder to go on from the one before"
         ) from error
-    return Checkpoint(position=position, **tensors, rows=rows)
+    return Checkpoint(position, trainables, average, optimizer, rows)
 
 
 def _check_hashes(path: Path) -> None:

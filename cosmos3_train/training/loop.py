@@ -13,11 +13,11 @@ from typing import Any
 import lightning
 
 from cosmos3_train.runtime import is_first_rank, world_size
-from cosmos3_train.training.checkpoints import Checkpoint, save_checkpoint
+from cosmos3_train.training.checkpoints import Checkpoint, Saving
 from cosmos3_train.training.module import PostTraining
 from cosmos3_train.training.optimizer import optimizer_tensors
 from cosmos3_train.training.progress import SKIPPED, Bar, Metrics, write_status
-from cosmos3_train.training.sharding import lend, own_part, own_rows, writes_shards
+from cosmos3_train.training.sharding import lend, own_part, own_rows, shard_count, writes_shards
 from cosmos3_train.training.strategy import PeerLost, any_rank, meet, wait_for_first_rank
 from cosmos3_train.training.throughput import StepTime, Throughput
 
@@ -46,6 +46,7 @@ class RunLoop(lightning.Callback):
         self.training = module.experiment.training
         self.interrupted = False
         self._asked_to_stop = False
+        self._saving: Saving | None = None
         self._bar: Bar | None = None
         self._metrics: Metrics | None = None
         self._throughput: Throughput | None = None
@@ -83,6 +84,8 @@ class RunLoop(lightning.Callback):
         time = self._throughput.stop(report.tokens, report.samples, report.flops)
         if self.watch is not None:
             self.watch(time)
+        if self._saving is not None:
+            self._saving.check()
         self._bar.advance(step)
         last, made = step >= training.steps, not self.module.report.skipped
         if not made:  # told with the step that it was on the way to
@@ -92,7 +95,7 @@ class RunLoop(lightning.Callback):
         self.interrupted = not last and any_rank(self._asked_to_stop, self.module.device)
         due = made and training.checkpoint_every_n_steps and step % training.checkpoint_every_n_steps == 0
         if last or self.interrupted or due:
-            self._save(trainer)
+            self._save(trainer, last or self.interrupted)
             self._throughput.restart()
         if made and self._evaluation_due(step) and not self.interrupted:
             self._evaluate()
@@ -113,6 +116,8 @@ class RunLoop(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
         self._close()
+        if self._saving is not None:
+            self._saving.wait_alone()
         if isinstance(exception, PeerLost):
             exception.asked_to_stop = self._asked_to_stop
 
@@ -166,11 +171,19 @@ class RunLoop(lightning.Callback):
         if self._metrics is not None:
             self._metrics.write(step, values)
 
-    def _save(self, trainer: lightning.Trainer) -> None:
+    def _save(self, trainer: lightning.Trainer, last: bool) -> None:
+        """Begin to write a checkpoint, when the one before is whole; the run's last one is waited for."""
         checkpoint = current_checkpoint(self.module)
+        self._finish_saving()
         if is_first_rank() or checkpoint.rows:
-            save_checkpoint(self.folder / "checkpoints", checkpoint, self.training.keep_checkpoints)
-        trainer.strategy.barrier()
+            self._saving = Saving(self.folder / "checkpoints", checkpoint, self.training.keep_checkpoints)
+        if last:
+            self._finish_saving()
+            trainer.strategy.barrier()
+
+    def _finish_saving(self) -> None:
+        if self._saving is not None:
+            self._saving.finish()
 
     def _close(self) -> None:
         if self._bar is not None:
@@ -186,11 +199,12 @@ def current_checkpoint(module: PostTraining) -> Checkpoint:
     parameters = module.trainables.parameters
     rows = own_rows(parameters)
     if not writes_shards(parameters):
-        return Checkpoint(module.position, {}, {}, {}, rows)
+        return Checkpoint(module.position, {}, {}, {}, rows)  # another copy of the model writes the same
     return Checkpoint(
         position=module.position,
         trainables={name: own_part(p) for name, p in parameters.items()},
         average=module.average.values if module.average is not None else {},
         optimizer=optimizer_tensors(module.optimizer, parameters),
         rows=rows,
+        writers=shard_count(parameters),
     )

@@ -106,11 +106,20 @@ def own_rows(parameters: Mapping[str, Tensor]) -> dict[str, Rows]:
     return found
 
 
+def shard_count(parameters: Mapping[str, Tensor]) -> int:
+    """Among how many ranks the rows of a parameter are spread; 1 where all are whole."""
+    mesh = _mesh_of(parameters)
+    return 1 if mesh is None else mesh["shards"].size()
+
+
 def writes_shards(parameters: Mapping[str, Tensor]) -> bool:
     """Whether this rank's copy of the model is the first one: every other holds the same rows again."""
-    meshes = (parameter.device_mesh for parameter in parameters.values() if isinstance(parameter, DTensor))
-    mesh = next(meshes, None)
+    mesh = _mesh_of(parameters)
     return mesh is None or mesh.ndim == 1 or mesh.get_local_rank("copies") == 0
+
+
+def _mesh_of(parameters: Mapping[str, Tensor]) -> DeviceMesh | None:
+    return next((p.device_mesh for p in parameters.values() if isinstance(p, DTensor)), None)
 
 
 def lend(backbone: Cosmos3PackedTransformer, work: Callable[[], None]) -> None:

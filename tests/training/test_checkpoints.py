@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from cosmos3_train.training.checkpoints import (
     Checkpoint,
     Position,
     Rows,
+    Saving,
+    _copied,
     _write_parts,
     check_names,
     list_checkpoints,
@@ -82,7 +85,7 @@ def write_in_shards(folder: Path, shards: int, monkeypatch) -> Path:
         if place:
             partial = folder / ".step_000003.partial"
             partial.mkdir(parents=True, exist_ok=True)
-            _write_parts(partial, part)
+            _write_parts(partial, _copied(part))
             for file in list(partial.iterdir()):  # the first rank would begin with an empty folder
                 file.replace(folder / file.name)
         else:
@@ -138,6 +141,25 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_nothing_half_written(tmp_
     assert [p.name for p in tmp_path.iterdir()] == ["step_000002"]
 
 
+def test_the_run_goes_on_while_a_checkpoint_is_written(tmp_path):
+    large = checkpoint(1, size=4_000_000)
+    saving = Saving(tmp_path, large, keep=1)
+    large.trainables["a.weight"] += 1
+    saving.finish()
+    assert torch.equal(load_checkpoint(saving.target).trainables["a.weight"], torch.ones(4_000_000))
+
+
+def test_a_disk_that_fills_up_meanwhile_is_told_at_the_next_look(tmp_path):
+    save_checkpoint(tmp_path, checkpoint(1), keep=1)
+    with small_files(2000):
+        saving = Saving(tmp_path, checkpoint(2, size=100_000), keep=1)
+        with pytest.raises(UserError, match=r"step_000002: the checkpoint could not be written .*free some space"):
+            while True:
+                saving.check()
+                time.sleep(0.01)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
+
+
 def test_a_disk_that_fills_up_during_a_run_costs_no_checkpoint(project):
     loaded = load(project, "name=full")
     folder: Path = loaded.run_folder
@@ -147,6 +169,8 @@ def test_a_disk_that_fills_up_during_a_run_costs_no_checkpoint(project):
         """Called before the first step, then at step 2, after its checkpoint."""
         evaluations.append(run.module.position.step)
         if len(evaluations) == 2:
+            while not (folder / "checkpoints" / "step_000002").is_dir():  # it is written while the run goes on
+                time.sleep(0.01)
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         return {}
 
