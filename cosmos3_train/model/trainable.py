@@ -161,7 +161,11 @@ def _inject(backbone: Cosmos3PackedTransformer, tuning: Tuning, embodiments: Seq
 def _stand_ins(backbone: Cosmos3PackedTransformer) -> Iterator[None]:
     """Within the block one number stands for every weight that is not read yet: PEFT puts an adapter on the device of
     its layer's weight, where the meta device would take its values away."""
-    device = next((p.device for p in backbone.parameters() if not p.is_meta), torch.device("meta"))
+    devices = {parameter.device for parameter in backbone.parameters()} - {torch.device("meta")}
+    if not devices:  # no weight will be read: adapters are only to be counted
+        yield
+        return
+    (device,) = devices
     empty = [
         (module, name, parameter)
         for module in backbone.modules()
