@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import lightning
@@ -30,7 +31,7 @@ from cosmos3_train.training.checkpoints import Position
 from cosmos3_train.training.ema import Average
 from cosmos3_train.training.optimizer import clip_gradients, make_optimizer, set_learning_rate
 from cosmos3_train.training.sharding import reduce_after_this_pack
-from cosmos3_train.training.strategy import assert_same_on_all_ranks, largest, meet, sum_gradients, summed
+from cosmos3_train.training.strategy import assert_same_on_all_ranks, largest, meet, peers, sum_gradients, summed
 from cosmos3_train.training.throughput import Arithmetic
 from cosmos3_train.types import PackedSequence, StepBatch
 
@@ -91,7 +92,9 @@ class PostTraining(lightning.LightningModule):
         torch.manual_seed(fold(self.experiment.training.seed, "dropout", batch.step, rank()))
         step = self.packer(batch) if isinstance(batch, StepBatch) else batch
         counts = self.step_counts(step)
-        sums = self.accumulate(step.packs, counts, self._passes(step))
+        passes = self._passes(step)
+        with peers("the weights of a step") if self.sharded else nullcontext():
+            sums = self.accumulate(step.packs, counts, passes)
         self._descend(batch.step)
         self.report = replace(
             self.report,

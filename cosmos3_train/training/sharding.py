@@ -31,7 +31,7 @@ from cosmos3_train.model.omni import Cosmos3PackedTransformer
 from cosmos3_train.model.trainable import restart_magnitudes
 from cosmos3_train.runtime import is_first_rank
 from cosmos3_train.training.checkpoints import Rows
-from cosmos3_train.training.strategy import hear_first_rank
+from cosmos3_train.training.strategy import hear_first_rank, peers
 
 DONE, PASS = 0, 1
 """The first rank's words to those that lend to it."""
@@ -127,6 +127,11 @@ def lend(backbone: Cosmos3PackedTransformer, work: Callable[[], None]) -> None:
 
     Every rank calls it. A pass of either tower goes through all layers, so one word a pass is enough.
     """
+    with peers("the weights that are lent for measuring"):
+        _lend(backbone, work)
+
+
+def _lend(backbone: Cosmos3PackedTransformer, work: Callable[[], None]) -> None:
     layers, root = [_unit(layer) for layer in backbone.layers], _unit(backbone)
     root.unshard()
     if is_first_rank():

@@ -63,7 +63,7 @@ class SummedGradients(DDPStrategy):
         _open_meetings(self._timeout)
 
     def barrier(self, *args: object, **kwargs: object) -> None:
-        with _peers("a barrier"):
+        with peers("a barrier"):
             super().barrier(*args, **kwargs)
 
 
@@ -79,7 +79,7 @@ class ShardedWeights(ModelParallelStrategy):
         """It is there. Moving would have every unit look for its shards anew."""
 
     def barrier(self, name: str | None = None) -> None:
-        with _peers("a barrier"):
+        with peers("a barrier"):
             super().barrier(name)
 
 
@@ -216,7 +216,7 @@ def _meet(where: str, patience: timedelta) -> None:
     """
     group, word, ends = _meetings[patience], torch.zeros(1), time.monotonic() + patience.total_seconds()
     if not is_first_rank():
-        with _peers(where, "rank 0"):
+        with peers(where, "rank 0"):
             dist.send(word, dst=0, group=group)
             dist.recv(word, src=0, group=group)
         return
@@ -242,13 +242,13 @@ def _meet(where: str, patience: timedelta) -> None:
             f"{patience.total_seconds():g} s (strategy.collective_timeout_seconds); the log of that rank says what it "
             f"did last"
         )
-    with _peers(where):
+    with peers(where):
         for other in others:
             dist.send(word, dst=other, group=group)
 
 
 @contextmanager
-def _peers(what: str, awaited: str = "a rank") -> Iterator[None]:
+def peers(what: str, awaited: str = "a rank") -> Iterator[None]:
     """Errors of a collective are a peer's, not this process's."""
     try:
         yield
@@ -261,7 +261,7 @@ def _peers(what: str, awaited: str = "a rank") -> Iterator[None]:
 
 
 def _all_reduce(values: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
-    with _peers("a sum over ranks" if operation == dist.ReduceOp.SUM else "a comparison of ranks"):
+    with peers("a sum over ranks" if operation == dist.ReduceOp.SUM else "a comparison of ranks"):
         dist.all_reduce(values, op=operation)
 
 
@@ -274,7 +274,7 @@ def summed(values: Tensor) -> Tensor:
 
 def summed_over_shards(values: Tensor) -> Tensor:
     """The sum over the ranks that share one copy of the model, in place."""
-    with _peers("a sum over shards"):
+    with peers("a sum over shards"):
         dist.all_reduce(values, group=device_mesh().get_group("shards"))
     return values
 
@@ -294,7 +294,7 @@ def largest(values: list[int], what: str) -> list[int]:
         return values
     meet(what)
     found = torch.tensor(values)
-    with _peers(what):
+    with peers(what):
         dist.all_reduce(found, dist.ReduceOp.MAX, group=_meetings[_patience])
     return found.tolist()
 
@@ -302,7 +302,7 @@ def largest(values: list[int], what: str) -> list[int]:
 def hear_first_rank(value: int) -> int:
     """What the first rank says, which may take as long as it takes; the others' own value counts for nothing."""
     word = torch.tensor(value)
-    with _peers("the first rank's word", "rank 0"):
+    with peers("the first rank's word", "rank 0"):
         dist.broadcast(word, 0, group=_meetings[AS_LONG_AS_IT_TAKES])
     return int(word)
 

@@ -53,9 +53,10 @@ def root_cause(output: str) -> str:
     return output.rpartition("Root Cause")[2]
 
 
-def test_a_dead_rank_ends_the_run_and_is_named_first(project):
-    folder = project / "runs" / "dead"
-    process = local(project, "name=dead", *LONG)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_dead_rank_ends_the_run_and_is_named_first(project, strategy):
+    folder = project / "runs" / f"dead_{strategy}"
+    process = local(project, f"name=dead_{strategy}", f"strategy.name={strategy}", *LONG)
     wait_for_step(process, folder, 5)
     found = re.findall(r"process (\d+)", log_of(folder, 1))
     os.kill(int(found[-1]), signal.SIGKILL)
