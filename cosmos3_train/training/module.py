@@ -83,6 +83,7 @@ class PostTraining(lightning.LightningModule):
         self.position = Position()
         self.report = StepReport()
         self._compared_ranks = False
+        self._unreached: list[nn.Parameter] = []
 
     # -------------------------------------------------------------------------------------------- the step
 
@@ -128,7 +129,6 @@ class PostTraining(lightning.LightningModule):
 
     def _passes(self, step: PackedStep) -> int:
         """Forwards that every rank makes in this step: under sharding as many as the one with the most packs."""
-        self._unreached: list[nn.Parameter] = []
         if not self.sharded:
             return len(step.packs)
         passes, generates, speaks = largest(

@@ -105,7 +105,8 @@ Evaluate = Callable[[Run], Mapping[str, float]]
 """Measures a run where it stands; called on the first rank alone."""
 
 Deliver = Callable[[Run], None]
-"""Takes a run that has just finished; called on the first rank alone, with the run on its device again."""
+"""Takes a run that has just finished; called on the first rank alone, with the whole model on its device again where
+something is to be exported."""
 
 Watch = Callable[[Run, StepTime], None]
 """Sees every step's time as soon as it is made, and the run as that step left it."""
@@ -146,11 +147,12 @@ def _carry_out(loaded: Loaded, evaluate: Evaluate | None, deliver: Deliver | Non
     if not _fit(run, evaluate, watch):
         return "interrupted"
     if deliver is not None and is_first_rank():
-        if run.module.sharded:
+        if not run.module.sharded:
+            run.module.to(run.device)  # Lightning's teardown has moved it to the CPU
+        elif loaded.experiment.export != "none":
             del run
             gc.collect()  # units refer to each other in circles
             run = build(loaded, alone=True)
-        run.module.to(run.device)  # Lightning's teardown has moved it to the CPU
         deliver(run)
     return "finished"
 
