@@ -1,0 +1,60 @@
+"""Which strategy the processes that were started make, and those that they cannot make, in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cosmos3_train.config import Strategy, UserError, load_experiment
+from cosmos3_train.training.strategy import device_for, is_sharded, strategy_name
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Say how many processes torchrun has started, on so many machines."""
+
+    def start(processes: int, machines: int = 1) -> None:
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes // machines))
+        monkeypatch.setenv("LOCAL_RANK", "0")
+
+    return start
+
+
+def test_auto_is_single_for_one_process_and_ddp_for_several(started):
+    assert strategy_name(Strategy()) == "single"
+    assert strategy_name(Strategy(devices=4)) == "ddp", "which then says what starts four"
+    started(1)
+    assert strategy_name(Strategy()) == "single"
+    started(2, machines=2)
+    assert strategy_name(Strategy(devices=1)) == "ddp"
+    assert strategy_name(Strategy(name="fsdp2")) == "fsdp2"
+
+
+@pytest.mark.parametrize("name", ["auto", "single", "ddp", "fsdp2", "hsdp"])
+def test_every_strategy_is_a_part(name):
+    part = ["parts.strategy=" + name]
+    loaded = load_experiment(REPOSITORY / "experiments" / "nano_policy_lora.yaml", part)
+    assert loaded.experiment.strategy.name == name
+    assert is_sharded(loaded.experiment.strategy) == (name in ("fsdp2", "hsdp"))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "processes", "told"),
+    [
+        (Strategy(name="fsdp2"), None, "strategy.name is 'fsdp2', but one process was started; use launch/local.sh"),
+        (Strategy(devices=2), None, "strategy.devices is 2, but one process was started; use launch/local.sh"),
+        (Strategy(name="single"), 2, "strategy.name is 'single', but 2 processes were started"),
+        (Strategy(name="fsdp2", devices=1), 2, "strategy.devices is 1, but 2 processes were started"),
+        (Strategy(name="hsdp", devices=4, shards=3), 4, "strategy.shards is 3, which does not divide the 4 processes"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(started, strategy, processes, told):
+    if processes:
+        started(processes)
+    with pytest.raises(UserError, match=told) as caught:
+        device_for(strategy)
+    assert "\n" not in str(caught.value)
