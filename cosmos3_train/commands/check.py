@@ -23,8 +23,8 @@ from cosmos3_train.model.loading import fetched_folder
 from cosmos3_train.model.reasoner_cache import size_in_words as _size
 from cosmos3_train.training.datamodule import caches_reasoner
 
-LATENT_BYTES = 48 * 2
-"""Of one cell of a cached latent: 48 channels in bf16."""
+LATENT_BYTES, SOUND_BYTES = 48 * 2, 2
+"""Of one cell of a cached latent, 48 channels in bf16; of one number of a cached sound."""
 
 
 @dataclass
@@ -133,6 +133,9 @@ def _check_disk(loaded: Loaded, findings: Findings) -> None:
             size = checked.windows * math.prod(checked.latent) * LATENT_BYTES
             left = max(0, size - sum(_bytes_under(part) for part in caches.glob("latents.partial-*")))
             needs.append((caches, left, f"{_size(size)} cached latents"))
+        if entry.cache_latents and checked.sound is not None:
+            size = checked.windows * math.prod(checked.sound) * SOUND_BYTES
+            needs.append((loaded.root / entry.prepared / "caches", size, f"{_size(size)} cached sound"))
     if findings.reasoner_bytes:
         first = next(entry for entry in experiment.data.datasets.values() if entry.cache_reasoner)
         words = f"{_size(findings.reasoner_bytes)} cached keys and values"

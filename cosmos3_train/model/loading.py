@@ -254,7 +254,7 @@ def fill_from_shards(module: nn.Module, folder: Path, dtype: torch.dtype, device
     Raises:
         UserError: a shard is missing or damaged, a tensor is missing or has another shape; names file and tensor.
     """
-    places = _tensor_files(folder)
+    places = tensor_files(folder)
     wanted = {name: parameter.shape for name, parameter in _empty_parameters(module).items()}
     missing = sorted(wanted.keys() - places.keys())
     if missing:
@@ -284,8 +284,8 @@ def _empty_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.is_meta}
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Which file holds each tensor, from the index of a sharded folder or from the single file."""
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Which file of a part holds each tensor, from the index of a sharded folder or from the single file."""
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if indexes:
         try:
