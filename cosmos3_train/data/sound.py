@@ -109,10 +109,10 @@ def sound_at(root: Path, place: str, start: float, samples: int, form: SoundForm
     found = None
     if stream is not None:
         try:
-            seek_to = max(0.0, start - MARGIN_SECONDS - PREROLL_SECONDS)
+            seek_to = start - MARGIN_SECONDS - PREROLL_SECONDS
             found = _decoded(container, stream, start, stop, seek_to)
-            if seek_to and (found is None or found.first > start):  # it begins late, or seeks only to a later place
-                found = _decoded(container, stream, start, stop, 0.0)
+            if seek_to > 0 and (found is None or found.first > start):  # it begins late, or seeks only to a later place
+                found = _decoded(container, stream, start, stop, -PREROLL_SECONDS)
         except (av.FFmpegError, OSError) as error:
             close(path)
             raise corrupt(path, inside, error) from None
@@ -143,7 +143,10 @@ class _Decoded(NamedTuple):
 def _decoded(
     container: InputContainer, stream: AudioStream, start: float, stop: float, seek_to: float
 ) -> _Decoded | None:
-    """From `seek_to` on; None where no block reaches into the stretch."""
+    """From `seek_to` on; None where no block reaches into the stretch.
+
+    Before 0 lies what primes a codec, so a file sought to 0 is not decoded like one that is read from its beginning.
+    """
     assert stream.time_base is not None
     unit = float(stream.time_base)
     container.seek(int(seek_to / unit), stream=stream, backward=True)
