@@ -3,6 +3,9 @@
 As upstream's training pipeline lines it up: the samples of [start, start + length) on the time line that the frames'
 own times are of. Where the track does not reach (it begins late, ends early) there is silence, never a shift. Mono is
 repeated on every channel; of more channels than are wanted the first ones are taken.
+
+A file is opened for every stretch and not kept: AAC puts noise in place of some bands, which goes on where the decoder
+stands, and a sample must not depend on what was read before it.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from av.container import InputContainer
 from torch import Tensor
 
 from cosmos3_train.config import UserError
-from cosmos3_train.data.video import close, corrupt, named, opened
+from cosmos3_train.data.video import close, corrupt, named, open_anew, opened
 
 MARGIN_SECONDS = 0.05
 """Of a track beyond both ends of a stretch that is resampled, so that the filter sees no edge there."""
@@ -103,19 +106,10 @@ def sound_at(root: Path, place: str, start: float, samples: int, form: SoundForm
         UserError: the file is missing or corrupt, or has no sound anywhere in the stretch.
     """
     path, inside = _file(root, place)
-    container = opened(path, inside)
-    stream = _stream(container)
-    stop = start + samples / form.rate
-    found = None
-    if stream is not None:
-        try:
-            seek_to = start - MARGIN_SECONDS - PREROLL_SECONDS
-            found = _decoded(container, stream, start, stop, seek_to)
-            if seek_to > 0 and (found is None or found.first > start):  # it begins late, or seeks only to a later place
-                found = _decoded(container, stream, start, stop, -PREROLL_SECONDS)
-        except (av.FFmpegError, OSError) as error:
-            close(path)
-            raise corrupt(path, inside, error) from None
+    stop, seek_to = start + samples / form.rate, start - MARGIN_SECONDS - PREROLL_SECONDS
+    found = _decoded(path, inside, start, stop, seek_to)
+    if seek_to > 0 and (found is None or found.first > start):  # it begins late, or seeks only to a later place
+        found = _decoded(path, inside, start, stop, -PREROLL_SECONDS)
     if found is None:
         raise UserError(f"{named(path, inside)}: no sound from {start:.3f} to {stop:.3f} s; copy the log again")
     values = found.values[: form.channels]
@@ -140,13 +134,22 @@ class _Decoded(NamedTuple):
     first: float
 
 
-def _decoded(
-    container: InputContainer, stream: AudioStream, start: float, stop: float, seek_to: float
-) -> _Decoded | None:
+def _decoded(path: Path, inside: str, start: float, stop: float, seek_to: float) -> _Decoded | None:
     """From `seek_to` on; None where no block reaches into the stretch.
 
     Before 0 lies what primes a codec, so a file sought to 0 is not decoded like one that is read from its beginning.
     """
+    with open_anew(path, inside) as container:
+        stream = _stream(container)
+        if stream is None:
+            return None
+        try:
+            return _read(container, stream, start, stop, seek_to)
+        except (av.FFmpegError, OSError) as error:
+            raise corrupt(path, inside, error) from None
+
+
+def _read(container: InputContainer, stream: AudioStream, start: float, stop: float, seek_to: float) -> _Decoded | None:
     assert stream.time_base is not None
     unit = float(stream.time_base)
     container.seek(int(seek_to / unit), stream=stream, backward=True)

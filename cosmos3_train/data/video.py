@@ -242,6 +242,19 @@ def corrupt(path: Path, inside: str, error: Exception) -> UserError:
     )
 
 
+def open_anew(path: Path, inside: str) -> InputContainer:
+    """A video's file, opened; whoever asked closes it.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    try:
+        return av.open(archives.Part(path, *archives.range_of(inside)) if inside else str(path), mode="r")
+    except (av.FFmpegError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{named(path, inside)}: not a readable video ({reason}); copy the log again") from None
+
+
 def opened(path: Path, inside: str = "") -> InputContainer:
     """A video's file, opened once in a process and kept; whoever reads it seeks first.
 
@@ -257,11 +270,7 @@ def opened(path: Path, inside: str = "") -> InputContainer:
     if key in _open:
         _open.move_to_end(key)
         return _open[key]
-    try:
-        container = av.open(archives.Part(path, *archives.range_of(inside)) if inside else str(path), mode="r")
-    except (av.FFmpegError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{named(path, inside)}: not a readable video ({reason}); copy the log again") from None
+    container = open_anew(path, inside)
     if not container.streams.video:
         container.close()
         raise UserError(f"{named(path, inside)}: the file has no video stream; copy the log again")
@@ -270,9 +279,6 @@ def opened(path: Path, inside: str = "") -> InputContainer:
         container.close()
         raise UserError(f"{named(path, inside)}: the video's codec is not known; copy the log again")
     codec.thread_count = 1
-    for track in container.streams.audio:
-        if (sound := cast(Any, track.codec_context)) is not None:
-            sound.thread_count = 1
     _open[key] = container
     while len(_open) > OPEN_FILES:
         oldest, stale = _open.popitem(last=False)

@@ -32,10 +32,8 @@ def check_sound(folder: Path, model: Model, task: str) -> SoundForm:
         UserError: the transformer has no sound head, or the folder no sound tokenizer, or one that cannot encode, is
             damaged, or is of another transformer.
     """
-    where, remedy = (
-        f"model.path is {model.path!r}",
-        f"which the task {task!r} needs; leave it out, or take a model that",
-    )
+    where = f"model.path is {model.path!r}"
+    remedy = f"which the task {task!r} needs; leave it out, or take a model that"
     with torch.device("meta"):
         head: Any = make_backbone(folder / "transformer", model).config
     if not head.sound_gen or not head.sound_dim:

@@ -70,6 +70,13 @@ def test_samples_are_those_of_their_time(start, tmp_path):
     assert errors[1] == min(errors)
 
 
+def test_a_sound_does_not_depend_on_what_was_read_before_it(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(sounding(96))
+    times = [0.0, 1.2, 0.4, 2.9, 1.2, 0.0]
+    found = [sound_at(tmp_path, "a.mp4", time, 24000, FORM).numpy() for time in times]
+    assert np.array_equal(found[0], found[5]) and np.array_equal(found[1], found[4])
+
+
 @pytest.mark.parametrize(("before", "after"), [(44100, 48000), (48000, 44100), (16000, 48000), (48000, 24000)])
 def test_another_rate_keeps_every_samples_time(before, after, tmp_path):
     (tmp_path / "a.mov").write_bytes(sounding(96, rate=before, codec="pcm_s16le", form="mov"))
