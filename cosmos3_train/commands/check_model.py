@@ -17,10 +17,9 @@ from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.loading import forget_understanding, load_parts, make_backbone
 from cosmos3_train.model.packing import Layout
 from cosmos3_train.model.reasoner_cache import Reasoner, missing_prompts, size_in_words
-from cosmos3_train.model.sound import check_sound
 from cosmos3_train.model.trainable import make_trainable
 from cosmos3_train.training.batching import split_into_packs
-from cosmos3_train.training.datamodule import heard_task, run_prompts
+from cosmos3_train.training.datamodule import run_prompts
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,6 @@ def check_model(folder: Path, experiment: Experiment, *, reasoner_cached: bool =
     for pattern, factor in experiment.tuning.learning_rate_multipliers.items():
         count = sum(trainables.factors[name] == factor for name in trainables.parameters)
         rows.append(("learning rate", f"× {factor:g} for {pattern} ({count} parameters)"))
-    heard = heard_task(experiment)
-    if heard is not None:
-        form = check_sound(folder, experiment.model, heard)
-        rows.append(("sound", f"the folder's tokenizer takes {form.rate:,} Hz, {form.channels} channels"))
     trained = sum(parameter.numel() for parameter in trainables.parameters.values())
     return CheckedModel(rows, trained, stored, Layout.of(backbone.config))
 
