@@ -146,8 +146,10 @@ def _check_disk(loaded: Loaded, findings: Findings) -> None:
             left = max(0, size - sum(_bytes_under(part) for part in caches.glob("latents.partial-*")))
             needs.append((caches, left, f"{_size(size)} cached latents"))
         if entry.cache_latents and checked.sound is not None:
+            caches = loaded.root / entry.prepared / "caches"
             size = checked.windows * math.prod(checked.sound) * SOUND_BYTES
-            needs.append((loaded.root / entry.prepared / "caches", size, f"{_size(size)} cached sound"))
+            left = max(0, size - sum(_bytes_under(part) for part in caches.glob("sound.partial-*")))
+            needs.append((caches, left, f"{_size(size)} cached sound"))
     if findings.reasoner_bytes:
         first = next(entry for entry in experiment.data.datasets.values() if entry.cache_reasoner)
         words = f"{_size(findings.reasoner_bytes)} cached keys and values"

@@ -110,14 +110,13 @@ def _folder_subject(folder: Path, card: DatasetCard, card_path: Path, robot: Emb
     model = config.Model(path=str(folder.resolve()), dtype=dtype, checkpoint_activations=False)
     experiment = Experiment(name=folder.resolve().name, model=model, embodiments={robot.name: robot} if robot else {})
     encoder = Encoder(load_parts(model, device), experiment.embodiments)
-    loaded = _with_dataset(Loaded(experiment, {}, root), card, card_path, robot)
     statistics = None
     if robot is not None and (folder / FILE).is_file():
         statistics = Statistics.load(folder / FILE, embodiment=robot.name)
     return Subject(
         title=f"{folder.resolve().name} on {card.name}",
         output=folder.resolve().parent / f"{folder.resolve().name}_evaluations" / card.name,
-        loaded=loaded,
+        loaded=_with_dataset(Loaded(experiment, {}, root), card, card_path, robot),
         device=device,
         backbone=load_backbone(model, device),
         encoder=encoder,

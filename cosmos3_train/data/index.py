@@ -30,7 +30,7 @@ BAD_TRACK = "window of a clip whose sound cannot be read"
 BEYOND_TRACK = "window that its clip's sound does not reach"
 PARTLY = "window that its clip's sound covers in part; the rest is silence"
 LEAST_SOUND_SECONDS = 0.1
-"""Of a window that its clip's sound must cover, for the window to have sound at all."""
+"""Of a window (or half of a shorter one) that its clip's sound must cover, for the window to have sound at all."""
 ROUNDING_SECONDS = 0.05
 """By which sound and frames of a file may differ in length without a word: codecs work in blocks."""
 
@@ -284,7 +284,7 @@ def note_sound(rows: Sequence[dict[str, Any]], track: Track | None, silence: str
     for row in rows:
         start, length = row["video"][0]["start_time"], len(row["timestamps"]) / row["fps"]
         covered = track.covers(start, start + length) if track and not silence else 0.0
-        if track and covered >= LEAST_SOUND_SECONDS:
+        if track and covered >= min(LEAST_SOUND_SECONDS, length / 2):
             row["sound"] = {"rate": track.rate, "channels": track.channels}
             found[PARTLY] += covered < length - ROUNDING_SECONDS
             continue

@@ -43,6 +43,8 @@ from cosmos3_train.data.statistics import Statistics, compute_moments, draw_hist
 
 CARD_FILE = "card.json"
 LAYOUT_VERSION = 1
+WORK_VERSION = 2
+"""Of the files in a work folder: one that an older version left unfinished is begun anew."""
 TAIL, MANY = 65536, 10_000
 """Bytes at a file's end that count for a log's fingerprint, unless it has more files than MANY."""
 SHORT = "episode shorter than chunk + 1 frames"
@@ -114,7 +116,7 @@ def prepare(
         shutil.rmtree(work, ignore_errors=True)
         return _summary(output, done, began, reused=True)
     with disk_full_is_the_users(output):
-        open_work_folder(work, fingerprint)
+        open_work_folder(work, f"{fingerprint} {WORK_VERSION}")
         try:
             plan, short = make_plan(card, contract, log, source, work, window_stride, heldout_fraction, seed)
             run_blocks(plan, log, workers, progress)

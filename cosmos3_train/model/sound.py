@@ -6,6 +6,9 @@ Its decoder is not kept: nothing here makes sound audible, and it is the larger 
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,7 +45,7 @@ def check_sound(folder: Path, model: Model, task: str) -> SoundForm:
         raise UserError(f"{where}: no sound tokenizer is in the folder ({PART}/), {remedy} has one")
     try:
         config: Any = Cosmos3AVAEAudioTokenizer.load_config(folder, subfolder=PART)
-        with torch.device("meta"):
+        with torch.device("meta"), _quiet():
             tokenizer = cast(Cosmos3AVAEAudioTokenizer, Cosmos3AVAEAudioTokenizer.from_config(config))
     except (OSError, ValueError, TypeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -58,6 +61,14 @@ def check_sound(folder: Path, model: Model, task: str) -> SoundForm:
             f"takes {head.sound_dim} at {head.sound_latent_fps:g}; they are not of one model: fetch it again"
         )
     return form_of(tokenizer)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Upstream's own use of what torch has deprecated is not the user's to know."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*weight_norm.*", category=FutureWarning)
+        yield
 
 
 def form_of(tokenizer: Cosmos3AVAEAudioTokenizer) -> SoundForm:
@@ -77,9 +88,10 @@ def add_sound_tokenizer(parts: Cosmos3OmniPipeline, model: Model, device: torch.
     folder = model_folder(model)
     check_sound(folder, model, task)
     try:
-        tokenizer: Any = Cosmos3AVAEAudioTokenizer.from_pretrained(
-            folder, subfolder=PART, torch_dtype=DTYPES[model.vae_dtype], use_safetensors=True
-        )
+        with _quiet():
+            tokenizer: Any = Cosmos3AVAEAudioTokenizer.from_pretrained(
+                folder, subfolder=PART, torch_dtype=DTYPES[model.vae_dtype], use_safetensors=True
+            )
     except (OSError, SafetensorError, json.JSONDecodeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{folder / PART}: the sound tokenizer cannot be read ({reason}); fetch it again") from error
