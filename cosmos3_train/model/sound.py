@@ -19,9 +19,7 @@ from safetensors import SafetensorError
 from cosmos3_train.config import Model, UserError
 from cosmos3_train.data.sound import SoundForm
 from cosmos3_train.model.base_identity import check_shards
-from cosmos3_train.model.loading import DTYPES, make_backbone, model_folder, tensor_files
-
-PART = "sound_tokenizer"
+from cosmos3_train.model.loading import DTYPES, SOUND, make_backbone, model_folder, tensor_files
 
 
 def check_sound(folder: Path, model: Model, task: str) -> SoundForm:
@@ -41,17 +39,17 @@ def check_sound(folder: Path, model: Model, task: str) -> SoundForm:
         head: Any = make_backbone(folder / "transformer", model).config
     if not head.sound_gen or not head.sound_dim:
         raise UserError(f"{where}: its transformer has no sound head (sound_gen), {remedy} has one")
-    if not (folder / PART / "config.json").is_file():
-        raise UserError(f"{where}: no sound tokenizer is in the folder ({PART}/), {remedy} has one")
+    if not (folder / SOUND / "config.json").is_file():
+        raise UserError(f"{where}: no sound tokenizer is in the folder ({SOUND}/), {remedy} has one")
     try:
-        config: Any = Cosmos3AVAEAudioTokenizer.load_config(folder, subfolder=PART)
+        config: Any = Cosmos3AVAEAudioTokenizer.load_config(folder, subfolder=SOUND)
         with torch.device("meta"), _quiet():
             tokenizer = cast(Cosmos3AVAEAudioTokenizer, Cosmos3AVAEAudioTokenizer.from_config(config))
     except (OSError, ValueError, TypeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder / PART}/config.json cannot be read ({reason}); fetch it again") from None
-    check_shards(folder / PART)
-    if tokenizer.encoder is None or not any(name.startswith("encoder.") for name in tensor_files(folder / PART)):
+        raise UserError(f"{folder / SOUND}/config.json cannot be read ({reason}); fetch it again") from None
+    check_shards(folder / SOUND)
+    if tokenizer.encoder is None or not any(name.startswith("encoder.") for name in tensor_files(folder / SOUND)):
         raise UserError(f"{where}: its sound tokenizer is a decoder alone and cannot encode, {remedy} has both")
     sizes: Any = tokenizer.config
     hertz = sizes.sampling_rate / tokenizer._hop_size
@@ -90,10 +88,10 @@ def add_sound_tokenizer(parts: Cosmos3OmniPipeline, model: Model, device: torch.
     try:
         with _quiet():
             tokenizer: Any = Cosmos3AVAEAudioTokenizer.from_pretrained(
-                folder, subfolder=PART, torch_dtype=DTYPES[model.vae_dtype], use_safetensors=True
+                folder, subfolder=SOUND, torch_dtype=DTYPES[model.vae_dtype], use_safetensors=True
             )
     except (OSError, SafetensorError, json.JSONDecodeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder / PART}: the sound tokenizer cannot be read ({reason}); fetch it again") from error
+        raise UserError(f"{folder / SOUND}: the sound tokenizer cannot be read ({reason}); fetch it again") from error
     tokenizer.decoder = None
     parts.register_modules(sound_tokenizer=tokenizer.requires_grad_(False).to(device).eval())
