@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +27,14 @@ def clips(project):
     rows = [{**row(str(n), 18, f"tones {n}"), "caption_audio": f"they rise {n}"} for n in range(4)]
     write_rows(source / "rows.jsonl", [*rows, row("mute", 18, "nothing")])
     return source
+
+
+def card_of(project: Path, clips: Path) -> Path:
+    """The whistle's dataset card, of these clips instead."""
+    text = (ROOT / "data" / "whistle" / "clips.yaml").read_text().replace("frames: 61", "frames: 9")
+    path = project / "sounds.yaml"
+    path.write_text(text.replace("data/whistle/clips", str(clips)))
+    return path
 
 
 def line(name: str, model, *more: str) -> tuple[str, ...]:
@@ -59,8 +68,10 @@ def test_a_run_with_sound_from_its_clips_to_its_adapter(clips, cosmos3, project,
     assert cosmos3("check", *words) == 0
     told = capsys.readouterr().out
     assert "prompts cached" in told and "run computes" not in told and "cached sound" not in told
-    assert cosmos3("evaluate", "heard", "--on", str(ROOT / "data" / "whistle" / "clips.yaml")) == 0
-    assert cosmos3("evaluate", tiny_model, "--on", str(ROOT / "data" / "whistle" / "clips.yaml")) == 0
+    assert cosmos3("evaluate", "heard", "--on", "data/whistle/clips.yaml") == 0
+    capsys.readouterr()
+    assert cosmos3("evaluate", tiny_model, "--on", card_of(project, clips)) == 0
+    assert "heldout/loss: " in capsys.readouterr().out
 
 
 def test_cached_and_read_at_every_step_are_one_run(clips, cosmos3, project, tiny_model):
@@ -74,9 +85,7 @@ def test_cached_and_read_at_every_step_are_one_run(clips, cosmos3, project, tiny
 
 
 def test_prepare_says_what_has_sound_and_keeps_it(clips, cosmos3, project, tiny_model, capsys):
-    card, part = project / "sounds.yaml", project / "tiny_sound.yaml"
-    text = (ROOT / "data" / "whistle" / "clips.yaml").read_text().replace("frames: 61", "frames: 9")
-    card.write_text(text.replace("data/whistle/clips", str(clips)))
+    card, part = card_of(project, clips), project / "tiny_sound.yaml"
     part.write_text(f"path: {tiny_model}\ndtype: float32\nvae_dtype: float32\n")
     words = ("prepare", card, "--output", "prepared/told", "--heldout", "0")
     assert cosmos3(*words, "--cache", "latents", "--model", part, "--tasks", "text_to_video") == 0
