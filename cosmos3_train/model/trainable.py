@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from cosmos3_train.config import Embodiment, Tuning, UserError, nearest
 from cosmos3_train.model.domains import REGISTERED
 from cosmos3_train.model.omni import Cosmos3PackedTransformer, is_understanding
+from cosmos3_train.model.projections import ADAPTER, fuse_lora
 from cosmos3_train.runtime import fold
 
 logger = logging.getLogger(__name__)
 
-ADAPTER = "default"
 ACTION_HEADS = ("action_proj_in", "action_proj_out")
 UNDERSTANDING_ATTENTION = ("to_q", "to_k", "to_v", "to_out")
 GENERATION_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -85,6 +85,7 @@ def make_trainable(
         else:
             _release(backbone, tuning)
     _keep_masters(backbone)
+    fuse_lora(backbone)
     parameters = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
     backbone.understanding_trains = any(is_understanding(n) or "k_norm_und_for_gen" in n for n in parameters)
     if backbone.understanding_trains and not backbone.understands:

@@ -30,6 +30,7 @@ from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.loading import load_backbone, load_parts, model_folder
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
 from cosmos3_train.model.packing import Layout
+from cosmos3_train.model.projections import join_shared
 from cosmos3_train.model.reasoner_cache import Reasoner, ReasonerCache, remember
 from cosmos3_train.model.trainable import Trainables, make_trainable
 from cosmos3_train.runtime import Interrupted, is_first_rank, node_count, seed_everything, world_size
@@ -144,7 +145,7 @@ def _carry_out(loaded: Loaded, evaluate: Evaluate | None, deliver: Deliver | Non
     position = run.module.position
     logger.info("seed %d", run.experiment.training.seed)
     logger.info("%s", run.trainables.description)
-    data = StepData(loaded, run.opened, run.module.packer)
+    data = StepData(loaded, run.opened, run.module.packer, run.device)
     data.first_step = position.drawn
     loop = RunLoop(
         run.module,
@@ -210,6 +211,7 @@ def build(loaded: Loaded) -> Run:
         remember(backbone, _reasoner_caches(opened, reasoner))
     robots = list(experiment.embodiments.values())
     trainables = make_trainable(backbone, experiment.tuning, robots, experiment.training.seed)
+    join_shared(backbone)
     backbone.train()
     packer = Packer(
         encoder,
