@@ -19,6 +19,9 @@ import torch.nn.functional as F
 from peft.tuners import lora
 from torch import Tensor, nn
 
+from cosmos3_train.model import fp8
+from cosmos3_train.model.fp8 import Fp8Linear
+
 logger = logging.getLogger(__name__)
 
 ADAPTER = "default"
@@ -37,10 +40,12 @@ class FusedLora(lora.Linear):
     """PEFT's LoRA layer with our arithmetic; with adapters switched off, merged or several, PEFT's own.
 
     joined: on the first of layers that share an input, their frozen weights as one tensor, of which each layer's own
-        is a view
+        is a view;  joined_scale, joined_transposed: the same of what an `Fp8Linear` has
     """
 
     joined: Tensor | None = None
+    joined_scale: Tensor | None = None
+    joined_transposed: Tensor | None = None
 
     @property
     def plain(self) -> bool:
@@ -64,7 +69,8 @@ def project(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
 def _project(layers: Sequence[FusedLora], x: Tensor) -> Tensor:
     """[n, sum of out] of layers that are fused."""
     bases = [cast(nn.Linear, layer.get_base_layer()) for layer in layers]
-    joined = layers[0].joined if len(layers) > 1 else None
+    first = layers[0]
+    joined = first.joined if len(layers) > 1 else None
     weights = [base.weight for base in bases] if joined is None else [joined]
     bias = None if bases[0].bias is None else torch.cat([base.bias for base in bases])
     down = torch.cat([_factor(layer.lora_A).to(x.dtype) for layer in layers])
@@ -75,7 +81,12 @@ def _project(layers: Sequence[FusedLora], x: Tensor) -> Tensor:
         rank = up.shape[1]
         blocks.append(F.pad(up, (place, down.shape[0] - place - rank)))
         place += rank
-    return _lora_linear(x, weights, bias, down, torch.cat(blocks))[0]
+    up = torch.cat(blocks)
+    if not isinstance(bases[0], Fp8Linear):
+        return _lora_linear(x, weights, bias, down, up)[0]
+    scales = [cast(Fp8Linear, base).scale for base in bases] if joined is None else [cast(Tensor, first.joined_scale)]
+    turned = bases[0].transposed if len(layers) == 1 else first.joined_transposed
+    return fp8.linear(x, weights, scales, [] if turned is None else [turned], bias, down, up)
 
 
 def _factor(factors: nn.ModuleDict) -> Tensor:
@@ -163,7 +174,7 @@ def _obstacle(layer: lora.Linear) -> str | None:
         return "it is no plain LoRA (tuning.dora)"
     if not isinstance(layer.lora_dropout[ADAPTER], nn.Identity):
         return "tuning.dropout drops out other inputs in every layer"
-    if type(base) is not nn.Linear or any(p.requires_grad for p in base.parameters()):
+    if type(base) not in (nn.Linear, Fp8Linear) or any(p.requires_grad for p in base.parameters()):
         return "its base is no frozen linear layer"
     return None
 
@@ -183,15 +194,23 @@ def join_shared(backbone: Any) -> None:
 def rejoin_shared(layer: nn.Module) -> None:
     """Join again what a move to another device or dtype has taken apart."""
     for group in _shared(layer):
-        joined, first = group[0].joined, cast(Tensor, group[0].get_base_layer().weight)
-        if joined is not None and joined.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+        joined, weight = group[0].joined, cast(Tensor, group[0].get_base_layer().weight)
+        if joined is not None and joined.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
             _join(group)
 
 
+def part_shared(backbone: Any) -> None:
+    """Forget what `join_shared` has made; parameters stay as they are."""
+    for layer in backbone.layers:
+        for first, *_ in _shared(layer):
+            first.joined = first.joined_scale = first.joined_transposed = None
+
+
 def joined_weights(backbone: Any) -> list[Tensor]:
-    """Of every group that is joined."""
-    found = [group[0].joined for layer in backbone.layers for group in _shared(layer)]
-    return [joined for joined in found if joined is not None]
+    """What `join_shared` has made beside the parameters and buffers."""
+    groups = [group[0] for layer in backbone.layers for group in _shared(layer)]
+    found = [part for first in groups for part in (first.joined, first.joined_scale, first.joined_transposed)]
+    return [part for part in found if part is not None]
 
 
 def _shared(layer: nn.Module) -> list[list[FusedLora]]:
@@ -202,9 +221,15 @@ def _shared(layer: nn.Module) -> list[list[FusedLora]]:
 
 
 def _join(group: Sequence[FusedLora]) -> None:
-    parameters = [cast(nn.Linear, layer.get_base_layer()).weight for layer in group]
-    group[0].joined = None
-    joined = torch.cat([parameter.data for parameter in parameters])
-    for parameter, part in zip(parameters, joined.split([p.shape[0] for p in parameters]), strict=True):
-        parameter.data = part
-    group[0].joined = joined
+    first, bases = group[0], [cast(nn.Linear, member.get_base_layer()) for member in group]
+    joined = torch.cat([base.weight.data for base in bases])
+    for base, part in zip(bases, joined.split([base.weight.shape[0] for base in bases]), strict=True):
+        base.weight.data = part
+    rounded = [base for base in bases if isinstance(base, Fp8Linear)]
+    if rounded:
+        first.joined_scale = torch.cat([base.scale for base in rounded])
+        if first.joined_transposed is not None or rounded[0].transposed is not None:
+            first.joined_transposed = joined.t().contiguous()
+        for base in rounded:
+            base.transposed = None
+    first.joined = joined

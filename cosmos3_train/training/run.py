@@ -30,9 +30,8 @@ from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.loading import load_backbone, load_parts, model_folder
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
 from cosmos3_train.model.packing import Layout
-from cosmos3_train.model.projections import join_shared
 from cosmos3_train.model.reasoner_cache import Reasoner, ReasonerCache, remember
-from cosmos3_train.model.trainable import Trainables, make_trainable
+from cosmos3_train.model.trainable import Trainables, arrange_frozen, make_trainable
 from cosmos3_train.runtime import Interrupted, is_first_rank, node_count, seed_everything, world_size
 from cosmos3_train.training.batching import Packer
 from cosmos3_train.training.checkpoints import Checkpoint, check_names, list_checkpoints, load_checkpoint
@@ -68,6 +67,7 @@ FREE = (
     "data.datasets.*.cache_reasoner",
     "model.attention",
     "model.compile",
+    "model.fp8_copies",
     "model.checkpoint_activations",
     "training.tokens_per_micro_batch",
     "training.log_every_n_steps",
@@ -211,7 +211,7 @@ def build(loaded: Loaded) -> Run:
         remember(backbone, _reasoner_caches(opened, reasoner))
     robots = list(experiment.embodiments.values())
     trainables = make_trainable(backbone, experiment.tuning, robots, experiment.training.seed)
-    join_shared(backbone)
+    arrange_frozen(backbone, experiment.model.fp8_copies)
     backbone.train()
     packer = Packer(
         encoder,

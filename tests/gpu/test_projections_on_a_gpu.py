@@ -1,4 +1,4 @@
-"""On a CUDA device: the fused LoRA, joined and compiled, gives PEFT's gradients within bfloat16, and packs are pinned."""
+"""On a CUDA device: fused LoRA, joined and compiled, follows float32 within bfloat16; packs are pinned on their way."""
 
 from __future__ import annotations
 
