@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,13 +21,12 @@ from cosmos3_train.evaluation.protocol import FILMED
 from cosmos3_train.evaluation.report import Picture, write_report
 from cosmos3_train.export.adapter import write_adapter
 from cosmos3_train.export.merged import write_merged
-from cosmos3_train.export.trained_outputs import final_outputs
 from cosmos3_train.export.upstream_inputs import make_probes
 from cosmos3_train.export.usage import Robot
 from cosmos3_train.export.verify import VerifyReport, read_report, verify_adapter, verify_merged
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.loading import model_folder
-from cosmos3_train.model.packing import Layout
+from cosmos3_train.model.packing import Layout, pack
 from cosmos3_train.training.measures import episodes_of, film_path, loss_of, read_evaluation
 from cosmos3_train.training.run import Run
 from cosmos3_train.types import TokenSample
@@ -73,16 +73,20 @@ def export(run: Run, form: Form, output: Path | None = None) -> tuple[Path, Veri
     return folder, read_report(folder)
 
 
-def _velocities(run: Run, samples: Sequence[TokenSample]) -> list[dict[str, Tensor]]:
-    """Of each sample, in the run's own arithmetic."""
-    layout = Layout.of(run.backbone.config)
-    found = [final_outputs(run.backbone, [probe], layout)[0] for probe in make_probes(samples, layout)]
-    return [{name: value for name, value in outputs.items() if name != "text"} for outputs in found]
+@torch.no_grad()
+def _velocities(run: Run, samples: Sequence[TokenSample]) -> list[Tensor]:
+    """Of each sample's modalities, as the run computes them."""
+    backbone, layout, found = run.backbone, Layout.of(run.backbone.config), []
+    for probe in make_probes(samples, layout):
+        packed = pack([probe.sample], [probe.values], [probe.levels], layout)
+        unread = replace(packed, text_out=packed.text_out[:0], labels=packed.labels[:0])  # a cache holds no text's end
+        velocities = backbone(unread.to(backbone.proj_in.weight.device))
+        found += [part.float().cpu() for part in (velocities.video, velocities.sound, velocities.action)]
+    return found
 
 
-def _largest_difference(ours: list[dict[str, Tensor]], theirs: list[dict[str, Tensor]]) -> float:
-    pairs = [(a[name], b[name]) for a, b in zip(ours, theirs, strict=True) for name in b]
-    return max(float((a - b).norm() / b.norm()) for a, b in pairs)
+def _largest_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True) if b.numel())
 
 
 def refuse_form(experiment: Experiment, form: str) -> None:

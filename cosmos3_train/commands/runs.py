@@ -63,11 +63,12 @@ def whole(run: Run) -> Iterator[None]:
     from cosmos3_train.model.projections import part_shared
     from cosmos3_train.model.trainable import arrange_frozen
 
-    backbone, exact = run.backbone, replace(run.loaded.model, base_precision="dtype")
+    backbone, model = run.backbone, run.loaded.model
     half = not backbone.understands
-    if not half and run.loaded.model == exact:
+    if not half and model.base_precision == "dtype":
         yield
         return
+    exact = replace(model, base_precision="dtype")
     kept = {name: getattr(backbone, name) for name in ("recall", "attention_backend", "compiler")}
     part_shared(backbone)
     cast(Any, backbone).to("cpu")
@@ -83,7 +84,7 @@ def whole(run: Run) -> Iterator[None]:
         for name, value in kept.items():
             setattr(backbone, name, value)
         cast(Any, backbone).to(run.device)
-        arrange_frozen(backbone, run.loaded.model.fp8_copies)
+        arrange_frozen(backbone, model.fp8_copies)
 
 
 @contextmanager
