@@ -162,7 +162,10 @@ def _fp8_input_gradient(
     dtype: torch.dtype,
 ) -> Tensor:
     """[n, in]: a gradient's codes [n, sum of out] through the frozen weights and, as low [n, r], through LoRA."""
-    turned = transposed[0] if transposed else torch.cat(list(weights)).t().contiguous()
+    if transposed:
+        turned = transposed[0]
+    else:
+        turned = (weights[0] if len(weights) == 1 else torch.cat(list(weights))).t().contiguous()
     ones = torch.ones(turned.shape[0], device=codes.device)
     found = _product(codes, scale, turned.view(E4M3), ones, dtype)
     return found if low is None or down is None else found.addmm_(low, down)

@@ -138,7 +138,6 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     x, weights, _, down, up = inputs
     ctx.layers = len(weights)
     ctx.save_for_backward(x, down, up, output[1], *weights)
-    ctx.mark_non_differentiable(output[1])
 
 
 def _lora_linear_backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Any, ...]:
