@@ -337,7 +337,9 @@ class Model:
     attention:              auto picks the fastest that works here and says which
     compile:                generate kernels for the layers (torch.compile): the first steps wait a minute for it,
                             then every step is faster; auto does on a GPU, not on a CPU
-    checkpoint_activations: recompute the generation tower's layers in backward: less memory, about a third slower
+    checkpoint_activations: recompute the generation tower's layers in backward: less memory, about a third slower;
+                            but_attention keeps what attention has computed (Nano: 0.3 MB a generation token), whose
+                            cost grows with the square of a clip's length
     """
 
     path: str = MISSING
@@ -349,7 +351,7 @@ class Model:
     vae_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     attention: Literal["auto", "flash4", "flash3", "flash2", "sdpa"] = "auto"
     compile: Literal["auto", True, False] = "auto"
-    checkpoint_activations: bool = True
+    checkpoint_activations: Literal[True, False, "but_attention"] = True
 
     def __post_init__(self) -> None:
         _require("model", self, "1 or 2", lambda x: x in (1, 2), "fp8_copies")

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy
 
 from cosmos3_train.config import UserError
 from cosmos3_train.types import Spans
@@ -25,6 +26,18 @@ from cosmos3_train.types import Spans
 logger = logging.getLogger(__name__)
 
 Backend = Literal["flash4", "flash3", "flash2", "sdpa"]
+KERNEL_OPERATORS = frozenset(
+    (
+        "cosmos3_train.flash4.default",
+        "flash_attn_3._flash_attn_forward.default",
+        "torch_attn._varlen_attn.default",
+        "aten._scaled_dot_product_flash_attention_for_cpu.default",
+        "aten._scaled_dot_product_flash_attention.default",
+        "aten._scaled_dot_product_efficient_attention.default",
+        "aten._scaled_dot_product_cudnn_attention.default",
+    )
+)
+"""What the backends' forward passes are to PyTorch's dispatcher."""
 BACKENDS: tuple[Backend, ...] = ("flash4", "flash3", "flash2", "sdpa")
 
 
@@ -41,6 +54,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, *, caus
         [Q, heads, head_dim] in q's dtype.
     """
     return _KERNELS[backend](q, k, v, queries, keys, causal)
+
+
+def kept_while_recomputing(context: object, operator: object, *arguments: object, **named: object) -> CheckpointPolicy:
+    """The policy of selective checkpointing that keeps what an attention kernel has computed, and nothing else."""
+    kept = str(operator) in KERNEL_OPERATORS
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Backend:

@@ -125,6 +125,7 @@ def load_backbone(
     backbone.requires_grad_(False)
     if model.checkpoint_activations:
         backbone.enable_gradient_checkpointing()
+        backbone.keep_attention = model.checkpoint_activations == "but_attention"
     return backbone
 
 

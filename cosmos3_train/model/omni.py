@@ -28,9 +28,9 @@ from diffusers.models.transformers.transformer_cosmos3 import (
     DomainAwareLinear,
 )
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from cosmos3_train.model.attention import Backend, attend
+from cosmos3_train.model.attention import Backend, attend, kept_while_recomputing
 from cosmos3_train.model.compiling import Compiler, compiled
 from cosmos3_train.model.projections import project, rejoin_shared
 from cosmos3_train.types import DomainRows, PackedSequence, Spans, Velocities
@@ -153,6 +153,9 @@ class PackedDomainLinear(DomainAwareLinear):
         return torch.cat(parts) if parts else x.new_zeros((0, self.output_size))
 
 
+_keeping_attention = functools.partial(create_selective_checkpoint_contexts, kept_while_recomputing)
+
+
 class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
     """`Cosmos3OmniTransformer` that takes a `PackedSequence`. State-dict keys equal upstream's."""
 
@@ -161,6 +164,7 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
 
     attention_backend: Backend = "sdpa"
     compiler: Compiler | None = None
+    keep_attention: bool = False
     understanding_trains: bool = True
     recall: Recall | None = None
     _compute_dtype: torch.dtype | None = None
@@ -298,7 +302,8 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
         stream, hidden, rotary, queries, keys, *rest = arguments
         arguments = (stream, hidden, rotary, queries, keys, self.attention_backend, self.compiler, *rest)
         if self.gradient_checkpointing and trains and torch.is_grad_enabled():
-            return checkpoint(layer, *arguments, use_reentrant=False)  # pyright: ignore[reportReturnType]
+            how: dict[str, Any] = {"context_fn": _keeping_attention} if self.keep_attention else {}
+            return checkpoint(layer, *arguments, use_reentrant=False, **how)  # pyright: ignore[reportReturnType]
         return layer(*arguments)
 
 
