@@ -17,7 +17,7 @@ precision plugins cast every float tensor they can reach in a batch, and a posit
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 
@@ -42,7 +42,11 @@ class Sample:
     size:     (H, W) of the frames in pixels, also known when only the latent is there
     action:   float32 [N, width], normalised; None where the task has no robot
     state:    float32 [width], normalised, the given row 0 of embodiments with a state row
-    sound:    float32 [64, S] sound latent, or None
+    waveform: float32 [channels, n], the clip's sound at the rate of the model's sound tokenizer, full scale ±1; None
+              without sound, or with its latent
+    sound:    float32 [2, 64, S], mean and standard deviation of the sound's latent, for its tokenizer gives a
+              distribution; from the cache, None when encoded online
+    sound_caption: words of what is heard, "" where the set has none
     messages: [{"role": ..., "content": ...}, ...] for a conversation
     embodiment: name of the embodiment card, None without a robot
     tier:     resolution tier of the frames
@@ -58,7 +62,9 @@ class Sample:
     size: tuple[int, int] = (0, 0)
     action: Tensor | None = None
     state: Tensor | None = None
+    waveform: Tensor | None = None
     sound: Tensor | None = None
+    sound_caption: str = ""
     messages: list[dict[str, str]] | None = None
     embodiment: str | None = None
     tier: int = 256
@@ -173,6 +179,7 @@ class PackedSequence:
     levels              float32 [R] distinct σ;  level_index int64 [G];  noisy bool [G] (False: no timestep is added)
     joint_order         int64 [K]: row of cat(understanding, generation) keys in the order sample by sample,
                         samples without generated modalities left out
+    joint_places        int64 [G]: place of each generation token in that order
     *_out               int64: places in the generation stream (video_out, sound_out, action_out) where velocities are
                         read; action_out is grouped by domain as `action_out_domains` says
     text_out, labels    int64 [n]: places in the understanding stream where logits are read, and the tokens expected
@@ -196,6 +203,7 @@ class PackedSequence:
     level_index: Tensor
     noisy: Tensor
     joint_order: Tensor
+    joint_places: Tensor
     video_out: Tensor
     sound_out: Tensor
     action_out: Tensor
@@ -208,7 +216,11 @@ class PackedSequence:
 
     def to(self, device: torch.device | str) -> PackedSequence:
         """The same pack on a device. Only moves: no dtype ever changes here."""
-        return _moved(self, device)
+        return _changed(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> PackedSequence:
+        """The same pack in page-locked memory."""
+        return _changed(self, Tensor.pin_memory)
 
     @property
     def samples(self) -> int:
@@ -243,12 +255,12 @@ class StepBatch:
         self.samples = samples
 
 
-def _moved(record, device: torch.device | str):
+def _changed(record, change: Callable[[Tensor], Tensor]):
     changes = {}
     for field in fields(record):
         value = getattr(record, field.name)
         if isinstance(value, Tensor):
-            changes[field.name] = value.to(device, non_blocking=True)
+            changes[field.name] = change(value)
         elif isinstance(value, ModalityTarget | Spans | DomainRows):
-            changes[field.name] = _moved(value, device)
+            changes[field.name] = _changed(value, change)
     return replace(record, **changes)

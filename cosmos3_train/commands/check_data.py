@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ from cosmos3_train.data.blocks import made_of_clips, make_plan
 from cosmos3_train.data.card import DatasetCard, load_card
 from cosmos3_train.data.conversations import ConversationDataset
 from cosmos3_train.data.index import actions_of, check_log, columns_to_read, instructions, usable_rows
-from cosmos3_train.data.mixture import check_entry
+from cosmos3_train.data.mixture import check_entry, refuse_silence
 from cosmos3_train.data.prepare import read_card
 from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.data.sources import open_clips, open_log
 from cosmos3_train.data.sources.log import Episode, EpisodeRecord, Log
 from cosmos3_train.data.statistics import Statistics, compute_moments
 from cosmos3_train.data.video import compose, frames_at
-from cosmos3_train.flow.tasks import TASKS
+from cosmos3_train.flow.tasks import TASKS, sound_task
 from cosmos3_train.model.prompts import canvas
 from cosmos3_train.training.datamodule import contract_of
 from cosmos3_train.types import Sample
@@ -38,6 +39,8 @@ CLIPS = 100
 """Clips of a set that are opened, evenly over it."""
 TEMPORAL, SPATIAL = 4, 16
 """Pixel frames of a latent frame after the first; pixels of a latent cell."""
+SOUND_HZ, SOUND_CHANNELS = 25, 64
+"""Latents of a second of sound, and their channels."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class CheckedData:
     rows:    of the table;  windows: that it gives or would give
     latent:  (t, h, w) of a window, None for conversations;  cached: whether its latents are on disk
     longest: samples to count tokens of: the longest words, in every task
+    sound:   (mean and deviation, channels, S) of the sound of a window, None where it is cached or not asked for
     """
 
     rows: list[tuple[str, str]] = field(default_factory=list)
@@ -54,6 +58,7 @@ class CheckedData:
     latent: tuple[int, int, int] | None = None
     cached: bool = False
     longest: list[Sample] = field(default_factory=list)
+    sound: tuple[int, int, int] | None = None
 
 
 def check_dataset(loaded: Loaded, name: str, entry: Dataset) -> CheckedData:
@@ -143,12 +148,19 @@ def _prepared_clips(name: str, entry: Dataset, dataset: PreparedDataset) -> Chec
     places = np.unique(np.linspace(0, dataset.rows - 1, min(ROWS, dataset.rows)).astype(int))
     rows = [dataset.row(int(place)) for place in places]
     dataset.frames(rows[0], first_only=True)  # the set's media is readable
-    cached = dataset.latent_cache is not None
+    cached, heard = dataset.latent_cache is not None, sound_task(entry.tasks)
     counts = f"{dataset.count('train'):,} windows to train on, {dataset.count('heldout'):,} held out"
     table = [(f"data {name}", f"prepared: {counts}")]
+    if heard is not None:
+        train, heldout = (len(dataset.sounding(split)) for split in ("train", "heldout"))
+        if not train:
+            refuse_silence(name, heard, dataset, "train")
+        words = f"{train:,} of the windows to train on have it, {heldout:,} of those held out; the others are left out"
+        table.append((f"sound {name}", words))
     if entry.cache_latents:
         table.append((f"latents {name}", "cached" if cached else "not cached yet; the run encodes every window first"))
-    return _checked_clips(name, entry, dataset.contract.resolution_tier, table, rows, dataset.rows, cached)
+    found = _checked_clips(name, entry, dataset.contract.resolution_tier, table, rows, dataset.rows, cached)
+    return found if dataset.sound_cache is None else replace(found, sound=None)
 
 
 def _clips(loaded: Loaded, name: str, entry: Dataset, card: DatasetCard, clips: Clips, source: Path) -> CheckedData:
@@ -161,12 +173,19 @@ def _clips(loaded: Loaded, name: str, entry: Dataset, card: DatasetCard, clips: 
             f"data.datasets.{name}: none of {len(some)} clips that were looked at gives a window; left out: "
             f"{'; '.join(left_out)}"
         )
+    heard, sounding = sound_task(entry.tasks), sum(row["sound"] is not None for row in made.rows)
+    silent = [f"{count} × {reason} ({made.examples[reason]})" for reason, count in made.silent.items()]
+    if heard is not None and not sounding and len(some) == len(log.clips):
+        raise UserError(f"data.datasets.{name}.tasks: {heard!r} needs sound, but there is only {'; '.join(silent)}")
     windows = round(len(made.rows) / len(some) * len(log.clips))
     table = [
         (f"data {name}", f"clips readable, prepared at the first run: about {windows:,} windows"),
         (f"clips {name}", f"{len(log.clips):,}, of which {len(some):,} were looked at"),
         *((f"left out {name}", words) for words in left_out),
     ]
+    if heard is not None:
+        counted = f"{sounding} of {len(made.rows)} windows that were looked at have it; the others are left out"
+        table += [(f"sound {name}", counted), *((f"sound {name}", words) for words in silent)]
     return _checked_clips(name, entry, clips.resolution_tier, table, made.rows, windows, False)
 
 
@@ -185,12 +204,16 @@ def _checked_clips(
     table = [*table, (f"frames {name}", f"up to {frames} at {rate} a second, tier {tier}: canvas {shown}")]
     height, width = max(sizes, key=lambda size: size[0] * size[1])
     latent = (1 + (frames - 1) // TEMPORAL, height // SPATIAL, width // SPATIAL)
+    seconds = max(len(row["timestamps"]) / row["fps"] for row in rows)
+    sound = (2, SOUND_CHANNELS, math.ceil(seconds * SOUND_HZ))
     samples = [
         Sample(
             key=f"{task} with the longest caption",
             number=0,
             task=task,
             caption=words,
+            sound_caption=max((row["sound_caption"] or "" for row in rows), key=len),
+            sound=None if TASKS[task].sound == "absent" else torch.zeros(sound),
             fps=rates[0],
             latent=torch.zeros((48, 1 if TASKS[task].image else latent[0], *latent[1:])),
             size=(height, width),
@@ -198,7 +221,7 @@ def _checked_clips(
         )
         for task in entry.tasks
     ]
-    return CheckedData(table, windows, latent, cached, samples)
+    return CheckedData(table, windows, latent, cached, samples, sound if sound_task(entry.tasks) else None)
 
 
 def _log(loaded: Loaded, name: str, entry: Dataset, card: DatasetCard, robot: Embodiment, source: Path) -> CheckedData:

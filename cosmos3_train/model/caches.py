@@ -1,7 +1,8 @@
-"""Latents of every window, encoded once while preparing instead of at every step.
+"""Latents of every window and of its sound, encoded once while preparing instead of at every step.
 
-A cache is keyed by a fingerprint of what made it: the video tokenizer's weights and dtype, and the prepared folder.
-One of another fingerprint is refused by name, never used.
+A cache is keyed by a fingerprint of what made it: the tokenizer's weights and dtype, and the prepared folder. One of
+another fingerprint is refused by name, never used. Sound has a cache of its own, of the windows that have it; what is
+kept of a sound is its latent's mean and standard deviation, from which every sample draws anew.
 """
 
 from __future__ import annotations
@@ -10,19 +11,21 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from diffusers import AutoencoderKLWan
+import torch
+from diffusers import AutoencoderKLWan, Cosmos3AVAEAudioTokenizer
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from cosmos3_train.config import UserError
-from cosmos3_train.data.reader import PreparedDataset
+from cosmos3_train.data.reader import LATENTS, SOUND_LATENTS, LatentCache, PreparedDataset
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.runtime import ignore_sigterm, is_first_rank
 
@@ -38,11 +41,21 @@ encode one each: a core a clip, no waiting."""
 
 def latent_fingerprint(vae: AutoencoderKLWan, dataset: PreparedDataset) -> str:
     """Of everything that a latent depends on: weights, dtype, normalisation, and the prepared rows."""
+    config = cast(Any, vae.config)
+    return _fingerprint(dataset, [str(vae.dtype), config.latents_mean, config.latents_std], vae)
+
+
+def sound_fingerprint(tokenizer: Cosmos3AVAEAudioTokenizer, dataset: PreparedDataset) -> str:
+    """The same of the latent of a sound: the encoder's weights, the configuration, and the prepared rows."""
+    settings = [str(tokenizer.dtype), {key: value for key, value in tokenizer.config.items() if key[0] != "_"}]
+    return _fingerprint(dataset, settings, cast(nn.Module, tokenizer.encoder))
+
+
+def _fingerprint(dataset: PreparedDataset, settings: Sequence[Any], weights: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
     digest.update(dataset.fingerprint.encode())
-    config = cast(Any, vae.config)
-    digest.update(json.dumps([str(vae.dtype), config.latents_mean, config.latents_std]).encode())
-    for name, value in sorted(vae.state_dict().items()):
+    digest.update(json.dumps(settings).encode())
+    for name, value in sorted(weights.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()
@@ -52,81 +65,145 @@ CLIPS = 4
 """The same of video without a robot, whose windows are hundreds of megabytes each."""
 
 
-class _Rows(Dataset[Tensor]):
-    """Frames of every row, uint8 [T, 3, H, W]; their latents instead where an encoder is given."""
+@dataclass(frozen=True)
+class _Kind:
+    """What one cache is made of.
 
-    def __init__(self, dataset: PreparedDataset, encoder: Encoder | None) -> None:
-        self.dataset, self.encoder = dataset, encoder
+    place:  in the prepared folder;  what: for messages and the bar;  source: what made it
+    rows:   that have it, rising
+    read:   of a row, what is encoded;  encode: several of these, in their order
+    batch:  rows at a time on a GPU
+    """
+
+    place: Path
+    what: str
+    source: str
+    fingerprint: str
+    dtype: torch.dtype
+    on_cpu: bool
+    rows: Sequence[int]
+    read: Callable[[int], Tensor]
+    encode: Callable[[Sequence[Tensor]], list[Tensor]]
+    batch: int
+
+
+class _Rows(Dataset[Tensor]):
+    """What is read of every row; its latent instead where `encodes`."""
+
+    def __init__(self, kind: _Kind, count: int, encodes: bool) -> None:
+        self.kind, self.count, self.encodes = kind, count, encodes
 
     def __len__(self) -> int:
-        return self.dataset.rows
+        return self.count
 
     def __getitem__(self, row: int) -> Tensor:
-        frames = self.dataset.frames(self.dataset.row(row))
-        return frames if self.encoder is None else self.encoder.encode_frames([frames], self.dataset.contract)[0]
+        read = self.kind.read(row)
+        return self.kind.encode([read])[0] if self.encodes else read
 
 
-def ensure_latents(dataset: PreparedDataset, encoder: Encoder, workers: int = 0, progress: bool = True) -> None:
+def ensure_latents(
+    dataset: PreparedDataset, encoder: Encoder, workers: int = 0, progress: bool = True, *, sound: bool = False
+) -> None:
     """Write the latent cache of a prepared folder, or check that the one there is this model's.
 
     Finished shards stay after a kill and are not made again.
 
     Args:
         workers: processes that decode video.
+        sound: also that of its sound.
 
     Raises:
         UserError: the folder has another model's latents, or the disk is full.
     """
-    fingerprint = latent_fingerprint(encoder.parts.vae, dataset)
-    if dataset.latent_cache is not None:
-        if dataset.latent_cache.fingerprint != fingerprint:
+    _ensure(dataset, _of_frames(dataset, encoder), dataset.latent_cache, workers, progress)
+    if sound:
+        _ensure(dataset, _of_sound(dataset, encoder), dataset.sound_cache, workers, progress)
+
+
+def _of_frames(dataset: PreparedDataset, encoder: Encoder) -> _Kind:
+    vae = encoder.parts.vae
+    return _Kind(
+        place=LATENTS,
+        what="latents",
+        source="video tokenizer",
+        fingerprint=latent_fingerprint(vae, dataset),
+        dtype=vae.dtype,
+        on_cpu=vae.device.type == "cpu",
+        rows=range(dataset.rows),
+        read=lambda row: dataset.frames(dataset.row(row)),
+        encode=lambda clips: _encode_by_size(encoder, clips, dataset),
+        batch=BATCH if dataset.has_robot else CLIPS,
+    )
+
+
+def _of_sound(dataset: PreparedDataset, encoder: Encoder) -> _Kind:
+    tokenizer = encoder.parts.sound_tokenizer
+    assert tokenizer is not None, "the parts have no sound tokenizer"
+    return _Kind(
+        place=SOUND_LATENTS,
+        what="latents of sound",
+        source="sound tokenizer",
+        fingerprint=sound_fingerprint(tokenizer, dataset),
+        dtype=tokenizer.dtype,
+        on_cpu=tokenizer.device.type == "cpu",
+        rows=[row for row in range(dataset.rows) if dataset.has_sound(row)],
+        read=lambda row: dataset.waveform(dataset.row(row)),
+        encode=lambda waveforms: [encoder.encode_sound(waveform) for waveform in waveforms],
+        batch=CLIPS,
+    )
+
+
+def _ensure(dataset: PreparedDataset, kind: _Kind, there: LatentCache | None, workers: int, progress: bool) -> None:
+    if there is not None:
+        if there.fingerprint != kind.fingerprint:
             raise UserError(
-                f"{dataset.latent_cache.folder}: these latents are of another video tokenizer or of other rows; "
-                f"delete the folder, or set cache_latents to false"
+                f"{there.folder}: these {kind.what} are of another {kind.source} or of other rows; delete the folder, "
+                f"or set cache_latents to false"
             )
         return
-    folder = dataset.folder / "caches" / "latents"
-    partial = folder.with_name(f"latents.partial-{fingerprint[:12]}")
+    folder = dataset.folder / kind.place
+    partial = folder.with_name(f"{folder.name}.partial-{kind.fingerprint[:12]}")
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        _write_shards(dataset, encoder, partial, workers, progress and is_first_rank())
-        card = {"fingerprint": fingerprint, "windows": dataset.rows, "shard": SHARD}
+        _write_shards(dataset, kind, partial, workers, progress and is_first_rank())
+        card = {"fingerprint": kind.fingerprint, "windows": dataset.rows, "shard": SHARD}
         (partial / "card.json").write_text(json.dumps(card, indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except (OSError, SafetensorError) as error:
         # safetensors has an error of its own for a full disk
         raise UserError(f"{partial}: the latents could not be written ({error}); free some space") from error
-    for stale in folder.parent.glob("latents.partial-*"):
+    for stale in folder.parent.glob(f"{folder.name}.partial-*"):
         shutil.rmtree(stale, ignore_errors=True)
 
 
-def _write_shards(dataset: PreparedDataset, encoder: Encoder, folder: Path, workers: int, progress: bool) -> None:
-    vae = encoder.parts.vae
-    on_cpu = vae.device.type == "cpu"
-    batch = 1 if on_cpu else BATCH if dataset.has_robot else CLIPS
-    with tqdm(total=dataset.rows, desc=f"encode {dataset.name}", unit="window", disable=not progress) as bar:
+def _write_shards(dataset: PreparedDataset, kind: _Kind, folder: Path, workers: int, progress: bool) -> None:
+    batch = 1 if kind.on_cpu else kind.batch
+    shards: dict[int, list[int]] = {}
+    for row in kind.rows:
+        shards.setdefault(row // SHARD, []).append(row)
+    with tqdm(total=len(kind.rows), desc=f"encode {dataset.name}", unit="window", disable=not progress) as bar:
         missing: list[list[int]] = []
-        for first in range(0, dataset.rows, SHARD):
-            rows = list(range(first, min(first + SHARD, dataset.rows)))
-            if (folder / f"{first // SHARD:05d}.safetensors").is_file():
+        for shard, rows in shards.items():
+            if (folder / f"{shard:05d}.safetensors").is_file():
                 bar.update(len(rows))
             else:
                 missing += [rows[place : place + batch] for place in range(0, len(rows), batch)]
         loader = DataLoader(
-            _Rows(dataset, encoder if on_cpu else None),
+            _Rows(kind, dataset.rows, encodes=kind.on_cpu),
             batch_sampler=missing,
-            num_workers=max(1, workers) if on_cpu else workers,
+            num_workers=max(1, workers) if kind.on_cpu else workers,
             collate_fn=list,
             worker_init_fn=ignore_sigterm,
         )
         tensors: dict[str, Tensor] = {}
         for rows, read in zip(missing, loader, strict=True):
-            latents = read if on_cpu else _encode_by_size(encoder, read, dataset)
-            tensors |= {str(row): x.to(vae.dtype).contiguous() for row, x in zip(rows, latents, strict=True)}
+            latents = read if kind.on_cpu else kind.encode(read)
+            tensors |= {str(row): x.to(kind.dtype).contiguous() for row, x in zip(rows, latents, strict=True)}
             bar.update(len(rows))
-            if rows[-1] == dataset.rows - 1 or (rows[-1] + 1) % SHARD == 0:
-                file = folder / f"{rows[-1] // SHARD:05d}.safetensors"
+            shard = rows[-1] // SHARD
+            if rows[-1] == shards[shard][-1]:
+                file = folder / f"{shard:05d}.safetensors"
                 beside = file.with_suffix(".partial")
                 save_file(tensors, beside)
                 beside.rename(file)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -26,6 +27,7 @@ from cosmos3_train.config import Model, UserError, nearest
 from cosmos3_train.model.attention import choose_backend
 from cosmos3_train.model.base_identity import shard_files
 from cosmos3_train.model.compiling import choose_compiler
+from cosmos3_train.model.fp8 import Fp8Linear, describe_fp8, require_fp8, use_fp8
 from cosmos3_train.model.omni import Cosmos3PackedTransformer, is_understanding
 from cosmos3_train.runtime import fold
 
@@ -36,6 +38,8 @@ KEPT_FLOAT32 = ("time_embedder.",)
 """Upstream keeps these in float32 whatever the rest runs in (`_keep_in_fp32_modules`)."""
 LARGE = ("layers.", "embed_tokens.", "lm_head.")
 """What a checkpoint's size is made of: every other weight together is a few percent of one layer's share."""
+SOUND = "sound_tokenizer"
+"""Folder of the one part that not every model has."""
 SWITCHES = ("default_use_system_prompt", "use_native_flow_schedule")
 """Of a folder's model_index.json: what upstream's pipeline takes from there; what is absent has upstream's default."""
 RANDOM_STD = 0.02
@@ -77,10 +81,12 @@ def fetched_folder(model: Model) -> Path | None:
     try:
         folder = Path(snapshot_download(model.path, revision=model.revision, local_files_only=True))
         shard_files(folder / "transformer")
-    except (LocalEntryNotFoundError, HFValidationError, UserError):
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (LocalEntryNotFoundError, HFValidationError, UserError, OSError, ValueError):
         return None  # not there, or its download was cut off: fetching goes on from there
-    whole = all((folder / part / "config.json").is_file() for part in ("transformer", "vae"))
-    return folder if whole else None
+    sound, _ = index.get(SOUND, (None, None))
+    parts = ("transformer", "vae", *([SOUND] if sound is not None else []))
+    return folder if all((folder / part / "config.json").is_file() for part in parts) else None
 
 
 Towers = Literal["both", "generation", "understanding"]
@@ -102,6 +108,10 @@ def load_backbone(
         UserError: a file is missing or damaged, or its tensors are not those of this architecture.
     """
     folder = model_folder(model) / "transformer"
+    if model.base_precision == "fp8":
+        require_fp8(device)
+        slowly = "" if device.type == "cuda" else "; on this CPU they are multiplied in float32, which is slow"
+        logger.info("frozen weights: %s%s", describe_fp8(model.fp8_copies), slowly)
     with init_empty_weights():
         backbone = make_backbone(folder, model)
     config = backbone.config
@@ -117,6 +127,7 @@ def load_backbone(
     backbone.compiler = choose_compiler(model.compile, device)
     if model.checkpoint_activations:
         backbone.enable_gradient_checkpointing()
+        backbone.keep_attention = model.checkpoint_activations == "but_attention"
     return backbone
 
 
@@ -245,6 +256,8 @@ def make_backbone(folder: Path, model: Model) -> Cosmos3PackedTransformer:
             raise
         raise UserError(f"model.random: upstream's transformer cannot be made of it ({error})") from error
     made.requires_grad_(False)
+    if model.base_precision == "fp8":
+        use_fp8(made.layers)
     return made
 
 
@@ -279,28 +292,60 @@ def fill_from_shards(
     Raises:
         UserError: a shard is missing or damaged, a tensor is missing or has another shape; names file and tensor.
     """
-    places = _tensor_files(folder)
-    empty = {_published(name): name for name in _empty_parameters(module, wanted)}
-    missing = sorted(empty.keys() - places.keys())
+    empty = _empty_parameters(module, wanted)
+    names = {_published(name): name for name in empty}
+    for name, tensor in _read_tensors(folder, {_published(name): value.shape for name, value in empty.items()}):
+        keep = torch.float32 if name.startswith(KEPT_FLOAT32) else dtype
+        _set_parameter(module, names[name], tensor.to(device=device, dtype=keep))
+
+
+@contextmanager
+def unrounded(backbone: Cosmos3PackedTransformer, model: Model) -> Iterator[None]:
+    """Within the block, which is for a backbone on the CPU, layers in FP8 have the weights that the folder holds.
+
+    Raises:
+        UserError: as `load_backbone`.
+    """
+    rounded = {
+        _published(f"{name}.weight"): module
+        for name, module in backbone.named_modules()
+        if isinstance(module, Fp8Linear)
+    }
+    kept = {name: module.weight for name, module in rounded.items()}
+    shapes = {name: codes.shape for name, codes in kept.items()}
+    try:
+        for name, tensor in _read_tensors(model_folder(model) / "transformer", shapes):
+            rounded[name].__class__ = cast(Any, nn.Linear)
+            rounded[name].weight = nn.Parameter(tensor.to(DTYPES[model.dtype]), requires_grad=False)
+        yield
+    finally:
+        for name, module in rounded.items():
+            module.__class__ = Fp8Linear
+            module.weight = kept[name]
+
+
+def _read_tensors(folder: Path, wanted: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of these names and shapes, file by file."""
+    places = tensor_files(folder)
+    missing = sorted(wanted.keys() - places.keys())
     if missing:
         raise UserError(
             f"{folder}: the checkpoint lacks {len(missing)} tensors, {missing[0]!r} first; it is not of this "
             f"architecture, or its config.json is of another model"
         )
     by_file: dict[Path, list[str]] = {}
-    for name in empty:
+    for name in wanted:
         by_file.setdefault(places[name], []).append(name)
     for file, names in by_file.items():
         try:
             with safe_open(file, framework="pt") as shard:
                 for name in names:
-                    tensor, expected = shard.get_tensor(name), module.get_parameter(empty[name]).shape
-                    if tensor.shape != expected:
+                    tensor = shard.get_tensor(name)
+                    if tensor.shape != wanted[name]:
                         raise UserError(
-                            f"{file}: tensor {name!r} is {list(tensor.shape)}, the model expects {list(expected)}"
+                            f"{file}: tensor {name!r} is {list(tensor.shape)}, the model expects {list(wanted[name])}"
                         )
-                    keep = torch.float32 if name.startswith(KEPT_FLOAT32) else dtype
-                    _set_parameter(module, empty[name], tensor.to(device=device, dtype=keep))
+                    yield name, tensor
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file}: damaged or missing ({str(error).splitlines()[0]}); fetch it again") from error
 
@@ -315,8 +360,8 @@ def _published(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Which file holds each tensor, from the index of a sharded folder or from the single file."""
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Which file of a part holds each tensor, from the index of a sharded folder or from the single file."""
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if indexes:
         try:
@@ -339,10 +384,11 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
 
 def _set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
     owner_name, _, leaf = name.rpartition(".")
-    trains = module.get_parameter(name).requires_grad
-    if trains:
-        value = value.float()  # a master (`trainable`), of the value that the run's dtype has room for
-    setattr(module.get_submodule(owner_name), leaf, nn.Parameter(value, requires_grad=trains))
+    owner, trains = module.get_submodule(owner_name), module.get_parameter(name).requires_grad
+    if isinstance(owner, Fp8Linear) and leaf == "weight":
+        owner.set_weight(value)
+    else:  # what trains is a master (`trainable`), of the value that the run's dtype has room for
+        setattr(owner, leaf, nn.Parameter(value.float() if trains else value, requires_grad=trains))
 
 
 def _rotary_embedding(backbone: Cosmos3PackedTransformer, config: Any) -> nn.Module:

@@ -68,14 +68,19 @@ class Reasoner:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of everything that they depend on: the tower's weights, the configuration, the dtype."""
+        """Of everything that they depend on: the tower's weights, the configuration, the dtype, and any rounding."""
         if self.model.random:  # drawn on the device, by its kind's own generator
             weights: Any = [dict(self.model.random), self.device.type]
         else:
             found = identify_base(model_folder(self.model), only=_makes_keys)
             weights = [found.config, found.weights]
-        content = json.dumps([FORMAT, self.model.dtype, weights], sort_keys=True)
+        content = json.dumps([FORMAT, self.precision, weights], sort_keys=True)
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+    @property
+    def precision(self) -> str:
+        """What the tower computes in, in words."""
+        return self.model.dtype if self.model.base_precision == "dtype" else f"{self.model.dtype} with weights in fp8"
 
     @cached_property
     def bytes_a_token(self) -> int:
@@ -148,7 +153,7 @@ class ReasonerCache:
         if fingerprint != reasoner.fingerprint:
             raise UserError(
                 f"{folder}: these keys and values are of {made_of} (fingerprint {fingerprint[:12]}), not of "
-                f"{reasoner.model.path!r} in {reasoner.model.dtype} ({reasoner.fingerprint[:12]}); delete the folder, "
+                f"{reasoner.model.path!r} in {reasoner.precision} ({reasoner.fingerprint[:12]}); delete the folder, "
                 f"or set cache_reasoner to false"
             )
         places: dict[str, Path] = {}
@@ -184,7 +189,9 @@ def prompts_of(prepared: Path, contract: Embodiment | Clips, tasks: Iterable[str
     for text in distinct_texts(prepared):
         for task in tasks:
             frames = 1 if TASKS[task].image else text.frames
-            found.append(encoder.text(task, text.instruction, contract, text.size, frames, text.fps))
+            found.append(
+                encoder.text(task, text.instruction, contract, text.size, frames, text.fps, text.sound_caption)
+            )
     return distinct(found)
 
 
@@ -222,7 +229,7 @@ def ensure_reasoner(prepared: Path, prompts: Sequence[Tensor], reasoner: Reasone
             "set cache_reasoner to false"
         )
     logger.info("%s: %s, %s", folder, words, size_in_words(needed))
-    description = {"fingerprint": reasoner.fingerprint, "model": reasoner.model.path, "dtype": reasoner.model.dtype}
+    description = {"fingerprint": reasoner.fingerprint, "model": reasoner.model.path, "dtype": reasoner.precision}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / CARD, (json.dumps(description, indent=2) + "\n").encode())

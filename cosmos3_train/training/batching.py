@@ -47,6 +47,10 @@ class PackedStep:
     def speaks(self) -> bool:
         return self.counts[TEXT] > 0
 
+    def pin_memory(self) -> PackedStep:
+        """The loader's hook: from page-locked memory packs move to the GPU without the host waiting for it."""
+        return PackedStep(self.step, [pack.pinned() for pack in self.packs], self.counts)
+
 
 @dataclass(frozen=True)
 class Packer:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import lightning
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
@@ -17,10 +18,11 @@ from cosmos3_train import config
 from cosmos3_train.config import Clips, Embodiment, Loaded, UserError
 from cosmos3_train.data.card import DatasetCard, load_card
 from cosmos3_train.data.conversations import ConversationDataset
-from cosmos3_train.data.mixture import Mixture, StepDataset
+from cosmos3_train.data.mixture import Mixture, StepDataset, check_entry, refuse_silence
 from cosmos3_train.data.prepare import prepare
 from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.evaluation.closed_loop import make_simulator
+from cosmos3_train.flow.tasks import sound_task
 from cosmos3_train.model.caches import ensure_latents
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.reasoner_cache import Reasoner, distinct, ensure_reasoner, prompts_of
@@ -41,8 +43,9 @@ class StepData(lightning.LightningDataModule):
     With every latent cached the workers also pack, and the training process only moves tensors to the device.
     """
 
-    def __init__(self, loaded: Loaded, opened: Opened, packer: Packer) -> None:
+    def __init__(self, loaded: Loaded, opened: Opened, packer: Packer, device: torch.device) -> None:
         super().__init__()
+        self.on_gpu = device.type == "cuda"
         self.packer = packer
         self.packs_in_workers = all(
             isinstance(dataset, ConversationDataset) or entry.cache_latents for dataset, entry in opened.values()
@@ -60,6 +63,7 @@ class StepData(lightning.LightningDataModule):
             sampler=_StepsFrom(self.first_step),
             num_workers=data.workers,
             persistent_workers=data.workers > 0,
+            pin_memory=self.packs_in_workers and data.workers > 0 and self.on_gpu,
             worker_init_fn=ignore_sigterm,
         )
 
@@ -75,6 +79,12 @@ class _StepsFrom(Sampler[int]):
 
     def __len__(self) -> int:
         return ENDLESS - self.first
+
+
+def heard_task(experiment: config.Experiment) -> str | None:
+    """The first task with sound that a dataset of the run names, None where there is none."""
+    found = (sound_task(entry.tasks) for entry in experiment.data.datasets.values())
+    return next((task for task in found if task is not None), None)
 
 
 def caches_reasoner(loaded: Loaded) -> bool:
@@ -128,7 +138,7 @@ def open_datasets(loaded: Loaded, encoder: Encoder | None, reasoner: Reasoner | 
     """Prepare what is not prepared yet, and open every dataset of the mixture.
 
     Args:
-        encoder: encodes the latents of datasets that cache them; None skips that (`cosmos3 check`).
+        encoder: encodes the latents of datasets that cache them, and says in which form sound is read.
         reasoner: makes the keys and values of datasets that cache them; None skips that.
     """
     opened: Opened = {
@@ -156,7 +166,11 @@ def _refuse_two_scales(opened: Opened) -> None:
 def open_dataset(
     loaded: Loaded, name: str, entry: config.Dataset, encoder: Encoder | None, reasoner: Reasoner | None = None
 ) -> PreparedDataset | ConversationDataset:
-    """One dataset of the mixture, prepared first if it has a card and no prepared folder."""
+    """One dataset of the mixture, prepared first if it has a card and no prepared folder.
+
+    Args:
+        encoder: as of `open_datasets`; None neither encodes nor reads sound.
+    """
     data = loaded.experiment.data
     card = load_card(loaded.root / entry.card) if entry.card else None
     if card is not None and card.format == "conversations":
@@ -177,13 +191,29 @@ def open_dataset(
                 workers=max(1, data.workers),
                 progress=is_first_rank(),
             )
-        dataset = PreparedDataset(prepared, embodiment, loaded.root / entry.source if entry.source else None)
+        source, form = loaded.root / entry.source if entry.source else None, encoder.sound_form if encoder else None
+        dataset = PreparedDataset(prepared, embodiment, source, form)
+        heard = sound_task(entry.tasks)
+        if heard is not None:
+            _tell_silence(name, dataset, entry, heard)
         if entry.cache_latents and encoder is not None:
-            ensure_latents(dataset, encoder, data.workers)
-            dataset = PreparedDataset(prepared, embodiment, loaded.root / entry.source if entry.source else None)
+            ensure_latents(dataset, encoder, data.workers, sound=heard is not None)
+            dataset = PreparedDataset(prepared, embodiment, source, form)
         if entry.cache_reasoner and encoder is not None and reasoner is not None:
             ensure_reasoner(prepared, run_prompts(loaded, dataset, entry, encoder), reasoner)
     return dataset
+
+
+def _tell_silence(name: str, dataset: PreparedDataset, entry: config.Dataset, heard: str) -> None:
+    """Refuse a dataset of which no window has the sound that a task needs, before anything is encoded; and say how many
+    windows are left out for want of it."""
+    check_entry(name, entry, talks=False, robot=dataset.has_robot)
+    windows, usable = dataset.count("train"), len(dataset.sounding("train"))
+    if not usable:
+        refuse_silence(name, heard, dataset, "train")
+    if usable < windows:
+        words = "data.datasets.%s: %s of %s training windows have no sound and are left out, since %r needs it"
+        logger.info(words, name, f"{windows - usable:,}", f"{windows:,}", heard)
 
 
 def contract_of(loaded: Loaded, name: str, entry: config.Dataset, card: DatasetCard) -> Embodiment | Clips:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import lightning
 import torch
@@ -135,11 +136,10 @@ class PostTraining(lightning.LightningModule):
             [len(step.packs), int(step.generates), int(step.speaks)], f"the packs of step {self.position.step + 1}"
         )
         if self.packer.padded:  # which gives weights a gradient of 0 that the step's samples do not reach
-            layers = len(self.backbone.layers)
             self._unreached = [
                 parameter
                 for name, parameter in self.trainables.parameters.items()
-                if not (speaks if only_speaks(name, layers) else is_understanding(name) or generates)
+                if not (speaks if only_speaks(name, self.backbone) else is_understanding(name) or generates)
             ]
         return passes
 
@@ -193,17 +193,19 @@ class PostTraining(lightning.LightningModule):
         sum_gradients([p for p in parameters if not isinstance(p, DTensor)])
         for parameter in self._unreached:
             parameter.grad = None
-        norm = float(clip_gradients(parameters, config.clip))
-        finite = math.isfinite(norm)
+        measured = clip_gradients(parameters, config.clip)
         rate = set_learning_rate(self.optimizer, self.position.step, training.steps, config)
-        if finite:
-            self._compare_ranks_once(parameters)
-            self.optimizer.step()
-            if self.average is not None:
-                self.average.update(self.trainables.parameters)
-        else:
-            logger.warning("step %d: gradient norm is %s; the step is skipped", self.position.step, norm)
+        self._compare_ranks_once(parameters, measured)
+        # AdamW's fused kernel asks the device whether to skip, so all of the step is queued before the host waits.
+        cast(Any, self.optimizer).found_inf = 1 - measured.isfinite().float()
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        norm = float(measured)
+        finite = math.isfinite(norm)
+        if not finite:
+            logger.warning("step %d: gradient norm is %s; the step is skipped", self.position.step, norm)
+        elif self.average is not None:
+            self.average.update(self.trainables.parameters)
         self.position = Position(
             step=self.position.step + int(finite),
             drawn=drawn + 1,
@@ -218,8 +220,8 @@ class PostTraining(lightning.LightningModule):
                 f"lower optimizer.learning_rate, or look at the data with 'cosmos3 check'"
             )
 
-    def _compare_ranks_once(self, parameters: list[nn.Parameter]) -> None:
-        if not self._compared_ranks:
+    def _compare_ranks_once(self, parameters: list[nn.Parameter], norm: Tensor) -> None:
+        if not self._compared_ranks and bool(norm.isfinite()):
             whole = [p for p in parameters if not isinstance(p, DTensor)]
             assert_same_on_all_ranks([p.grad for p in whole if p.grad is not None], "gradients")
             assert_same_on_all_ranks(whole, "trainable weights")

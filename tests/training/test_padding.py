@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cosmos3_train.config import Tuning
+from cosmos3_train.config import Model, Tuning
 from cosmos3_train.model.loading import LARGE, load_backbone, read_weights
 from cosmos3_train.model.omni import is_understanding, only_speaks
 from cosmos3_train.model.trainable import make_trainable, restart_magnitudes
@@ -16,6 +16,7 @@ from tests.training.project import robot
 from tests.training.steps import CPU, HYBRID, difference, make_module, mixed_samples, perturb
 
 FULL = Tuning(method="full")
+DORA = replace(HYBRID, dora=True)
 
 
 def gradients(module, batch: StepBatch) -> dict[str, torch.Tensor | None]:
@@ -46,15 +47,15 @@ def test_padding_changes_no_gradient(project, tuning):
             assert difference(ours, value) < 1e-5, name
 
 
+@pytest.mark.parametrize("tuning", [FULL, HYBRID, DORA], ids=["full", "hybrid", "dora"])
 @pytest.mark.parametrize("talks", [False, True], ids=["generates", "speaks"])
-def test_with_padding_every_layer_has_a_gradient_and_the_rule_says_which_are_none(project, talks):
+def test_with_padding_every_layer_has_a_gradient_and_the_rule_says_which_are_none(project, talks, tuning):
     """Generation alone, or conversations alone: what a single process would leave without a gradient is known."""
-    module = perturb(make_module(project / "model", tuning=FULL))
+    module = perturb(make_module(project / "model", tuning=tuning))
     batch = StepBatch(0, [s for s in mixed_samples() if (s.task == "conversation") == talks])
     plain = gradients(module, batch)
-    layers = len(module.backbone.layers)
     for name, value in plain.items():
-        reached = talks if only_speaks(name, layers) else is_understanding(name) or not talks
+        reached = talks if only_speaks(name, module.backbone) else is_understanding(name) or not talks
         if not name.startswith("audio"):  # no sample has sound
             assert (value is not None) == reached, name
     found = gradients(padded(module), batch)
@@ -65,7 +66,7 @@ def test_with_padding_every_layer_has_a_gradient_and_the_rule_says_which_are_non
             assert difference(value, before) < 1e-5 if before is not None else float(value.norm()) == 0, name
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, True, "but_attention"])
 def test_both_towers_a_layer_at_a_time_compute_the_same(project, checkpointed):
     module = perturb(make_module(project / "model", budget=150, checkpoint_activations=checkpointed))
     batch = StepBatch(0, mixed_samples())
@@ -77,9 +78,9 @@ def test_both_towers_a_layer_at_a_time_compute_the_same(project, checkpointed):
         assert value is not None and ours is not None and difference(ours, value) < 1e-6, name
 
 
-@pytest.mark.parametrize("tuning", [HYBRID, FULL, replace(HYBRID, dora=True)], ids=["hybrid", "full", "dora"])
+@pytest.mark.parametrize("tuning", [HYBRID, FULL, DORA], ids=["hybrid", "full", "dora"])
 def test_large_weights_read_after_the_adapters_are_in_place_start_the_same(project, tuning):
-    model = replace(make_module(project / "model").experiment.model, dtype="bfloat16")
+    model = Model(path=str(project / "model"))
     robots = [robot()] if tuning.method == "hybrid" else []
     whole = load_backbone(model, CPU)
     make_trainable(whole, tuning, robots, seed=0)
@@ -98,3 +99,17 @@ def test_large_weights_read_after_the_adapters_are_in_place_start_the_same(proje
         assert parameter.dtype == expected[name].dtype and torch.equal(parameter, expected[name]), name
         assert parameter.requires_grad == expected[name].requires_grad
     assert trainables.found_in(late).parameters.keys() == trainables.parameters.keys()
+
+
+def test_weights_read_below_adapters_are_rounded_where_the_base_is_in_fp8(project):
+    model = Model(path=str(project / "model"), base_precision="fp8")
+    whole, late = load_backbone(model, CPU), load_backbone(model, CPU, large=False)
+    make_trainable(late, HYBRID, [robot()], seed=0)
+    read_weights(late, model, CPU)
+    expected, found = (
+        {name.replace(".base_layer", ""): value for name, value in (*made.named_parameters(), *made.named_buffers())}
+        for made in (whole.layers, late.layers)
+    )
+    assert sum(value.dtype == torch.uint8 for value in expected.values()) == 2 * 2 * 7
+    assert sum(name.endswith(".scale") for name in expected) == 2 * 2 * 7
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
