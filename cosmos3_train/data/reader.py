@@ -7,8 +7,6 @@ memory-mapped by `datasets`, whose cache lies inside the prepared folder and is 
 from __future__ import annotations
 
 import json
-import os
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from cosmos3_train.config import Clips, Embodiment, UserError, from_plain
 from cosmos3_train.data.actions import Normaliser
 from cosmos3_train.data.files import disk_full_is_the_users
 from cosmos3_train.data.index import FEATURES, SPLITS
+from cosmos3_train.data.kept import KeptFiles
 from cosmos3_train.data.prepare import embodiment_settings, first_difference, read_card
 from cosmos3_train.data.statistics import Statistics
 from cosmos3_train.data.video import compose, frames_at
@@ -220,23 +219,12 @@ class LatentCache:
         """
         path = self.folder / f"{row // self.shard:05d}.safetensors"
         try:
-            return _shard(path).get_tensor(str(row)).float()
+            return _shards.get(path).get_tensor(str(row)).float()
         except (FileNotFoundError, SafetensorError) as error:
             raise UserError(f"{path}: cached latents are missing or corrupt ({error}); delete {self.folder}") from None
 
 
-_shards: OrderedDict[tuple[int, str, int], Any] = OrderedDict()
-
-
-def _shard(path: Path) -> Any:
-    """An open shard. Kept by process and inode, so that forks and rewritten files open their own."""
-    key = (os.getpid(), str(path), path.stat().st_ino)
-    if key not in _shards:
-        _shards[key] = safe_open(str(path), framework="pt")
-        while len(_shards) > OPEN_SHARDS:
-            _shards.popitem(last=False)
-    _shards.move_to_end(key)
-    return _shards[key]
+_shards = KeptFiles[Any](lambda path, _: safe_open(str(path), framework="pt"), most=OPEN_SHARDS)
 
 
 def _open_rows(folder: Path) -> Dataset:

@@ -7,8 +7,6 @@ survive a fork. Open files are kept, a few per process, since opening costs more
 from __future__ import annotations
 
 import math
-import os
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -23,10 +21,8 @@ from torch import Tensor
 
 from cosmos3_train.config import UserError
 from cosmos3_train.data import archives
+from cosmos3_train.data.kept import KeptFiles
 from cosmos3_train.data.pictures import read_pictures
-
-OPEN_FILES = 8
-_open: OrderedDict[tuple[int, str, int, str], InputContainer] = OrderedDict()
 
 
 class VideoTimes(NamedTuple):
@@ -174,9 +170,7 @@ def _halved(view: Tensor, first: Tensor) -> Tensor:
 
 def close(path: str | Path | None = None) -> None:
     """Close one kept file of this process, or all."""
-    for key in list(_open):
-        if key[0] == os.getpid() and (path is None or key[1] == str(path)):
-            _open.pop(key).close()
+    _files.close(None if path is None else Path(path))
 
 
 def _nearest_frames(
@@ -241,15 +235,13 @@ def _corrupt(path: Path, inside: str, error: Exception) -> UserError:
 
 
 def _container(path: Path, inside: str = "") -> InputContainer:
-    # The process id is part of the key: a forked reader shares the parent's file offset and must open its own.
-    # So is the file's inode: a log that is replaced under a running process is opened anew.
     try:
-        key = (os.getpid(), str(path), path.stat().st_ino, inside)
+        return _files.get(path, inside)
     except FileNotFoundError:
         raise UserError(f"{path}: the video is missing; copy the log again") from None
-    if key in _open:
-        _open.move_to_end(key)
-        return _open[key]
+
+
+def _open(path: Path, inside: str) -> InputContainer:
     try:
         container = av.open(archives.Part(path, *archives.range_of(inside)) if inside else str(path), mode="r")
     except (av.FFmpegError, OSError) as error:
@@ -263,9 +255,7 @@ def _container(path: Path, inside: str = "") -> InputContainer:
         container.close()
         raise UserError(f"{_named(path, inside)}: the video's codec is not known; copy the log again")
     codec.thread_count = 1
-    _open[key] = container
-    while len(_open) > OPEN_FILES:
-        oldest, stale = _open.popitem(last=False)
-        if oldest[0] == os.getpid():
-            stale.close()
     return container
+
+
+_files = KeptFiles(_open, InputContainer.close)
