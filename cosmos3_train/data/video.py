@@ -32,6 +32,15 @@ class VideoTimes(NamedTuple):
     fps: float
 
 
+class Decoded(NamedTuple):
+    """A video, decoded whole. times: float64 [T], when its frames are shown, rising, seconds into the file;  fps: its
+    rate, 0 where it cannot be opened;  faults: (seconds, what is wrong there), NaN seconds where that is not known."""
+
+    times: np.ndarray
+    fps: float
+    faults: list[tuple[float, str]]
+
+
 def frames_at(
     root: Path, place: str, timestamps: Sequence[float] | np.ndarray, size: tuple[int, int] | None = None
 ) -> Tensor:
@@ -88,6 +97,34 @@ def video_times(root: Path, place: str) -> VideoTimes:
     if not len(ticks) or not fps > 0:
         raise UserError(f"{_named(path, inside)}: the video has no frames; copy the log again")
     return VideoTimes(ticks * float(stream.time_base), fps)
+
+
+def decode_whole(root: Path, place: str) -> Decoded:
+    """Decode every frame of a video and keep none: what cannot be decoded is told, not raised. From any thread."""
+    file, _, inside = place.partition("#")
+    times: list[float] = []
+    wrong: list[tuple[float, str]] = []
+    try:
+        container = _open(root / file, inside)
+    except UserError as error:
+        return Decoded(np.zeros(0), 0.0, [(math.nan, str(error))])
+    except FileNotFoundError:
+        return Decoded(np.zeros(0), 0.0, [(math.nan, f"{root / file}: the video is missing")])
+    with container:
+        stream = container.streams.video[0]
+        fps = float(stream.average_rate or stream.guessed_rate or 0)
+        try:
+            for frame in container.decode(stream):
+                if frame.time is None:
+                    continue
+                if frame.is_corrupt:  # FFmpeg has made up what it could not decode
+                    wrong.append((frame.time, f"the frame at {frame.time:.4f} s is damaged"))
+                times.append(frame.time)
+        except (av.FFmpegError, OSError) as error:
+            after = times[-1] if times else 0.0
+            reason = " ".join(str(error).split())
+            wrong.append((after, f"no frame can be decoded after {after:.4f} s ({reason})"))
+    return Decoded(np.sort(np.asarray(times, dtype=np.float64)), fps, wrong)
 
 
 def decode_frames(
