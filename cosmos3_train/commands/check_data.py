@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from cosmos3_train.data.actions import Normaliser, check_actions
 from cosmos3_train.data.blocks import made_of_clips, make_plan
 from cosmos3_train.data.card import DatasetCard, load_card
 from cosmos3_train.data.conversations import ConversationDataset
-from cosmos3_train.data.index import actions_of, check_log, columns_to_read, instructions, usable_rows
+from cosmos3_train.data.filters import cut_episode
+from cosmos3_train.data.index import actions_of, check_log, columns_to_read, instructions
 from cosmos3_train.data.mixture import check_entry
 from cosmos3_train.data.prepare import read_card
 from cosmos3_train.data.reader import PreparedDataset
@@ -205,27 +207,42 @@ def _log(loaded: Loaded, name: str, entry: Dataset, card: DatasetCard, robot: Em
     log = open_log(card, source)
     check_log(log, card, robot)
     _check_files(log, robot)
-    data = loaded.experiment.data
-    plan, short = make_plan(card, robot, log, source, source, data.window_stride, data.heldout_fraction, seed=0)
-    records, windows = _some_records(log, card, robot, plan.splits), 0
-    parts = []
+    data, stride = loaded.experiment.data, loaded.experiment.data.window_stride
+    plan, short = make_plan(card, robot, log, source, source, stride, data.heldout_fraction, seed=0)
+    records, starts, parts = _some_records(log, card, robot, plan.splits), 0, []
+    left_out: Counter[str] = Counter()
     for record in records:
-        where = f"dataset {card.name!r}, episode {record.index}"
-        parts.append(actions_of(record, robot, where)[usable_rows(record, robot)])
+        where, cut = (
+            f"dataset {card.name!r}, episode {record.index}",
+            cut_episode(record, card, robot, stride, plan.keep),
+        )
+        parts.append(actions_of(record, robot, where)[cut.rows])
         check_actions(parts[-1], robot, where)
-    for episode in log.episodes:
-        windows += max(0, -(-(episode.length - robot.chunk) // data.window_stride))
+        starts += len(cut.starts)
+        left_out.update(cut.left_out)
+    if not starts:
+        reasons = "; ".join(f"{count:,} × {reason}" for reason, count in left_out.items())
+        raise UserError(f"dataset {card.name!r}: no window in {len(records)} episodes; left out: {reasons}")
+    possible, total = (
+        sum(max(0, -(-(length - robot.chunk) // stride)) for length in lengths)
+        for lengths in ([record.length for record in records], [episode.length for episode in log.episodes])
+    )
+    windows = round(total * starts / possible)
     size = _frame_size(log, records[0], robot)
     actions = np.concatenate(parts)
     statistics = Statistics(card.name, robot.name, "", compute_moments([actions], robot.width))
     words = max({word for record in records for word in instructions(record, card)}, key=len)
     counts = {split: sum(s == split for s in plan.splits.values()) for split in ("train", "heldout")}
-    left_out = f", {short} too short" if short else ""
+    too_short = f", {short} too short" if short else ""
     table = [
         (f"data {name}", f"log readable, prepared at the first run: about {windows:,} windows"),
-        (f"episodes {name}", f"{counts['train']:,} to train on, {counts['heldout']:,} held out{left_out}"),
+        (f"episodes {name}", f"{counts['train']:,} to train on, {counts['heldout']:,} held out{too_short}"),
         *_contract(robot, size),
         _ranges(name, Normaliser(robot, statistics), actions, robot),
+        *(
+            (f"left out {name}", f"{count:,} × {reason}, of {len(records):,} episodes")
+            for reason, count in left_out.items()
+        ),
     ]
     return CheckedData(table, windows, latent_shape(robot, size), False, _samples(entry, robot, words, size))
 
