@@ -17,6 +17,7 @@ from cosmos3_train.commands.check_model import CheckedModel, check_model, longes
 from cosmos3_train.commands.console import FINISHED, USER_ERROR, say, say_error, say_table
 from cosmos3_train.commands.delivery import refuse_form
 from cosmos3_train.config import Dataset, Loaded, UserError
+from cosmos3_train.data.reader import LatentCache
 from cosmos3_train.evaluation.closed_loop import make_simulator
 from cosmos3_train.model.domains import refuse_taken_domains
 from cosmos3_train.model.loading import fetched_folder
@@ -128,9 +129,11 @@ def _check_disk(loaded: Loaded, findings: Findings) -> None:
         needs.append((loaded.run_folder, max(0, exports - exported), f"{_size(exports)} the export"))
     for name, checked in findings.data.items():
         entry = experiment.data.datasets[name]
-        if entry.cache_latents and not checked.cached and checked.latent is not None:
-            caches = loaded.root / entry.prepared / "caches"
-            size = checked.windows * math.prod(checked.latent) * LATENT_BYTES
+        folders = [LatentCache.place(loaded.root / entry.prepared, n) for n in range(max(1, entry.augment.variants))]
+        missing = sum(not folder.is_dir() for folder in folders)
+        if entry.cache_latents and missing and checked.latent is not None:
+            caches = folders[0].parent
+            size = missing * checked.windows * math.prod(checked.latent) * LATENT_BYTES
             left = max(0, size - sum(_bytes_under(part) for part in caches.glob("latents.partial-*")))
             needs.append((caches, left, f"{_size(size)} cached latents"))
     if findings.reasoner_bytes:

@@ -7,7 +7,7 @@ memory-mapped by `datasets`, whose cache lies inside the prepared folder and is 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -86,7 +86,7 @@ class PreparedDataset:
         self.rows: int = len(self._table)
         splits = self._table.data.column("split").to_numpy()
         self._places = {split: np.flatnonzero(splits == split) for split in SPLITS}
-        self.latent_cache = LatentCache.open(self.folder, self.rows)
+        self._latents = {0: LatentCache.open(self.folder, self.rows)}
 
     @property
     def has_robot(self) -> bool:
@@ -98,6 +98,17 @@ class PreparedDataset:
         """The embodiment card of a robot's log; ask `has_robot` first."""
         assert isinstance(self.contract, Embodiment), f"{self.name} has no robot"
         return self.contract
+
+    @property
+    def latent_cache(self) -> LatentCache | None:
+        """Cached latents of the windows as they are."""
+        return self._latents[0]
+
+    def latents(self, variant: int) -> LatentCache | None:
+        """Cached latents of the windows as they are (0), or of a changed variant of them."""
+        if variant not in self._latents:
+            self._latents[variant] = LatentCache.open(self.folder, self.rows, variant)
+        return self._latents[variant]
 
     def count(self, split: str) -> int:
         """Windows of "train" or "heldout"."""
@@ -123,8 +134,13 @@ class PreparedDataset:
         """dataset/episode_000012/000034: unique in the dataset."""
         return f"{self.name}/episode_{row['episode_index']:06d}/{row['start']:06d}"
 
-    def frames(self, row: dict[str, Any], first_only: bool = False) -> Tensor:
+    def frames(
+        self, row: dict[str, Any], first_only: bool = False, change: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
         """uint8 [T, 3, H, W]: a row's frames (all, or its first), views composed; H and W are the row's.
+
+        Args:
+            change: what each view goes through before they are composed.
 
         Raises:
             UserError: a video is missing or corrupt, or has no frame at one of the times.
@@ -134,10 +150,20 @@ class PreparedDataset:
             offsets = offsets[:1]
         size = None if self.has_robot else (row["height"], row["width"])
         views = [frames_at(self.source, v["path"], v["start_time"] + offsets, size) for v in row["video"]]
+        views = views if change is None else [change(view) for view in views]
         return compose(views, self.embodiment.layout if self.has_robot else "single")
 
     def sample(
-        self, split: str, index: int, task: str, number: int, *, pixels: bool = True, latents: bool = False
+        self,
+        split: str,
+        index: int,
+        task: str,
+        number: int,
+        *,
+        pixels: bool = True,
+        latents: bool = False,
+        change: Callable[[Tensor], Tensor] | None = None,
+        variant: int = 0,
     ) -> Sample:
         """A window as a sample of a task.
 
@@ -148,6 +174,8 @@ class PreparedDataset:
             number: the sample's place in the run's global order.
             pixels: decode frames.
             latents: read the cached latent.
+            change: of the frames, see `frames`.
+            variant: of the cached latents; 0 is the window as it is.
 
         Raises:
             UserError: an unreadable video, or no cached latent.
@@ -157,9 +185,10 @@ class PreparedDataset:
         row = self.row(place)
         latent = None
         if latents:
-            if self.latent_cache is None:
+            cache = self.latents(variant)
+            if cache is None:
                 raise UserError(f"{self.folder}: no latents are cached; set cache_latents to false or prepare again")
-            latent = self.latent_cache.read(place)
+            latent = cache.read(place)
             latent = latent[:, :1] if rules.image else latent  # causal encoder: latent frame 0 is frame 0 alone
         with_state = rules.has_robot and self.embodiment.state_row
         return Sample(
@@ -168,7 +197,7 @@ class PreparedDataset:
             task=task,
             caption=row["instruction"],
             fps=row["fps"],
-            frames=self.frames(row, first_only=rules.image) if pixels else None,
+            frames=self.frames(row, rules.image, change) if pixels else None,
             latent=latent,
             size=(row["height"], row["width"]),
             action=self.normaliser.normalise(torch.tensor(row["action"])) if rules.has_robot else None,
@@ -192,13 +221,19 @@ class LatentCache:
     shard: int
 
     @staticmethod
-    def open(prepared: str | Path, rows: int) -> LatentCache | None:
+    def place(prepared: str | Path, variant: int = 0) -> Path:
+        """The folder of the windows' latents as they are (0), or of a changed variant of them."""
+        folder = Path(prepared) / LATENTS
+        return folder.with_name(f"{folder.name}_variant_{variant}") if variant else folder
+
+    @staticmethod
+    def open(prepared: str | Path, rows: int, variant: int = 0) -> LatentCache | None:
         """The cache of a prepared folder, None where there is none.
 
         Raises:
             UserError: it was made for another number of rows, or its card cannot be read.
         """
-        folder = Path(prepared) / LATENTS
+        folder = LatentCache.place(prepared, variant)
         path = folder / "card.json"
         if not path.is_file():
             return None

@@ -165,8 +165,9 @@ def decode_frames(
             named = _named(path, inside)
             raise UserError(f"{named}: no frame within half a frame period ({period / 2:.4f} s) of {time:.4f} s")
     # In numpy: torch's own copy runs on OpenMP threads, which a forked reader of a process that used them never gets.
-    stacked = np.stack([frame.transpose(2, 0, 1) for frame in found if frame is not None])
-    return torch.from_numpy(stacked)
+    # The colours of a pixel stay side by side (`channels_last`), as they are decoded: resizing is then twice as fast.
+    stacked = np.stack([frame for frame in found if frame is not None])
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2)
 
 
 def compose(views: Sequence[Tensor], layout: Literal["single", "row", "column", "over_two"]) -> Tensor:

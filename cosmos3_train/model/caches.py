@@ -1,4 +1,5 @@
-"""Latents of every window, encoded once while preparing instead of at every step.
+"""Latents of every window, encoded once while preparing instead of at every step; of each a few variants, where frames
+are augmented.
 
 A cache is keyed by a fingerprint of what made it: the video tokenizer's weights and dtype, and the prepared folder.
 One of another fingerprint is refused by name, never used.
@@ -10,7 +11,9 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,10 +24,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from cosmos3_train.config import UserError
-from cosmos3_train.data.reader import PreparedDataset
+from cosmos3_train.config import Augment, UserError
+from cosmos3_train.data.augment import augmented
+from cosmos3_train.data.reader import LatentCache, PreparedDataset
 from cosmos3_train.model.encoders import Encoder
-from cosmos3_train.runtime import ignore_sigterm, is_first_rank
+from cosmos3_train.runtime import fold, ignore_sigterm, is_first_rank
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +40,26 @@ BATCH = 64
 encode one each: a core a clip, no waiting."""
 
 
-def latent_fingerprint(vae: AutoencoderKLWan, dataset: PreparedDataset) -> str:
-    """Of everything that a latent depends on: weights, dtype, normalisation, and the prepared rows."""
+@dataclass(frozen=True)
+class Variant:
+    """Number 0 is a window as it is; another one is changed by `augment`, alike for every run that caches it."""
+
+    number: int = 0
+    augment: Augment = field(default_factory=Augment)
+
+    def change(self, row: int) -> Callable[[Tensor], Tensor] | None:
+        """What the frames of a row go through."""
+        if not self.number:
+            return None
+        return partial(augmented, settings=self.augment, key=fold(0, "variant", self.number, row))
+
+
+def latent_fingerprint(vae: AutoencoderKLWan, dataset: PreparedDataset, variant: Variant) -> str:
+    """Of everything that a latent depends on: weights, dtype, normalisation, the prepared rows, and their changes."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(dataset.fingerprint.encode())
+    if variant.number:
+        digest.update(repr(replace(variant, augment=replace(variant.augment, variants=0))).encode())
     config = cast(Any, vae.config)
     digest.update(json.dumps([str(vae.dtype), config.latents_mean, config.latents_std]).encode())
     for name, value in sorted(vae.state_dict().items()):
@@ -53,55 +73,66 @@ CLIPS = 4
 
 
 class _Rows(Dataset[Tensor]):
-    """Frames of every row, uint8 [T, 3, H, W]; their latents instead where an encoder is given."""
+    """Frames of every row, uint8 [T, 3, H, W], as they are or as a variant; their latents instead where an encoder is
+    given."""
 
-    def __init__(self, dataset: PreparedDataset, encoder: Encoder | None) -> None:
-        self.dataset, self.encoder = dataset, encoder
+    def __init__(self, dataset: PreparedDataset, encoder: Encoder | None, variant: Variant) -> None:
+        self.dataset, self.encoder, self.variant = dataset, encoder, variant
 
     def __len__(self) -> int:
         return self.dataset.rows
 
     def __getitem__(self, row: int) -> Tensor:
-        frames = self.dataset.frames(self.dataset.row(row))
+        frames = self.dataset.frames(self.dataset.row(row), change=self.variant.change(row))
         return frames if self.encoder is None else self.encoder.encode_frames([frames], self.dataset.contract)[0]
 
 
-def ensure_latents(dataset: PreparedDataset, encoder: Encoder, workers: int = 0, progress: bool = True) -> None:
+def ensure_latents(
+    dataset: PreparedDataset,
+    encoder: Encoder,
+    workers: int = 0,
+    progress: bool = True,
+    variant: Variant = Variant(),
+) -> None:
     """Write the latent cache of a prepared folder, or check that the one there is this model's.
 
     Finished shards stay after a kill and are not made again.
 
     Args:
         workers: processes that decode video.
+        variant: which of the cached latents of each window.
 
     Raises:
         UserError: the folder has another model's latents, or the disk is full.
     """
-    fingerprint = latent_fingerprint(encoder.parts.vae, dataset)
-    if dataset.latent_cache is not None:
-        if dataset.latent_cache.fingerprint != fingerprint:
+    fingerprint = latent_fingerprint(encoder.parts.vae, dataset, variant)
+    folder, cache = LatentCache.place(dataset.folder, variant.number), dataset.latents(variant.number)
+    if cache is not None:
+        if cache.fingerprint != fingerprint:
+            changed = " or another augmentation" if variant.number else ""
             raise UserError(
-                f"{dataset.latent_cache.folder}: these latents are of another video tokenizer or of other rows; "
-                f"delete the folder, or set cache_latents to false"
+                f"{folder}: these latents are of another video tokenizer or of other rows{changed}; delete the folder, "
+                "or set cache_latents to false"
             )
         return
-    folder = dataset.folder / "caches" / "latents"
-    partial = folder.with_name(f"latents.partial-{fingerprint[:12]}")
+    partial_folder = folder.with_name(f"latents.partial-{fingerprint[:12]}")
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        _write_shards(dataset, encoder, partial, workers, progress and is_first_rank())
+        partial_folder.mkdir(parents=True, exist_ok=True)
+        _write_shards(dataset, encoder, partial_folder, workers, progress and is_first_rank(), variant)
         card = {"fingerprint": fingerprint, "windows": dataset.rows, "shard": SHARD}
-        (partial / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+        (partial_folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        partial_folder.rename(folder)
     except (OSError, SafetensorError) as error:
         # safetensors has an error of its own for a full disk
-        raise UserError(f"{partial}: the latents could not be written ({error}); free some space") from error
+        raise UserError(f"{partial_folder}: the latents could not be written ({error}); free some space") from error
     for stale in folder.parent.glob("latents.partial-*"):
         shutil.rmtree(stale, ignore_errors=True)
 
 
-def _write_shards(dataset: PreparedDataset, encoder: Encoder, folder: Path, workers: int, progress: bool) -> None:
+def _write_shards(
+    dataset: PreparedDataset, encoder: Encoder, folder: Path, workers: int, progress: bool, variant: Variant
+) -> None:
     vae = encoder.parts.vae
     on_cpu = vae.device.type == "cpu"
     batch = 1 if on_cpu else BATCH if dataset.has_robot else CLIPS
@@ -114,7 +145,7 @@ def _write_shards(dataset: PreparedDataset, encoder: Encoder, folder: Path, work
             else:
                 missing += [rows[place : place + batch] for place in range(0, len(rows), batch)]
         loader = DataLoader(
-            _Rows(dataset, encoder if on_cpu else None),
+            _Rows(dataset, encoder if on_cpu else None, variant),
             batch_sampler=missing,
             num_workers=max(1, workers) if on_cpu else workers,
             collate_fn=list,

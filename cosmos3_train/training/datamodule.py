@@ -21,7 +21,7 @@ from cosmos3_train.data.mixture import Mixture, StepDataset
 from cosmos3_train.data.prepare import prepare
 from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.evaluation.closed_loop import make_simulator
-from cosmos3_train.model.caches import ensure_latents
+from cosmos3_train.model.caches import Variant, ensure_latents
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.reasoner_cache import Reasoner, distinct, ensure_reasoner, prompts_of
 from cosmos3_train.runtime import ignore_sigterm, is_first_rank, rank, world_size
@@ -179,7 +179,8 @@ def open_dataset(
             )
         dataset = PreparedDataset(prepared, embodiment, loaded.root / entry.source if entry.source else None)
         if entry.cache_latents and encoder is not None:
-            ensure_latents(dataset, encoder, data.workers)
+            for number in range(max(1, entry.augment.variants)):
+                ensure_latents(dataset, encoder, data.workers, variant=Variant(number, entry.augment))
             dataset = PreparedDataset(prepared, embodiment, loaded.root / entry.source if entry.source else None)
         if entry.cache_reasoner and encoder is not None and reasoner is not None:
             ensure_reasoner(prepared, run_prompts(loaded, dataset, entry, encoder), reasoner)
