@@ -108,6 +108,12 @@ def _benchmark(options: argparse.Namespace) -> int:
     loaded = _load(options)
     from cosmos3_train.commands import benchmark
 
+    if options.loader:
+        if options.against:
+            raise UserError(
+                "--loader times no training, so there is nothing to measure it against; leave --against out"
+            )
+        return benchmark.run_loader(loaded, output=options.output)
     return benchmark.run(loaded, against=options.against, output=options.output)
 
 
@@ -186,6 +192,7 @@ def _add_experiments(commands: argparse._SubParsersAction) -> None:
             command.add_argument(
                 "--against", choices=("stock",), help="also time a loop over stock diffusers and PEFT, at its best"
             )
+            command.add_argument("--loader", action="store_true", help="time reading and packing alone, without a GPU")
             command.add_argument("--output", type=Path, metavar="DIR", help="folder of the result (runs/NAME)")
 
 

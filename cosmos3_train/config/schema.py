@@ -656,6 +656,7 @@ class Benchmark:
     height, width: of the log's frames, pixels
     text_tokens:   of every prompt, whose instruction is filled up with words
     windows:       of the log
+    loader_seconds: how long each way of reading is measured, with --loader
     """
 
     first_step: int = 20
@@ -663,8 +664,10 @@ class Benchmark:
     width: int = 256
     text_tokens: int = 180
     windows: int = 256
+    loader_seconds: float = 5.0
 
     def __post_init__(self) -> None:
+        _require("benchmark", self, "above 0", lambda x: x > 0, "loader_seconds")
         _require("benchmark", self, "at least 1", lambda x: x >= 1, "first_step", "text_tokens", "windows")
         _require("benchmark", self, "even and above 0 (video)", lambda x: x > 0 and x % 2 == 0, "height", "width")
 
