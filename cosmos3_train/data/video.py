@@ -280,8 +280,9 @@ def _container(path: Path, inside: str = "") -> InputContainer:
 
 
 def _open(path: Path, inside: str) -> InputContainer:
+    source = archives.Part(path, *archives.range_of(inside)) if inside else str(path)
     try:
-        container = av.open(archives.Part(path, *archives.range_of(inside)) if inside else str(path), mode="r")
+        container = av.open(source, mode="r", metadata_errors="replace")  # a title may be in any encoding
     except (av.FFmpegError, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{_named(path, inside)}: not a readable video ({reason}); copy the log again") from None
