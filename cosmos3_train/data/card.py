@@ -16,7 +16,7 @@ from cosmos3_train.config import Clips, Dataset, UserError, from_plain, nearest,
 
 CLIP_FORMATS = ("jsonl_video", "webdataset")
 """Formats of captioned video without a robot."""
-FORMATS = (*CLIP_FORMATS, "hdf5", "lerobot_v2", "lerobot_v3", "mcap", "rlds", "zarr", "conversations")
+FORMATS = (*CLIP_FORMATS, "camera_tracks", "hdf5", "lerobot_v2", "lerobot_v3", "mcap", "rlds", "zarr", "conversations")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,10 @@ CLOCK_HZ = 1e6
 by its times and not by counting rows."""
 
 
+_BROKEN = (pa.ArrowException, OSError, UnicodeDecodeError)
+"""What Arrow raises for damaged files: a name that is not UTF-8 is one too."""
+
+
 def read_parquet(path: Path, columns: list[str] | None = None, filters: Any = None) -> pa.Table:
     """A Parquet file, or a `UserError` that names it."""
     try:
@@ -31,7 +35,7 @@ def read_parquet(path: Path, columns: list[str] | None = None, filters: Any = No
         )
     except FileNotFoundError:
         raise UserError(f"{path}: the Parquet file is missing; copy the log again") from None
-    except (pa.ArrowInvalid, OSError) as error:
+    except _BROKEN as error:
         raise _unreadable(path, error) from None
 
 
@@ -41,7 +45,7 @@ def parquet_columns(path: Path) -> list[str]:
         return pq.read_schema(path).names
     except FileNotFoundError:
         raise UserError(f"{path}: the Parquet file is missing; copy the log again") from None
-    except (pa.ArrowInvalid, OSError) as error:
+    except _BROKEN as error:
         raise _unreadable(path, error) from None
 
 
@@ -123,7 +127,7 @@ class _Opened:
         for group in dict.fromkeys(groups.tolist()):
             try:
                 part = self.file.read_row_group(group, columns=[column], use_threads=False)
-            except (pa.ArrowInvalid, OSError) as error:
+            except _BROKEN as error:
                 raise _unreadable(path, error) from None
             if column not in part.column_names:
                 raise UserError(f"{path}: no column {column!r}.{nearest(column, self.file.schema_arrow.names)}")
@@ -139,7 +143,7 @@ def _open(path: Path, inside: str) -> _Opened:
         table = file.read(wanted, use_threads=False)
         if "episode_index" not in wanted:
             raise UserError(f"{path}: no column 'episode_index'; pictures are found by it")
-    except (pa.ArrowInvalid, OSError) as error:
+    except _BROKEN as error:
         raise _unreadable(path, error) from None
     sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
     times = matrix(table.column("timestamp"), str(path), np.float64)[:, 0] if "timestamp" in wanted else None

@@ -62,6 +62,8 @@ def _read_episodes(root: Path, info: dict[str, Any]) -> tuple[Episode, ...]:
             if not isinstance(value, int) or value < 0:
                 raise UserError(f"{where}: {key} is {value!r}; a whole number is expected")
         assert isinstance(index, int) and isinstance(length, int)
+        if not isinstance(tasks, str | list | tuple):
+            raise UserError(f"{where}: tasks is {tasks!r}; a list of instructions is expected")
         place = {"episode_chunk": index // chunk_episodes, "episode_index": index}
         data_file = fill(data_path, root, **place)
         video = picture_places(pictures, data_file, index, float(info["fps"]))
