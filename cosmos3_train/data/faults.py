@@ -51,11 +51,11 @@ class Fault(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where an episode's rows lie: its file, relative to the log; its number; how many it has."""
+    """Where actions lie: file of the log, number of the episode, and which of its rows have them."""
 
     file: str
     episode: int
-    rows: int
+    rows: range | np.ndarray
 
 
 # ------------------------------------------------------------------------------------------------ an episode
@@ -130,7 +130,7 @@ def _first(kind: str, bad: np.ndarray, words: str) -> Fault:
 
 
 class Whole:
-    """The actions of all episodes, kept on disk, for what one alone does not show."""
+    """The actions of all episodes, kept on disk, for what one alone does not show. A fault's row counts its place's."""
 
     def __init__(self, embodiment: Embodiment) -> None:
         self.embodiment = embodiment
@@ -155,9 +155,9 @@ class Whole:
         if not self.places:
             return
         self._file.flush()
-        rows = sum(place.rows for place in self.places)
+        rows = sum(len(place.rows) for place in self.places)
         values = np.memmap(self._file, np.float32, mode="r", shape=(rows, self.embodiment.width))
-        starts = np.cumsum([0, *(place.rows for place in self.places)])
+        starts = np.cumsum([0, *(len(place.rows) for place in self.places)])
         yield from self._frozen(values)
         yield from self._far(values, starts)
         yield from self._grippers(values, starts)
@@ -174,7 +174,9 @@ class Whole:
                 moves[:, index].mean() >= OFTEN and moves[:, index].sum() >= ENOUGH and not _two_ends(values[:, index])
             ):
                 for episode in np.flatnonzero(~moves[:, index]):
-                    words = f"{channel.name} never changes, as it does in {moves[:, index].mean():.0%} of the episodes"
+                    words = (
+                        f"{channel.name} never changes, though it does in {moves[:, index].mean():.0%} of the episodes"
+                    )
                     yield self.places[episode], Fault(FROZEN, None, words)
 
     def _far(self, values: np.ndarray, starts: np.ndarray) -> Iterator[tuple[Place, Fault]]:
@@ -183,7 +185,7 @@ class Whole:
         kinds = dict.fromkeys((robot.normaliser, "quantile"))  # one far value alone stretches what minmax divides by
         normalisers = [Normaliser(replace(robot, normaliser=kind), statistics) for kind in kinds]
         for place, first in zip(self.places, starts, strict=False):
-            mine = np.array(values[first : first + place.rows])
+            mine = np.array(values[first : first + len(place.rows)])
             bad = np.zeros(mine.shape, bool)
             for normaliser in normalisers:
                 bad |= (normaliser.normalise(torch.from_numpy(mine)).abs() > FAR).numpy()

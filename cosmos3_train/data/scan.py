@@ -88,7 +88,7 @@ def scan_log(
                 scan.items += 1
                 progress(1)
     for place, fault in whole.faults():
-        yield _finding(place.file, place.episode, fault)
+        yield _placed(place, fault)
 
 
 def _records(
@@ -128,8 +128,9 @@ def _numbers(
             yield from map(tell, found)
     if not finite:
         return
+    rows = usable_rows(record, robot)
     try:
-        action = actions_of(record, robot, f"episode {episode.index}")[usable_rows(record, robot)]
+        action = actions_of(record, robot, f"episode {episode.index}")[rows]
     except UserError as error:  # a recorded rotation that is none; its row stands in the message
         yield tell(Fault(faults.ROTATION, None, str(error)))
         return
@@ -138,10 +139,12 @@ def _numbers(
             Fault(faults.UNREADABLE, None, f"{action.shape[1]} numbers a row, the card has {robot.width} channels")
         )
         return
-    yield from map(tell, faults.no_rotations(action, robot))
-    yield from map(tell, faults.outside_card(action, robot))
-    if len(action) and (fault := whole.add(Place(episode.data_file, episode.index, len(action)), action)):
-        yield tell(fault)
+    whole_episode = len(rows) == 0 or len(rows) == rows[-1] + 1
+    place = Place(episode.data_file, episode.index, range(len(rows)) if whole_episode else rows)
+    for fault in (*faults.no_rotations(action, robot), *faults.outside_card(action, robot)):
+        yield _placed(place, fault)
+    if len(action) and (fault := whole.add(place, action)):
+        yield _placed(place, fault)
 
 
 def _frames(
@@ -160,10 +163,10 @@ def _frames(
         words = f"the video has {video.fps:.4g} frames a second, the log {log.fps:g}"
         yield Finding(faults.RATE, place.path, where, words)
     period = 1.0 / log.fps
-    for time, words in video.faults:
-        if times[0] - period <= time <= times[-1] + period or np.isnan(time):
-            yield Finding(faults.VIDEO, place.path, where, words)
-            break
+    here = [words for time, words in video.faults if not times[0] - period > time and not time > times[-1] + period]
+    if here:
+        more = f"; {len(here) - 1:,} more" if len(here) > 1 else ""
+        yield Finding(faults.VIDEO, place.path, where, here[0] + more)
     lacking = faults.without_frame(times, video.times, log.fps)
     if lacking.any():
         row = int(np.argmax(lacking))
@@ -183,6 +186,12 @@ def _pictures(root: Path, place: str, times: np.ndarray, where: str, scan: Scan)
 def _is_video(place: str) -> bool:
     file, _, inside = place.partition("#")
     return not inside or file.endswith(SUFFIX)
+
+
+def _placed(place: Place, fault: Fault) -> Finding:
+    """A fault of some rows of an episode, by the episode's own numbers."""
+    row = None if fault.row is None else int(place.rows[fault.row])
+    return _finding(place.file, place.episode, fault._replace(row=row))
 
 
 def _finding(file: str, episode: int, fault: Fault) -> Finding:

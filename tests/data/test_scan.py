@@ -172,6 +172,21 @@ def test_recorded_rotations(tmp_path):
     assert found(log, robot) == expected
 
 
+def test_rows_are_the_episodes_own(tmp_path):
+    """An action that is made of two rows has none before a gap; rows behind it keep their numbers."""
+    times = np.arange(30) / 10
+    times[12:] += 0.2
+    places = [
+        np.random.default_rng(n).uniform(0, 1, (length, 1)).astype(np.float32) for n, length in enumerate(LENGTHS)
+    ]
+    places[3][21] = 900.0
+    log = make_log(tmp_path / "log", LENGTHS, extra={"place": places}, timestamps={3: times})
+    follower = Recorded("place", kind="values", column="place[0]", next=True)
+    robot = replace(ROBOT, action=[], recorded=[follower], state_key=None)
+    gap, far = (faults.GAPS, SECOND, "episode 3, row 12"), (faults.OUT_OF_RANGE, SECOND, "episode 3, row 20")
+    assert found(log, robot) == [gap, far]
+
+
 def test_an_unreadable_episode_does_not_hide_the_others(tmp_path):
     log = make(tmp_path, lambda action: action.__setitem__((7, 1), np.nan))
     (log / FIRST).write_bytes(b"no Parquet")
