@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 from cosmos3_train.config import to_plain
+from tests.data.clips import mp4, row, write_files, write_rows
 from tests.data.logs import default_actions, embodiment, make_log
 
 
@@ -37,6 +38,22 @@ def test_scan(cosmos3, card, tmp_path, capsys):
     assert "NaN or infinite: data/chunk-000/file-000.parquet, episode 1, row 7: action, y is nan" in said
     assert "caption over the token cap: data/chunk-000/file-000.parquet, episode 0: its prompt has" in said
     assert "found: 2 × NaN or infinite, 1 × caption over the token cap" in said
+
+
+def test_scan_of_clips(cosmos3, card, tmp_path, capsys):
+    write_files(tmp_path, {f"videos/{name}.mp4": mp4(12, 50 * place) for place, name in enumerate("ab")})
+    write_rows(tmp_path / "rows.jsonl", [row("a", 12, "one"), row("b", 12, "two")])
+    path = card(tmp_path, format="jsonl_video", captions=["caption"], frames=9)
+    assert cosmos3("check", path, "--scan", "--model", "cosmos3_pico") == 0
+    assert "scanned 2 clips, 24 frames, 2 different captions" in capsys.readouterr().out
+    assert cosmos3("check", path, "--scan", "--model", "cosmos3_pico", "--caption-tokens", "10") == 2
+    said = capsys.readouterr().out
+    assert "caption over the token cap: videos/a.mp4, frames 0 to 11: its prompt has" in said
+    (tmp_path / "videos" / "b.mp4").unlink()  # or the file that this process keeps open would be changed
+    (tmp_path / "videos" / "b.mp4").write_bytes(b"no video")
+    assert cosmos3("check", path, "--scan", "--workers", "1") == 2
+    said = capsys.readouterr().out
+    assert "clip whose video cannot be read: videos/b.mp4" in said and "tokens were not counted: hf download" in said
 
 
 @pytest.mark.parametrize(
