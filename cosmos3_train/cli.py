@@ -255,9 +255,12 @@ def _add_prepare(commands: argparse._SubParsersAction) -> None:
         metavar="KIND[,KIND]",
         help="latents: also encode every window, once; reasoner: also keep every prompt's keys and values",
     )
-    prepare.add_argument("--model", metavar="PART", help="whose video tokenizer, or tower: a file under configs/model/")
+    prepare.add_argument("--model", metavar="PART", help="whose tokenizers, or tower: a file under configs/model/")
     prepare.add_argument(
-        "--tasks", type=_listed, metavar="TASK[,TASK]", help="whose prompts are kept (policy; of video, the card's)"
+        "--tasks",
+        type=_listed,
+        metavar="TASK[,TASK]",
+        help="whose prompts and sound are kept (policy; of video, the card's)",
     )
     prepare.set_defaults(command=_prepare)
 

@@ -42,7 +42,11 @@ class Sample:
     size:     (H, W) of the frames in pixels, also known when only the latent is there
     action:   float32 [N, width], normalised; None where the task has no robot
     state:    float32 [width], normalised, the given row 0 of embodiments with a state row
-    sound:    float32 [64, S] sound latent, or None
+    waveform: float32 [channels, n], the clip's sound at the rate of the model's sound tokenizer, full scale ±1; None
+              without sound, or with its latent
+    sound:    float32 [2, 64, S], mean and standard deviation of the sound's latent, for its tokenizer gives a
+              distribution; from the cache, None when encoded online
+    sound_caption: words of what is heard, "" where the set has none
     messages: [{"role": ..., "content": ...}, ...] for a conversation
     embodiment: name of the embodiment card, None without a robot
     tier:     resolution tier of the frames
@@ -58,7 +62,9 @@ class Sample:
     size: tuple[int, int] = (0, 0)
     action: Tensor | None = None
     state: Tensor | None = None
+    waveform: Tensor | None = None
     sound: Tensor | None = None
+    sound_caption: str = ""
     messages: list[dict[str, str]] | None = None
     embodiment: str | None = None
     tier: int = 256

@@ -12,20 +12,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cosmos3_train.commands.check_data import CheckedData, check_dataset
+from cosmos3_train.commands.check_data import CheckedData, check_dataset, missing_caches
 from cosmos3_train.commands.check_model import CheckedModel, check_model, longest_sample, reasoner_rows
 from cosmos3_train.commands.console import FINISHED, USER_ERROR, say, say_error, say_table
 from cosmos3_train.commands.delivery import refuse_form
 from cosmos3_train.config import Dataset, Loaded, UserError
-from cosmos3_train.data.reader import LatentCache
+from cosmos3_train.data.reader import SOUND_LATENTS
 from cosmos3_train.evaluation.closed_loop import make_simulator
+from cosmos3_train.flow.tasks import sound_task
 from cosmos3_train.model.domains import refuse_taken_domains
 from cosmos3_train.model.loading import fetched_folder
 from cosmos3_train.model.reasoner_cache import size_in_words as _size
+from cosmos3_train.model.sound import check_sound
 from cosmos3_train.training.datamodule import caches_reasoner
 
-LATENT_BYTES = 48 * 2
-"""Of one cell of a cached latent: 48 channels in bf16."""
+LATENT_BYTES, SOUND_BYTES = 48 * 2, 2
+"""Of one cell of a cached latent, 48 channels in bf16; of one number of a cached sound."""
 
 
 @dataclass
@@ -75,6 +77,7 @@ def examine(loaded: Loaded) -> Findings:
     findings.look(lambda: _check_simulators(loaded, findings))
     findings.look(lambda: setattr(findings, "reasoner_cached", caches_reasoner(loaded)))
     findings.look(lambda: _look_at_model(loaded, findings))
+    findings.look(lambda: _look_at_sound(loaded, findings))
     findings.look(lambda: _check_disk(loaded, findings))
     return findings
 
@@ -96,6 +99,15 @@ def _look_at_model(loaded: Loaded, findings: Findings) -> None:
     if findings.reasoner_cached:
         rows, findings.reasoner_bytes = reasoner_rows(folder, loaded, findings.data)
         findings.rows.extend(rows)
+
+
+def _look_at_sound(loaded: Loaded, findings: Findings) -> None:
+    """Whether the model can do with sound what the datasets that were found in order ask of it."""
+    datasets, folder = loaded.experiment.data.datasets, fetched_folder(loaded.model) if findings.model else None
+    heard = next((task for name in findings.data if (task := sound_task(datasets[name].tasks))), None)
+    if heard is not None and folder is not None:
+        form = check_sound(folder, loaded.experiment.model, heard)
+        findings.rows.append(("sound", f"the model's tokenizer takes {form.rate:,} Hz, {form.channels} channels"))
 
 
 def _check_simulators(loaded: Loaded, findings: Findings) -> None:
@@ -129,13 +141,13 @@ def _check_disk(loaded: Loaded, findings: Findings) -> None:
         needs.append((loaded.run_folder, max(0, exports - exported), f"{_size(exports)} the export"))
     for name, checked in findings.data.items():
         entry = experiment.data.datasets[name]
-        folders = [LatentCache.place(loaded.root / entry.prepared, n) for n in range(max(1, entry.augment.variants))]
-        missing = sum(not folder.is_dir() for folder in folders)
-        if entry.cache_latents and missing and checked.latent is not None:
-            caches = folders[0].parent
-            size = missing * checked.windows * math.prod(checked.latent) * LATENT_BYTES
-            left = max(0, size - sum(_bytes_under(part) for part in caches.glob("latents.partial-*")))
-            needs.append((caches, left, f"{_size(size)} cached latents"))
+        for place in missing_caches(loaded.root / entry.prepared, entry):
+            of_sound, caches = place == SOUND_LATENTS, loaded.root / entry.prepared / place.parent
+            shape, cell = (checked.sound, SOUND_BYTES) if of_sound else (checked.latent, LATENT_BYTES)
+            if shape is not None:
+                size = checked.windows * math.prod(shape) * cell
+                left = max(0, size - sum(_bytes_under(part) for part in caches.glob(f"{place.name}.partial-*")))
+                needs.append((caches, left, f"{_size(size)} cached {place.name}"))
     if findings.reasoner_bytes:
         first = next(entry for entry in experiment.data.datasets.values() if entry.cache_reasoner)
         words = f"{_size(findings.reasoner_bytes)} cached keys and values"

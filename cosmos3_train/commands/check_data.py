@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,14 +18,14 @@ from cosmos3_train.data.card import DatasetCard, load_card
 from cosmos3_train.data.conversations import ConversationDataset
 from cosmos3_train.data.filters import cut_episode
 from cosmos3_train.data.index import actions_of, check_log, columns_to_read, instructions
-from cosmos3_train.data.mixture import check_entry
+from cosmos3_train.data.mixture import check_entry, refuse_silence
 from cosmos3_train.data.prepare import read_card
-from cosmos3_train.data.reader import PreparedDataset
+from cosmos3_train.data.reader import SOUND_LATENTS, PreparedDataset, latents_place
 from cosmos3_train.data.sources import open_clips, open_log
 from cosmos3_train.data.sources.log import Episode, EpisodeRecord, Log
 from cosmos3_train.data.statistics import Statistics, compute_moments
 from cosmos3_train.data.video import compose, frames_at
-from cosmos3_train.flow.tasks import TASKS
+from cosmos3_train.flow.tasks import TASKS, sound_task
 from cosmos3_train.model.prompts import canvas
 from cosmos3_train.training.datamodule import contract_of
 from cosmos3_train.types import Sample
@@ -40,6 +41,8 @@ CLIPS = 100
 """Clips of a set that are opened, evenly over it."""
 TEMPORAL, SPATIAL = 4, 16
 """Pixel frames of a latent frame after the first; pixels of a latent cell."""
+SOUND_HZ, SOUND_CHANNELS = 25, 64
+"""Latents of a second of sound, and their channels."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +50,16 @@ class CheckedData:
     """What was seen of one dataset.
 
     rows:    of the table;  windows: that it gives or would give
-    latent:  (t, h, w) of a window, None for conversations;  cached: whether its latents are on disk
+    latent:  (t, h, w) of a window, None for conversations
     longest: samples to count tokens of: the longest words, in every task
+    sound:   (mean and deviation, channels, S) of the sound of a window, None where it is not asked for
     """
 
     rows: list[tuple[str, str]] = field(default_factory=list)
     windows: int = 0
     latent: tuple[int, int, int] | None = None
-    cached: bool = False
     longest: list[Sample] = field(default_factory=list)
+    sound: tuple[int, int, int] | None = None
 
 
 def check_dataset(loaded: Loaded, name: str, entry: Dataset) -> CheckedData:
@@ -130,27 +134,48 @@ def _prepared(name: str, entry: Dataset, dataset: PreparedDataset) -> CheckedDat
     size = (rows[0]["height"], rows[0]["width"])
     dataset.frames(rows[0], first_only=True)  # the log's media is readable
     latent = latent_shape(dataset.embodiment, size)
-    cached = dataset.latent_cache is not None
     table = [
         (f"data {name}", f"prepared: {train:,} windows to train on, {heldout:,} held out"),
         *_contract(dataset.embodiment, size),
         _ranges(name, dataset.normaliser, actions, dataset.embodiment),
+        *_caches(name, entry, dataset),
     ]
-    if entry.cache_latents:
-        table.append((f"latents {name}", "cached" if cached else "not cached yet; the run encodes every window first"))
-    return CheckedData(table, dataset.rows, latent, cached, _samples(entry, dataset.embodiment, words, size))
+    return CheckedData(table, dataset.rows, latent, _samples(entry, dataset.embodiment, words, size))
+
+
+def _caches(name: str, entry: Dataset, dataset: PreparedDataset) -> list[tuple[str, str]]:
+    if not entry.cache_latents:
+        return []
+    missing = ", ".join(place.name for place in missing_caches(dataset.folder, entry))
+    words = f"not cached yet ({missing}); the run encodes every window first" if missing else "cached"
+    return [(f"latents {name}", words)]
+
+
+def missing_caches(prepared: Path, entry: Dataset) -> list[Path]:
+    """Places, in its prepared folder, of the caches of latents that an entry asks for and that are not there."""
+    if not entry.cache_latents:
+        return []
+    places = [latents_place(variant) for variant in range(max(1, entry.augment.variants))]
+    if sound_task(entry.tasks) is not None:
+        places.append(SOUND_LATENTS)
+    return [place for place in places if not (prepared / place).is_dir()]
 
 
 def _prepared_clips(name: str, entry: Dataset, dataset: PreparedDataset) -> CheckedData:
     places = np.unique(np.linspace(0, dataset.rows - 1, min(ROWS, dataset.rows)).astype(int))
     rows = [dataset.row(int(place)) for place in places]
     dataset.frames(rows[0], first_only=True)  # the set's media is readable
-    cached = dataset.latent_cache is not None
+    heard = sound_task(entry.tasks)
     counts = f"{dataset.count('train'):,} windows to train on, {dataset.count('heldout'):,} held out"
     table = [(f"data {name}", f"prepared: {counts}")]
-    if entry.cache_latents:
-        table.append((f"latents {name}", "cached" if cached else "not cached yet; the run encodes every window first"))
-    return _checked_clips(name, entry, dataset.contract.resolution_tier, table, rows, dataset.rows, cached)
+    if heard is not None:
+        train, heldout = (len(dataset.sounding(split)) for split in ("train", "heldout"))
+        if not train:
+            refuse_silence(name, heard, dataset, "train")
+        words = f"{train:,} of the windows to train on have it, {heldout:,} of those held out; the others are left out"
+        table.append((f"sound {name}", words))
+    table += _caches(name, entry, dataset)
+    return _checked_clips(name, entry, dataset.contract.resolution_tier, table, rows, dataset.rows)
 
 
 def _clips(loaded: Loaded, name: str, entry: Dataset, card: DatasetCard, clips: Clips, source: Path) -> CheckedData:
@@ -163,19 +188,25 @@ def _clips(loaded: Loaded, name: str, entry: Dataset, card: DatasetCard, clips: 
             f"data.datasets.{name}: none of {len(some)} clips that were looked at gives a window; left out: "
             f"{'; '.join(left_out)}"
         )
+    heard, sounding = sound_task(entry.tasks), sum(row["sound"] is not None for row in made.rows)
+    silent = [f"{count} × {reason} ({made.examples[reason]})" for reason, count in made.silent.items()]
+    if heard is not None and not sounding and len(some) == len(log.clips):
+        raise UserError(f"data.datasets.{name}.tasks: {heard!r} needs sound, but there is only {'; '.join(silent)}")
     windows = round(len(made.rows) / len(some) * len(log.clips))
     table = [
         (f"data {name}", f"clips readable, prepared at the first run: about {windows:,} windows"),
         (f"clips {name}", f"{len(log.clips):,}, of which {len(some):,} were looked at"),
         *((f"left out {name}", words) for words in left_out),
     ]
-    return _checked_clips(name, entry, clips.resolution_tier, table, made.rows, windows, False)
+    if heard is not None:
+        counted = f"{sounding} of {len(made.rows)} windows that were looked at have it; the others are left out"
+        table += [(f"sound {name}", counted), *((f"sound {name}", words) for words in silent)]
+    return _checked_clips(name, entry, clips.resolution_tier, table, made.rows, windows)
 
 
 def _checked_clips(
-    name: str, entry: Dataset, tier: int, table: list[tuple[str, str]], rows: list[dict[str, Any]], windows: int,
-    cached: bool,
-) -> CheckedData:  # fmt: skip
+    name: str, entry: Dataset, tier: int, table: list[tuple[str, str]], rows: list[dict[str, Any]], windows: int
+) -> CheckedData:
     """What rows of video without a robot show: their canvases, and a sample of each task with the longest caption on
     the largest."""
     sizes = {canvas((row["height"], row["width"]), tier) for row in rows}
@@ -187,12 +218,16 @@ def _checked_clips(
     table = [*table, (f"frames {name}", f"up to {frames} at {rate} a second, tier {tier}: canvas {shown}")]
     height, width = max(sizes, key=lambda size: size[0] * size[1])
     latent = (1 + (frames - 1) // TEMPORAL, height // SPATIAL, width // SPATIAL)
+    seconds = max(len(row["timestamps"]) / row["fps"] for row in rows)
+    sound = (2, SOUND_CHANNELS, math.ceil(seconds * SOUND_HZ))
     samples = [
         Sample(
             key=f"{task} with the longest caption",
             number=0,
             task=task,
             caption=words,
+            sound_caption=max((row["sound_caption"] or "" for row in rows), key=len),
+            sound=None if TASKS[task].sound == "absent" else torch.zeros(sound),
             fps=rates[0],
             latent=torch.zeros((48, 1 if TASKS[task].image else latent[0], *latent[1:])),
             size=(height, width),
@@ -200,7 +235,7 @@ def _checked_clips(
         )
         for task in entry.tasks
     ]
-    return CheckedData(table, windows, latent, cached, samples)
+    return CheckedData(table, windows, latent, samples, sound if sound_task(entry.tasks) else None)
 
 
 def _log(loaded: Loaded, name: str, entry: Dataset, card: DatasetCard, robot: Embodiment, source: Path) -> CheckedData:
@@ -212,10 +247,8 @@ def _log(loaded: Loaded, name: str, entry: Dataset, card: DatasetCard, robot: Em
     records, starts, parts = _some_records(log, card, robot, plan.splits), 0, []
     left_out: Counter[str] = Counter()
     for record in records:
-        where, cut = (
-            f"dataset {card.name!r}, episode {record.index}",
-            cut_episode(record, card, robot, stride, plan.keep),
-        )
+        where = f"dataset {card.name!r}, episode {record.index}"
+        cut = cut_episode(record, card, robot, stride, plan.keep)
         parts.append(actions_of(record, robot, where)[cut.rows])
         check_actions(parts[-1], robot, where)
         starts += len(cut.starts)
@@ -244,7 +277,7 @@ def _log(loaded: Loaded, name: str, entry: Dataset, card: DatasetCard, robot: Em
             for reason, count in left_out.items()
         ),
     ]
-    return CheckedData(table, windows, latent_shape(robot, size), False, _samples(entry, robot, words, size))
+    return CheckedData(table, windows, latent_shape(robot, size), _samples(entry, robot, words, size))
 
 
 def _check_files(log: Log, robot: Embodiment) -> None:

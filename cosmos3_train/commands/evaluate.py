@@ -27,9 +27,11 @@ from cosmos3_train.evaluation.closed_loop import mean_coverage, standard_error, 
 from cosmos3_train.evaluation.pictures import draw_coverage, draw_film, draw_loss_by_band
 from cosmos3_train.evaluation.protocol import FILMED, measure_actions, measure_closed_loop, measure_loss
 from cosmos3_train.evaluation.report import Number, Picture, write_report
+from cosmos3_train.flow.tasks import sound_task
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.loading import load_backbone, load_parts
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
+from cosmos3_train.model.sound import add_sound_tokenizer
 from cosmos3_train.training.datamodule import open_dataset, without_reasoner_cache
 from cosmos3_train.training.run import build
 from cosmos3_train.training.strategy import device_for
@@ -124,7 +126,9 @@ def _folder_subject(folder: Path, card: DatasetCard, card_path: Path, robot: Emb
 
 def _encoder(trained_with: Encoder, robot: Embodiment | None, experiment: Experiment) -> Encoder:
     cards = experiment.embodiments | ({robot.name: robot} if robot else {})
-    trained_with.parts.vae.to(device_for(experiment.strategy))
+    for tokenizer in (trained_with.parts.vae, trained_with.parts.sound_tokenizer):
+        if tokenizer is not None:
+            tokenizer.to(device_for(experiment.strategy))
     return Encoder(trained_with.parts, cards, seed=experiment.training.seed)
 
 
@@ -162,7 +166,8 @@ def _statistics_of_run(opened, robot: Embodiment | None) -> Statistics | None:
 def _measure(subject: Subject, robot: Embodiment | None, episodes: int | None, began: float) -> int:
     experiment = subject.loaded.experiment
     (name, entry), *_ = experiment.data.datasets.items()
-    dataset = open_dataset(subject.loaded, name, entry, None)
+    add_sound_tokenizer(subject.encoder.parts, subject.loaded.model, subject.device, sound_task(entry.tasks))
+    dataset = open_dataset(subject.loaded, name, entry, subject.encoder)
     if isinstance(dataset, PreparedDataset) and subject.statistics is not None:
         dataset.statistics = subject.statistics  # before anything is measured: all of it on the scale of the training
         dataset.normaliser = Normaliser(dataset.embodiment, subject.statistics)

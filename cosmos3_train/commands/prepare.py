@@ -26,6 +26,7 @@ from cosmos3_train.config import (
 
 if TYPE_CHECKING:
     from cosmos3_train.data.card import DatasetCard
+    from cosmos3_train.data.prepare import PreparedSummary
 
 CACHES = ("latents", "reasoner")
 
@@ -52,8 +53,8 @@ def run(
         stride: frames between window starts; None takes 1, and for video without a robot the dataset card's.
         cache: "latents" also encodes every window with the video tokenizer of `model`, a part's name or a file;
             "reasoner" runs its understanding tower on every distinct prompt.
-        tasks: whose prompts these are; None takes policy, and for video without a robot the dataset card's. A run with
-            others adds theirs.
+        tasks: whose prompts these are, and whether sound is encoded too; None takes policy, and for video without a
+            robot the dataset card's. A run with others adds theirs.
 
     Raises:
         UserError: the log, a card or the disk does not allow it.
@@ -61,6 +62,7 @@ def run(
     _check_caches(cache, model)
     from cosmos3_train.data.card import load_card  # the data floor brings pyarrow and torch
     from cosmos3_train.data.prepare import prepare
+    from cosmos3_train.flow.tasks import sound_task
 
     card = load_card(card_path)
     root = project_root(card_path)
@@ -89,15 +91,27 @@ def run(
         if count:
             example = f", such as {summary.examples[reason]}" if reason in summary.examples else ""
             say(f"  left out: {count:,} × {reason}{example}")
+    _say_sound(summary)
     if not card.shows_clips:
         say(f"  picture of the normalised actions: {summary.folder / 'statistics.png'}")
     if part is not None and "latents" in cache:
-        _cache_latents(output, contract, part, source, workers)
+        heard = sound_task(dict.fromkeys(tasks, 1.0))
+        _cache_latents(output, contract, part, source, workers, heard)
         say(f"  latents of {part.path}: {output / 'caches' / 'latents'}")
+        if heard is not None:
+            say(f"  latents of sound: {output / 'caches' / 'sound'}")
     if part is not None and "reasoner" in cache:
         count = _cache_reasoner(output, contract, part, tasks)
         say(f"  keys and values of {count:,} prompts by {part.path}: {output / 'caches' / 'reasoner'}")
     return FINISHED
+
+
+def _say_sound(summary: PreparedSummary) -> None:
+    """How many windows have sound, and why the others have none."""
+    for split, windows in summary.sounding.items():
+        say(f"  sound: {windows:,} of {summary.windows[split]:,} windows ({split})")
+    for reason, count in summary.silent.items():
+        say(f"  sound: {count:,} × {reason}, such as {summary.examples[reason]}")
 
 
 def _check_tasks(tasks: Sequence[str], *, robot: bool) -> None:
@@ -108,8 +122,8 @@ def _check_tasks(tasks: Sequence[str], *, robot: bool) -> None:
             raise UserError(f"--tasks: {task!r} is not a task.{nearest(task, TASKS)}")
         if TASKS[task].has_robot and not robot:
             raise UserError(f"--tasks: {task!r} needs a robot's actions, which this dataset does not have")
-        if TASKS[task].sound != "absent":
-            raise UserError(f"--tasks: {task!r} needs sound, which prepared rows do not have")
+        if TASKS[task].sound != "absent" and robot:
+            raise UserError(f"--tasks: {task!r} needs sound, which is not read from a robot's log")
 
 
 def _check_caches(cache: Sequence[str], model: str | None) -> None:
@@ -150,16 +164,22 @@ def _cards(contract: Embodiment | Clips) -> dict[str, Embodiment]:
     return {contract.name: contract} if isinstance(contract, Embodiment) else {}
 
 
-def _cache_latents(folder: Path, contract: Embodiment | Clips, model: Model, source: Path | None, workers: int) -> None:
+def _cache_latents(
+    folder: Path, contract: Embodiment | Clips, model: Model, source: Path | None, workers: int, heard: str | None
+) -> None:
     from cosmos3_train.data.reader import PreparedDataset
     from cosmos3_train.model.caches import ensure_latents
     from cosmos3_train.model.encoders import Encoder
     from cosmos3_train.model.loading import load_parts
+    from cosmos3_train.model.sound import add_sound_tokenizer
     from cosmos3_train.training.strategy import device_for
 
-    encoder = Encoder(load_parts(model, device_for(Strategy())), _cards(contract))
+    device = device_for(Strategy())
+    encoder = Encoder(load_parts(model, device), _cards(contract))
+    add_sound_tokenizer(encoder.parts, model, device, heard)
     robot = contract if isinstance(contract, Embodiment) else None
-    ensure_latents(PreparedDataset(folder, robot, source), encoder, workers)
+    dataset = PreparedDataset(folder, robot, source, encoder.sound_form)
+    ensure_latents(dataset, encoder, workers, sound=heard is not None)
 
 
 def _cache_reasoner(folder: Path, contract: Embodiment | Clips, model: Model, tasks: Sequence[str]) -> int:

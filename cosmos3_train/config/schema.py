@@ -328,7 +328,7 @@ class Model:
                             on the device and not read: to measure speed and memory without a download. Tokenizers and
                             scheduler are still the folder's. Empty: the folder's transformer
     dtype:                  of the frozen weights and of the arithmetic; trainables are float32 masters either way
-    vae_dtype:              of the video tokenizer: trained and served in bf16, which is faster on a CPU too
+    vae_dtype:              of the video and the sound tokenizer: trained and served in bf16, faster on a CPU too
     attention:              auto picks the fastest that works here and says which
     compile:                generate kernels for the layers (torch.compile): the first steps wait a minute for it,
                             then every step is faster; auto does on a GPU, not on a CPU
@@ -395,7 +395,8 @@ class Dataset:
     weight:     share of the samples drawn, relative to the other entries
     tasks:      rows of the mask table and their relative weights; none named: policy alone, which video without a robot
                 cannot feed. A conversation has one task, its own, whatever is named here
-    cache_latents: encode every window once, while preparing, instead of at every step
+                A task with sound draws only from windows that have it, and so do then the entry's other tasks
+    cache_latents: encode every window, and its sound for a task with sound, once instead of at every step
     cache_reasoner: run the understanding tower once on every distinct prompt, while preparing, and keep its keys and
                 values; then no step runs it and the run does not load it. For all datasets of a run or none, and not
                 where that tower trains

@@ -30,17 +30,20 @@ from cosmos3_train.data.files import write_whole
 from cosmos3_train.data.filters import Ranges, cut_episode, read_keep_ranges
 from cosmos3_train.data.index import (
     FEATURES,
+    LEAST_SOUND_SECONDS,
     SPLITS,
     actions_of,
     assign_splits,
     clip_rows,
     columns_to_read,
     episode_rows,
+    note_sound,
     split_clips,
     states_of,
 )
+from cosmos3_train.data.sound import SoundForm, sound_at
 from cosmos3_train.data.sources import open_clips, open_log
-from cosmos3_train.data.sources.clips import UNREADABLE, Clip, ClipLog
+from cosmos3_train.data.sources.clips import UNREADABLE, Clip, ClipLog, ClipRecord
 from cosmos3_train.data.sources.log import Episode, EpisodeRecord, Log
 from cosmos3_train.data.video import compose, frames_at, reading_size
 
@@ -125,6 +128,16 @@ def hold_one_out(plan: Plan, log: ClipLog, heldout_fraction: float, seed: int) -
     return windows, len(heldout)
 
 
+def count_sounding(folder: Path) -> dict[str, int]:
+    """Split → windows with sound among the rows of a folder."""
+    found: dict[str, int] = dict.fromkeys(SPLITS, 0)
+    for path in folder.glob("windows-*.parquet"):
+        table = pq.read_table(path, columns=["split", "sound"])
+        for split in table.filter(table["sound"].is_valid())["split"].to_pylist():
+            found[split] += 1
+    return found
+
+
 def open_work_folder(work: Path, fingerprint: str) -> None:
     """A folder with the finished blocks of an earlier run of the same settings, or an empty one."""
     marker = work / "fingerprint"
@@ -191,7 +204,8 @@ _opened: list[Log | ClipLog] = []
 class Made:
     """A block's rows, its values of the train split, and its report.
 
-    dropped: reason → how many;  examples: reason → the first of them
+    dropped: reason → how many;  silent: the same of windows without sound, or with silence for a part of it
+    examples: reason → the first of them
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -199,6 +213,7 @@ class Made:
     windows: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     episodes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     dropped: dict[str, int] = field(default_factory=dict)
+    silent: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
 
     def add(self, rows: list[dict[str, Any]], split: str) -> None:
@@ -208,6 +223,10 @@ class Made:
 
     def drop(self, reason: str, count: int, example: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + count
+        self.examples.setdefault(reason, example)
+
+    def mute(self, reason: str, count: int, example: str) -> None:
+        self.silent[reason] = self.silent.get(reason, 0) + count
         self.examples.setdefault(reason, example)
 
 
@@ -226,12 +245,13 @@ def _do_block(plan: Plan, log: Log | ClipLog, number: int) -> None:
         array = io.BytesIO()
         np.save(array, np.concatenate(made.values), allow_pickle=False)
         write_whole(values_path(plan, number), array.getvalue())
-    report = {key: getattr(made, key) for key in ("windows", "episodes", "dropped", "examples")}
+    report = {key: getattr(made, key) for key in ("windows", "episodes", "dropped", "silent", "examples")}
     write_whole(report_path(plan, number), json.dumps(report).encode())
 
 
 def made_of_clips(log: ClipLog, clips: Clips, some: Sequence[Clip], splits: Mapping[int, str]) -> Made:
-    """The rows of some clips of a set, and what was left out. Opens every video and decodes two of its frames."""
+    """The rows of some clips of a set, and what was left out. Opens every video, decodes two of its frames and a moment
+    of its sound."""
     made = Made()
     for record in log.records(some):
         for reason, (count, example) in record.faults.items():
@@ -251,9 +271,26 @@ def made_of_clips(log: ClipLog, clips: Clips, some: Sequence[Clip], splits: Mapp
             except UserError as error:
                 made.drop(UNREADABLE, 1, f"{name}: {error}")
                 continue
+            for reason, (count, example) in _note_sound(log, record, rows).items():
+                made.mute(reason, count, f"{name}: {example}" if example else name)
             size = reading_size((height, width), clips.resolution_tier)
             made.add([row | {"height": size[0], "width": size[1]} for row in rows], split)
     return made
+
+
+def _note_sound(log: ClipLog, record: ClipRecord, rows: list[dict[str, Any]]) -> dict[str, tuple[int, str]]:
+    """`index.note_sound` of a clip's rows, a moment of whose sound is decoded first; with words for what is wrong."""
+    silence, track = record.silence, record.sound
+    found = note_sound(rows, track, silence)
+    heard = next((row["video"][0] for row in rows if row["sound"]), None)
+    if heard is not None and track is not None:
+        moment, form = max(heard["start_time"], track.start), SoundForm(track.rate, 1)
+        try:
+            sound_at(log.root, record.clip.place, moment, int(LEAST_SOUND_SECONDS * track.rate), form)
+        except UserError as error:
+            silence = str(error)
+            found = note_sound(rows, track, silence)
+    return {reason: (count, silence) for reason, count in found.items()}
 
 
 def _of_episodes(plan: Plan, log: Log, number: int) -> Made:

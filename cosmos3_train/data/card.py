@@ -58,6 +58,7 @@ class DatasetCard:
     constant_caption: one instruction for every window, above both
     captions:         where video without a robot has its caption, in order of preference: dotted keys of its caption
                       window, row or JSON file. A value that is a mapping becomes one line of JSON
+    sound_captions:   where it has words of what is heard, as `captions`; they join the caption in tasks with sound
     caption_template: what to say where none of these is there: "{a} in {b.c}", dotted keys in braces
     frames, least_frames, stride, resolution_tier: how such video is cut and framed, see `config.Clips`
     filters:          what of a robot's log is left out, see `Filters`
@@ -79,6 +80,7 @@ class DatasetCard:
     caption_column: str | None = None
     constant_caption: str | None = None
     captions: list[str] = field(default_factory=list)
+    sound_captions: list[str] = field(default_factory=list)
     caption_template: str | None = None
     frames: int | None = None
     least_frames: int | None = None

@@ -16,6 +16,7 @@ from datasets import Features, List, Value
 from cosmos3_train.config import Clips, Embodiment, UserError
 from cosmos3_train.data.card import DatasetCard
 from cosmos3_train.data.recorded import check_recorded, made_actions, made_states, recorded_columns
+from cosmos3_train.data.sound import Track
 from cosmos3_train.data.sources.clips import Clip, ClipRecord, Segment
 from cosmos3_train.data.sources.log import EpisodeRecord, Log
 from cosmos3_train.runtime import fold
@@ -24,6 +25,14 @@ SPLITS = ("train", "heldout")
 GAP = "window across a gap in the timestamps"
 SHORT_CLIP = "clip or caption window shorter than the least frames of a window"
 REST = "frame at the end of a clip or caption window, too few for another window"
+NO_TRACK = "window of a clip without a sound track"
+BAD_TRACK = "window of a clip whose sound cannot be read"
+BEYOND_TRACK = "window that its clip's sound does not reach"
+PARTLY = "window that its clip's sound covers in part; the rest is silence"
+LEAST_SOUND_SECONDS = 0.1
+"""Of a window (or half of a shorter one) that its clip's sound must cover, for the window to have sound at all."""
+ROUNDING_SECONDS = 0.05
+"""By which sound and frames of a file may differ in length without a word: codecs work in blocks."""
 
 FEATURES = Features(
     {
@@ -45,6 +54,8 @@ FEATURES = Features(
         "timestamps": List(Value("float64")),  # of its frames, seconds into the episode
         "action": List(List(Value("float32"))),  # chunk rows, in the robot's own units, or null
         "state": List(Value("float32")),  # at the window's first frame, or null
+        "sound": {"rate": Value("int32"), "channels": Value("int32")},  # Hz; of the window's sound track, or null
+        "sound_caption": Value("string"),  # words of what is heard, "" where there are none; null without sound
     }
 )
 """Columns of a prepared row."""
@@ -190,6 +201,8 @@ def episode_rows(
                 "timestamps": times.tolist(),
                 "action": action[start : start + embodiment.chunk].tolist(),
                 "state": None if state is None else state[start].tolist(),
+                "sound": None,
+                "sound_caption": None,
             }
         )
     return rows
@@ -256,6 +269,30 @@ def clip_rows(
                     "timestamps": (shown - times[0]).tolist(),
                     "action": None,
                     "state": None,
+                    "sound": None,
+                    "sound_caption": segment.sound_caption,
                 }
             )
     return rows, {reason: count for reason, count in left_out.items() if count}
+
+
+def note_sound(rows: Sequence[dict[str, Any]], track: Track | None, silence: str) -> dict[str, int]:
+    """Write into a clip's rows whether they have sound.
+
+    Args:
+        track: what the clip's file says of it, None where it has none;  silence: why that cannot be read, "" if it can.
+
+    Returns:
+        Reason → windows without sound, or with silence for a part of it.
+    """
+    found = {NO_TRACK: 0, BAD_TRACK: 0, BEYOND_TRACK: 0, PARTLY: 0}
+    for row in rows:
+        start, length = row["video"][0]["start_time"], len(row["timestamps"]) / row["fps"]
+        covered = track.covers(start, start + length) if track and not silence else 0.0
+        if track and covered >= min(LEAST_SOUND_SECONDS, length / 2):
+            row["sound"] = {"rate": track.rate, "channels": track.channels}
+            found[PARTLY] += covered < length - ROUNDING_SECONDS
+            continue
+        row["sound"] = row["sound_caption"] = None
+        found[BAD_TRACK if silence else BEYOND_TRACK if track else NO_TRACK] += 1
+    return {reason: count for reason, count in found.items() if count}

@@ -9,10 +9,11 @@ change what is seen.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from typing import NoReturn
 
 import numpy as np
 from torch.utils.data import Dataset as TorchDataset
@@ -22,7 +23,7 @@ from cosmos3_train.config import UserError, nearest
 from cosmos3_train.data.augment import augmented
 from cosmos3_train.data.conversations import ConversationDataset
 from cosmos3_train.data.reader import PreparedDataset
-from cosmos3_train.flow.tasks import CONVERSATION, TASKS
+from cosmos3_train.flow.tasks import CONVERSATION, TASKS, sound_task
 from cosmos3_train.runtime import fold
 from cosmos3_train.types import Sample, StepBatch
 
@@ -42,7 +43,7 @@ class Pick:
 @dataclass(frozen=True)
 class _Entry:
     dataset: PreparedDataset | ConversationDataset
-    count: int
+    windows: Sequence[int]  # of the split, that are drawn
     tasks: tuple[str, ...]
     shares: tuple[float, ...]  # running sums of the tasks' weights, the last one 1
     cached: bool
@@ -77,8 +78,8 @@ class Mixture:
 
     @property
     def windows(self) -> int:
-        """Windows of the split over all datasets."""
-        return sum(entry.count for entry in self._entries.values())
+        """Windows of the split over all datasets; of one with a task with sound only those that have it."""
+        return sum(len(entry.windows) for entry in self._entries.values())
 
     def pick(self, number: int) -> Pick:
         """Which window and task sample `number` (0, 1, ...) is."""
@@ -87,8 +88,9 @@ class Mixture:
         name = self._names[place]
         entry = self._entries[name]
         own = turn * int(self._before[ROUND, place]) + int(self._before[slot, place])
-        epoch, position = divmod(own, entry.count)
-        index = permute(position, entry.count, fold(self.seed, "order", name, epoch))
+        count = len(entry.windows)
+        epoch, position = divmod(own, count)
+        index = entry.windows[permute(position, count, fold(self.seed, "order", name, epoch))]
         chance = fold(self.seed, "task", number) / 2**63
         return Pick(name, index, entry.tasks[min(bisect_right(entry.shares, chance), len(entry.tasks) - 1)])
 
@@ -219,31 +221,51 @@ def check_entry(name: str, entry: config.Dataset, *, talks: bool, robot: bool = 
             raise UserError(f"{where}.tasks: {task!r} is not a task.{nearest(task, TASKS)}")
         if not weight >= 0:
             raise UserError(f"{where}.tasks.{task} is {weight}; a weight is at least 0")
-        if TASKS[task].sound != "absent":
-            raise UserError(f"{where}.tasks: {task!r} needs sound, which prepared rows do not have")
+        if TASKS[task].sound != "absent" and robot:
+            raise UserError(f"{where}.tasks: {task!r} needs sound, which is not read from a robot's log")
         if weight and TASKS[task].has_robot and not robot:
-            silent = [known for known, row in TASKS.items() if not row.has_robot and row.sound == "absent"]
+            others = [known for known, row in TASKS.items() if not row.has_robot]
             raise UserError(
                 f"{where}.tasks: {task!r} needs a robot's actions, and this is video without a robot; name some of "
-                f"{', '.join(silent)}"
+                f"{', '.join(others)}"
             )
     if not any(entry.tasks.values()):
         raise UserError(f"{where}.tasks has no weight above 0; name at least one task, such as policy: 1")
 
 
+def usable_windows(dataset: PreparedDataset | ConversationDataset, entry: config.Dataset, split: str) -> Sequence[int]:
+    """The windows of a split that an entry draws from: all, or those with sound where it names a task with sound."""
+    if isinstance(dataset, PreparedDataset) and sound_task(entry.tasks):
+        return dataset.sounding(split).tolist()
+    return range(dataset.count(split))
+
+
+def refuse_silence(name: str, task: str, dataset: PreparedDataset, split: str) -> NoReturn:
+    """Raise `UserError`: no window of a split has the sound that a task of an entry needs."""
+    why = f"none of the {dataset.count(split):,} windows of its split {split!r} has any"
+    remedy = "leave the task out, or take clips with a sound track (cosmos3 prepare says why these have none)"
+    if not dataset.notes_sound:
+        why, remedy = f"{dataset.folder} does not say which rows have it", "prepare it again with --fresh"
+    raise UserError(f"data.datasets.{name}.tasks: {task!r} needs sound, and {why}; {remedy}")
+
+
 def _entry(name: str, dataset: PreparedDataset | ConversationDataset, entry: config.Dataset, split: str) -> _Entry:
     talks = isinstance(dataset, ConversationDataset)
     check_entry(name, entry, talks=talks, robot=talks or dataset.has_robot)
-    count = dataset.count(split)
+    windows, count = usable_windows(dataset, entry, split), dataset.count(split)
     if count == 0:
         raise UserError(
             f"data.datasets.{name}: no windows in the split {split!r}; prepare it with another heldout_fraction"
         )
     if isinstance(dataset, ConversationDataset):
-        return _Entry(dataset, count, (CONVERSATION,), (1.0,), False)
+        return _Entry(dataset, windows, (CONVERSATION,), (1.0,), False)
+    heard = sound_task(entry.tasks)
+    if heard is not None and not windows:
+        refuse_silence(name, heard, dataset, split)
     tasks = {task: weight for task, weight in entry.tasks.items() if weight != 0}
     total = sum(tasks.values())
     cached = entry.cache_latents and dataset.latent_cache is not None
+    cached = cached and (heard is None or dataset.sound_cache is not None)
     shares = tuple(accumulate(weight / total for weight in tasks.values()))
     augment = entry.augment if entry.augment.changes and split == "train" else None
-    return _Entry(dataset, count, tuple(tasks), shares, cached, augment)
+    return _Entry(dataset, windows, tuple(tasks), shares, cached, augment)

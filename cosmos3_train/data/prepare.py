@@ -24,6 +24,7 @@ from cosmos3_train.config import Clips, Embodiment, UserError, flatten, numbered
 from cosmos3_train.data.actions import Normaliser
 from cosmos3_train.data.blocks import (
     Plan,
+    count_sounding,
     hold_one_out,
     make_plan,
     open_work_folder,
@@ -43,6 +44,8 @@ from cosmos3_train.data.statistics import Statistics, compute_moments, draw_hist
 
 CARD_FILE = "card.json"
 LAYOUT_VERSION = 1
+WORK_VERSION = 2
+"""Of the files in a work folder: one that an older version left unfinished is begun anew."""
 TAIL, MANY = 65536, 10_000
 """Bytes at a file's end that count for a log's fingerprint, unless it has more files than MANY."""
 SHORT = "episode shorter than chunk + 1 frames"
@@ -54,13 +57,16 @@ FREE_KEYS = ("domain_id", "shares_domain", "initialise_from", "view_point", "exe
 @dataclass(frozen=True)
 class PreparedSummary:
     """What `prepare` made. `windows` and `episodes` (or clips) by split; `dropped` by reason, with an example of each;
-    `reused`: it was there already."""
+    `sounding`: windows with sound by split, and `silent` those without by reason, both empty for a robot; `reused`: it
+    was there already."""
 
     folder: Path
     fingerprint: str
     windows: dict[str, int]
     episodes: dict[str, int]
     dropped: dict[str, int]
+    sounding: dict[str, int]
+    silent: dict[str, int]
     examples: dict[str, str]
     seconds: float
     reused: bool
@@ -111,7 +117,7 @@ def prepare(
         shutil.rmtree(work, ignore_errors=True)
         return _summary(output, done, began, reused=True)
     with disk_full_is_the_users(output):
-        open_work_folder(work, fingerprint)
+        open_work_folder(work, f"{fingerprint} {WORK_VERSION}")
         try:
             plan, short = make_plan(card, contract, log, source, work, window_stride, heldout_fraction, seed)
             run_blocks(plan, log, workers, progress)
@@ -220,6 +226,7 @@ def contract_settings(card: DatasetCard, contract: Embodiment | Clips) -> dict[s
         "format": card.format,
         "captions": card.captions,
         "caption_template": card.caption_template,
+        **({"sound_captions": card.sound_captions} if card.sound_captions else {}),
         "clips": to_plain(contract),
     }
 
@@ -287,11 +294,13 @@ def _finish(plan: Plan, log: Log | ClipLog, settings: dict[str, Any], fingerprin
         for key in ("windows", "episodes")
     }
     dropped = {SHORT: short, GAP: 0} if robot else {}
+    silent: dict[str, int] = {}
     examples: dict[str, str] = {}
     for report in reports:
         examples = report["examples"] | examples
-        for reason, count in report["dropped"].items():
-            dropped[reason] = dropped.get(reason, 0) + count
+        for totals, key in ((dropped, "dropped"), (silent, "silent")):
+            for reason, count in report[key].items():
+                totals[reason] = totals.get(reason, 0) + count
     if counts["windows"]["train"] == 0:
         why = "; ".join(f"{n:,} × {reason} ({examples.get(reason, '')})" for reason, n in dropped.items() if n)
         raise UserError(f"dataset {plan.card.name!r}: no window to train on; left out: {why or 'nothing'}")
@@ -300,6 +309,7 @@ def _finish(plan: Plan, log: Log | ClipLog, settings: dict[str, Any], fingerprin
         for key, count in zip(("windows", "episodes"), moved, strict=True):
             counts[key] = {"train": counts[key]["train"] - count, "heldout": count}
     folder = plan.work / "finished"
+    heard = {} if robot else {"sounding": count_sounding(folder), "silent": silent}
     if robot is not None:
         _statistics(plan, robot, fingerprint, folder).save(folder / STATISTICS_FILE)
     content = {
@@ -310,6 +320,7 @@ def _finish(plan: Plan, log: Log | ClipLog, settings: dict[str, Any], fingerprin
         "settings": settings,
         "counts": counts,
         "dropped": dropped,
+        **heard,
         "examples": examples,
     }
     write_whole(folder / CARD_FILE, (json.dumps(content, indent=1) + "\n").encode())
@@ -354,6 +365,8 @@ def _summary(folder: Path, content: dict[str, Any], began: float, reused: bool) 
         windows=content["counts"]["windows"],
         episodes=content["counts"]["episodes"],
         dropped=content["dropped"],
+        sounding=content.get("sounding", {}),
+        silent=content.get("silent", {}),
         examples=content.get("examples", {}),
         seconds=time.monotonic() - began,
         reused=reused,

@@ -1,7 +1,7 @@
 """Prepared rows, read: the one reader that training and evaluation have.
 
-A row becomes a `Sample`: frames decoded and composed, actions normalised, or the window's cached latent. Rows are
-memory-mapped by `datasets`, whose cache lies inside the prepared folder and is made at the first reading.
+A row becomes a `Sample`: frames decoded and composed, sound decoded, actions normalised, or the cached latents. Rows
+are memory-mapped by `datasets`, whose cache lies inside the prepared folder and is made at the first reading.
 """
 
 from __future__ import annotations
@@ -25,15 +25,22 @@ from cosmos3_train.data.files import disk_full_is_the_users
 from cosmos3_train.data.index import FEATURES, SPLITS
 from cosmos3_train.data.kept import KeptFiles
 from cosmos3_train.data.prepare import embodiment_settings, first_difference, read_card
+from cosmos3_train.data.sound import SoundForm, sound_at
 from cosmos3_train.data.statistics import Statistics
 from cosmos3_train.data.video import compose, frames_at
 from cosmos3_train.flow.tasks import TASKS
 from cosmos3_train.types import Sample
 
 LATENTS = Path("caches") / "latents"
+SOUND_LATENTS = Path("caches") / "sound"
 OPEN_SHARDS = 256
 BATCH_ROWS = 10_000
 """Rows of a batch of the memory-mapped table: opening one takes time by its batches."""
+
+
+def latents_place(variant: int) -> Path:
+    """In a prepared folder: of the latents of the windows as they are (0), or of a changed variant of them."""
+    return LATENTS.with_name(f"{LATENTS.name}_variant_{variant}") if variant else LATENTS
 
 
 class PreparedDataset:
@@ -47,14 +54,23 @@ class PreparedDataset:
                      robot is cut and framed
         statistics, normaliser: of a robot's train split; video without a robot has neither
         rows:        windows of all splits; row numbers run over the whole table
+        latent_cache, sound_cache: what is cached of them, None where nothing is
+        notes_sound: whether rows say if they have sound (not those prepared before rows did)
     """
 
-    def __init__(self, folder: str | Path, embodiment: Embodiment | None, source: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        embodiment: Embodiment | None,
+        source: str | Path | None = None,
+        sound: SoundForm | None = None,
+    ) -> None:
         """Open the folder.
 
         Args:
             embodiment: the run's embodiment card, checked against the one that the folder was prepared with.
             source: the log, where it has moved since; None takes the place that it was prepared from.
+            sound: at which rate and with how many channels sound is read; None where it is not.
 
         Raises:
             UserError: not prepared, prepared for another embodiment card, or the log is not there.
@@ -90,7 +106,10 @@ class PreparedDataset:
         splits = self._table.data.column("split")
         # Compared by Arrow: as Python's words, ten million of them take seconds and half a gigabyte.
         self._places = {split: np.flatnonzero(cast(Any, pc).equal(splits, split).to_numpy()) for split in SPLITS}
+        self._sounds = self._table.data.column("sound").is_valid().to_numpy()
+        self.sound_form, self.notes_sound = sound, "sounding" in content
         self._latents = {0: LatentCache.open(self.folder, self.rows)}
+        self.sound_cache = LatentCache.open(self.folder, self.rows, SOUND_LATENTS)
 
     @property
     def has_robot(self) -> bool:
@@ -111,12 +130,20 @@ class PreparedDataset:
     def latents(self, variant: int) -> LatentCache | None:
         """Cached latents of the windows as they are (0), or of a changed variant of them."""
         if variant not in self._latents:
-            self._latents[variant] = LatentCache.open(self.folder, self.rows, variant)
+            self._latents[variant] = LatentCache.open(self.folder, self.rows, latents_place(variant))
         return self._latents[variant]
 
     def count(self, split: str) -> int:
         """Windows of "train" or "heldout"."""
         return len(self._places[split])
+
+    def sounding(self, split: str) -> np.ndarray:
+        """int64 [n]: the windows of a split that have sound, rising."""
+        return np.flatnonzero(self._sounds[self._places[split]])
+
+    def has_sound(self, number: int) -> bool:
+        """Whether a row has sound, by its number in the whole table."""
+        return bool(self._sounds[number])
 
     def row_number(self, split: str, index: int) -> int:
         """The row of the whole table that window `index` of a split is; keys of the latent cache are row numbers."""
@@ -157,6 +184,17 @@ class PreparedDataset:
         views = views if change is None else [change(view) for view in views]
         return compose(views, self.embodiment.layout if self.has_robot else "single")
 
+    def waveform(self, row: dict[str, Any]) -> Tensor:
+        """float32 [channels, n]: the sound of a row's frames, each as long as it is shown, in the form of `sound`.
+
+        Raises:
+            UserError: the video is missing or corrupt, or has no sound there.
+        """
+        assert self.sound_form is not None, f"{self.name} was opened without a form of sound"
+        (video,) = row["video"]
+        samples = self.sound_form.samples(len(row["timestamps"]), row["fps"])
+        return sound_at(self.source, video["path"], video["start_time"], samples, self.sound_form)
+
     def sample(
         self,
         split: str,
@@ -172,14 +210,14 @@ class PreparedDataset:
         """A window as a sample of a task.
 
         The mask table decides what it holds: actions only where the task has a robot, the state only where besides
-        the embodiment has a state row, one frame for an image.
+        the embodiment has a state row, one frame for an image, sound only where the task has it.
 
         Args:
             number: the sample's place in the run's global order.
-            pixels: decode frames.
-            latents: read the cached latent.
-            change: of the frames, see `frames`.
-            variant: of the cached latents; 0 is the window as it is.
+            pixels: decode frames, and sound.
+            latents: read the cached latents.
+            change: of the frames, see `frames`; sound stays as it is.
+            variant: of the frames' cached latents; 0 is the window as it is.
 
         Raises:
             UserError: an unreadable video, or no cached latent.
@@ -194,6 +232,13 @@ class PreparedDataset:
                 raise UserError(f"{self.folder}: no latents are cached; set cache_latents to false or prepare again")
             latent = cache.read(place)
             latent = latent[:, :1] if rules.image else latent  # causal encoder: latent frame 0 is frame 0 alone
+        sound = waveform = None
+        if rules.sound != "absent" and latents:
+            if self.sound_cache is None:
+                raise UserError(f"{self.folder}: no sound is cached; set cache_latents to false or prepare again")
+            sound = self.sound_cache.read(place)
+        elif rules.sound != "absent" and pixels:
+            waveform = self.waveform(row)
         with_state = rules.has_robot and self.embodiment.state_row
         return Sample(
             key=self.key(row),
@@ -206,6 +251,9 @@ class PreparedDataset:
             size=(row["height"], row["width"]),
             action=self.normaliser.normalise(torch.tensor(row["action"])) if rules.has_robot else None,
             state=self.normaliser.normalise(torch.tensor(row["state"])) if with_state else None,
+            waveform=waveform,
+            sound=sound,
+            sound_caption=row["sound_caption"] or "",
             embodiment=self.embodiment.name if self.has_robot else None,
             tier=self.contract.resolution_tier,
         )
@@ -213,7 +261,8 @@ class PreparedDataset:
 
 @dataclass(frozen=True)
 class LatentCache:
-    """Cached latents of every row: `card.json` and shards `00000.safetensors`, keys the row numbers.
+    """Cached latents of every row (of sound: of each that has it): `card.json` and shards `00000.safetensors`, keys the
+    row numbers.
 
     fingerprint: of whatever made them, for the writer to compare
     windows:     rows of the table that they were made for;  shard: rows a file
@@ -225,19 +274,16 @@ class LatentCache:
     shard: int
 
     @staticmethod
-    def place(prepared: str | Path, variant: int = 0) -> Path:
-        """The folder of the windows' latents as they are (0), or of a changed variant of them."""
-        folder = Path(prepared) / LATENTS
-        return folder.with_name(f"{folder.name}_variant_{variant}") if variant else folder
-
-    @staticmethod
-    def open(prepared: str | Path, rows: int, variant: int = 0) -> LatentCache | None:
+    def open(prepared: str | Path, rows: int, place: Path = LATENTS) -> LatentCache | None:
         """The cache of a prepared folder, None where there is none.
+
+        Args:
+            place: in the folder: `latents_place` of its frames, `SOUND_LATENTS` of its sound.
 
         Raises:
             UserError: it was made for another number of rows, or its card cannot be read.
         """
-        folder = LatentCache.place(prepared, variant)
+        folder = Path(prepared) / place
         path = folder / "card.json"
         if not path.is_file():
             return None
@@ -251,7 +297,7 @@ class LatentCache:
         return cache
 
     def read(self, row: int) -> Tensor:
-        """float32 [C, t, h, w] of a row of the whole table.
+        """float32 [C, t, h, w] of a row of the whole table; of sound [2, C, S].
 
         Raises:
             UserError: the shard is missing or corrupt.

@@ -5,20 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import ArrowException
 
 from cosmos3_train.config import UserError
 
-COLUMNS = ("instruction", "height", "width", "fps")
+COLUMNS = ("instruction", "sound_caption", "height", "width", "fps")
 TIMES = "timestamps"
 
 
 class Text(NamedTuple):
-    """What a prompt is made of: the instruction, (H, W) of the frames in pixels, frames a second, frames."""
+    """What a prompt is made of: the instruction, words of what is heard ("": none), (H, W) of the frames in pixels,
+    frames a second, frames."""
 
     instruction: str
+    sound_caption: str
     size: tuple[int, int]
     fps: float
     frames: int
@@ -34,6 +37,8 @@ def distinct_texts(folder: Path) -> list[Text]:
     for path in sorted(folder.glob("windows-*.parquet")):
         try:
             table = pq.read_table(path, columns=[*COLUMNS, TIMES])
+            if "sound_caption" not in table.column_names:  # prepared before rows had it
+                table = table.append_column("sound_caption", pa.nulls(len(table), pa.string()))
             frames = cast(Any, pc).list_value_length(table[TIMES])
             rows = table.drop_columns([TIMES]).append_column("frames", frames)
             rows = rows.group_by([*COLUMNS, "frames"]).aggregate([])
@@ -41,5 +46,6 @@ def distinct_texts(folder: Path) -> list[Text]:
             reason = str(error).splitlines()[0]
             raise UserError(f"{path}: the rows cannot be read ({reason}); run 'cosmos3 prepare --fresh'") from None
         for row in rows.to_pylist():
-            found.add(Text(row["instruction"], (row["height"], row["width"]), row["fps"], row["frames"]))
+            size = (row["height"], row["width"])
+            found.add(Text(row["instruction"], row["sound_caption"] or "", size, row["fps"], row["frames"]))
     return sorted(found)

@@ -77,7 +77,7 @@ def video_times(root: Path, place: str) -> VideoTimes:
     """
     file, _, inside = place.partition("#")
     path = root / file
-    container = _container(path, inside)
+    container = opened(path, inside)
     stream = container.streams.video[0]
     try:
         assert stream.time_base is not None
@@ -93,9 +93,9 @@ def video_times(root: Path, place: str) -> VideoTimes:
         fps = float(stream.average_rate or stream.guessed_rate or 0)
     except (av.FFmpegError, OSError) as error:
         close(path)
-        raise _corrupt(path, inside, error) from None
+        raise corrupt(path, inside, error) from None
     if not len(ticks) or not fps > 0:
-        raise UserError(f"{_named(path, inside)}: the video has no frames; copy the log again")
+        raise UserError(f"{named(path, inside)}: the video has no frames; copy the log again")
     return VideoTimes(ticks * float(stream.time_base), fps)
 
 
@@ -150,7 +150,7 @@ def decode_frames(
     path = Path(path)
     times = [float(time) for time in timestamps]
     assert times and times == sorted(times)
-    container = _container(path, inside)
+    container = opened(path, inside)
     try:
         stream = container.streams.video[0]
         period = 1.0 / float(stream.average_rate or stream.guessed_rate or 24)
@@ -159,11 +159,11 @@ def decode_frames(
             found = _nearest_frames(container, stream, times, period, 0.0, size)
     except (av.FFmpegError, OSError) as error:
         close(path)
-        raise _corrupt(path, inside, error) from None
+        raise corrupt(path, inside, error) from None
     for time, frame in zip(times, found, strict=True):
         if frame is None:
-            named = _named(path, inside)
-            raise UserError(f"{named}: no frame within half a frame period ({period / 2:.4f} s) of {time:.4f} s")
+            where = named(path, inside)
+            raise UserError(f"{where}: no frame within half a frame period ({period / 2:.4f} s) of {time:.4f} s")
     # In numpy: torch's own copy runs on OpenMP threads, which a forked reader of a process that used them never gets.
     # The colours of a pixel stay side by side (`channels_last`), as they are decoded: resizing is then twice as fast.
     stacked = np.stack([frame for frame in found if frame is not None])
@@ -262,17 +262,38 @@ def _to_rgb(reformatter: VideoReformatter, frame: av.VideoFrame, size: tuple[int
     return np.rot90(picture, turns) if turns else picture
 
 
-def _named(path: Path, inside: str) -> str:
+def named(path: Path, inside: str) -> str:
+    """A video's place, for messages."""
     return f"{path}#{inside}" if inside else str(path)
 
 
-def _corrupt(path: Path, inside: str, error: Exception) -> UserError:
+def corrupt(path: Path, inside: str, error: Exception) -> UserError:
+    """What FFmpeg's error is to the user."""
     return UserError(
-        f"{_named(path, inside)}: the video is corrupt ({' '.join(str(error).split())}); copy the log again"
+        f"{named(path, inside)}: the video is corrupt ({' '.join(str(error).split())}); copy the log again"
     )
 
 
-def _container(path: Path, inside: str = "") -> InputContainer:
+def open_anew(path: Path, inside: str) -> InputContainer:
+    """A video's file, opened; whoever asked closes it.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    source = archives.Part(path, *archives.range_of(inside)) if inside else str(path)
+    try:
+        return av.open(source, mode="r", metadata_errors="replace")  # a title may be in any encoding
+    except (av.FFmpegError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{named(path, inside)}: not a readable video ({reason}); copy the log again") from None
+
+
+def opened(path: Path, inside: str = "") -> InputContainer:
+    """A video's file, opened once in a process and kept; whoever reads it seeks first.
+
+    Raises:
+        UserError: it is missing, or no video.
+    """
     try:
         return _files.get(path, inside)
     except FileNotFoundError:
@@ -280,19 +301,14 @@ def _container(path: Path, inside: str = "") -> InputContainer:
 
 
 def _open(path: Path, inside: str) -> InputContainer:
-    source = archives.Part(path, *archives.range_of(inside)) if inside else str(path)
-    try:
-        container = av.open(source, mode="r", metadata_errors="replace")  # a title may be in any encoding
-    except (av.FFmpegError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{_named(path, inside)}: not a readable video ({reason}); copy the log again") from None
+    container = open_anew(path, inside)
     if not container.streams.video:
         container.close()
-        raise UserError(f"{_named(path, inside)}: the file has no video stream; copy the log again")
+        raise UserError(f"{named(path, inside)}: the file has no video stream; copy the log again")
     codec = cast(Any, container.streams.video[0].codec_context)
     if codec is None:  # of a kind that FFmpeg does not know, as a damaged header may say
         container.close()
-        raise UserError(f"{_named(path, inside)}: the video's codec is not known; copy the log again")
+        raise UserError(f"{named(path, inside)}: the video's codec is not known; copy the log again")
     codec.thread_count = 1
     return container
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 from cosmos3_train.config import Dataset, Experiment
 from cosmos3_train.data.conversations import ConversationDataset
-from cosmos3_train.data.mixture import Mixture
+from cosmos3_train.data.mixture import Mixture, usable_windows
 from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.evaluation.closed_loop import Episode, rollout
 from cosmos3_train.evaluation.heldout import ActionError, HeldoutLoss, action_error, action_task, heldout_loss
 from cosmos3_train.evaluation.sampling import RobotSampler
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
+
+logger = logging.getLogger(__name__)
 
 FILMED = 2
 """Episodes of a closed loop that are filmed: those of the first seeds."""
@@ -28,7 +31,10 @@ def measure_loss(
 
     The same windows every time: the first samples of the held-out split in an order of its own.
     """
-    with_heldout = {name: pair for name, pair in datasets.items() if pair[0].count("heldout")}
+    with_heldout = {name: pair for name, pair in datasets.items() if usable_windows(*pair, "heldout")}
+    for name, (dataset, _) in datasets.items():
+        if name not in with_heldout and dataset.count("heldout"):
+            logger.warning("%s: none of its held-out windows has sound, so its held-out loss is not measured", name)
     if not with_heldout or not experiment.evaluation.heldout_samples:
         return None
     mixture = Mixture(with_heldout, experiment.training.seed, split="heldout")

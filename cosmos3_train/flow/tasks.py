@@ -5,6 +5,7 @@ Every other token of the sample is generated. There is no code per task anywhere
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,6 +53,13 @@ TASKS: dict[str, Task] = {
         Task("sound_to_video", 0, sound="given"),
     )
 }
+
+
+def sound_task(weights: Mapping[str, float]) -> str | None:
+    """Of a mixture's tasks and their weights, the first with sound; None where there is none."""
+    named = (name for name, weight in weights.items() if weight and name in TASKS)
+    return next((name for name in named if TASKS[name].sound != "absent"), None)
+
 
 CONVERSATION = "conversation"
 """The task of a sample without a generation stream: next-token prediction on its labelled text."""

@@ -1,8 +1,9 @@
-"""Latents of every window, encoded once while preparing instead of at every step; of each a few variants, where frames
-are augmented.
+"""Latents of every window and of its sound, encoded once while preparing instead of at every step; where frames are
+augmented, of several variants of each window.
 
-A cache is keyed by a fingerprint of what made it: the video tokenizer's weights and dtype, and the prepared folder.
-One of another fingerprint is refused by name, never used.
+A cache is keyed by a fingerprint of what made it: the tokenizer's weights and dtype, and the prepared folder. One of
+another fingerprint is refused by name, never used. Sound has a cache of its own, of the windows that have it, one for
+all variants; what is kept of a sound is its latent's mean and standard deviation, from which every sample draws anew.
 """
 
 from __future__ import annotations
@@ -12,21 +13,22 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from diffusers import AutoencoderKLWan
+import torch
+from diffusers import AutoencoderKLWan, Cosmos3AVAEAudioTokenizer
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from cosmos3_train.config import Augment, UserError
 from cosmos3_train.data.augment import augmented
-from cosmos3_train.data.reader import LatentCache, PreparedDataset
+from cosmos3_train.data.reader import SOUND_LATENTS, LatentCache, PreparedDataset, latents_place
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.runtime import fold, ignore_sigterm, is_first_rank
 
@@ -39,30 +41,29 @@ BATCH = 64
 """Windows read at a time for a GPU, which encodes as many of them at once as it holds. On a CPU the loader's workers
 encode one each: a core a clip, no waiting."""
 
-
-@dataclass(frozen=True)
-class Variant:
-    """Number 0 is a window as it is; another one is changed by `augment`, alike for every run that caches it."""
-
-    number: int = 0
-    augment: Augment = field(default_factory=Augment)
-
-    def change(self, row: int) -> Callable[[Tensor], Tensor] | None:
-        """What the frames of a row go through."""
-        if not self.number:
-            return None
-        return partial(augmented, settings=self.augment, key=fold(0, "variant", self.number, row))
+UNCHANGED = Augment()
 
 
-def latent_fingerprint(vae: AutoencoderKLWan, dataset: PreparedDataset, variant: Variant) -> str:
+def latent_fingerprint(vae: AutoencoderKLWan, dataset: PreparedDataset, variant: int, augment: Augment) -> str:
     """Of everything that a latent depends on: weights, dtype, normalisation, the prepared rows, and their changes."""
+    config = cast(Any, vae.config)
+    settings = [str(vae.dtype), config.latents_mean, config.latents_std]
+    if variant:
+        settings += [variant, asdict(augment) | {"variants": None}]  # how many there are changes none of them
+    return _fingerprint(dataset, settings, vae)
+
+
+def sound_fingerprint(tokenizer: Cosmos3AVAEAudioTokenizer, dataset: PreparedDataset) -> str:
+    """The same of the latent of a sound: the encoder's weights, the configuration, and the prepared rows."""
+    settings = [str(tokenizer.dtype), {key: value for key, value in tokenizer.config.items() if key[0] != "_"}]
+    return _fingerprint(dataset, settings, cast(nn.Module, tokenizer.encoder))
+
+
+def _fingerprint(dataset: PreparedDataset, settings: Sequence[Any], weights: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
     digest.update(dataset.fingerprint.encode())
-    if variant.number:
-        digest.update(repr(replace(variant, augment=replace(variant.augment, variants=0))).encode())
-    config = cast(Any, vae.config)
-    digest.update(json.dumps([str(vae.dtype), config.latents_mean, config.latents_std]).encode())
-    for name, value in sorted(vae.state_dict().items()):
+    digest.update(json.dumps(settings).encode())
+    for name, value in sorted(weights.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()
@@ -72,19 +73,40 @@ CLIPS = 4
 """The same of video without a robot, whose windows are hundreds of megabytes each."""
 
 
-class _Rows(Dataset[Tensor]):
-    """Frames of every row, uint8 [T, 3, H, W], as they are or as a variant; their latents instead where an encoder is
-    given."""
+@dataclass(frozen=True)
+class _Kind:
+    """What one cache is made of.
 
-    def __init__(self, dataset: PreparedDataset, encoder: Encoder | None, variant: Variant) -> None:
-        self.dataset, self.encoder, self.variant = dataset, encoder, variant
+    place:  in the prepared folder;  what: for messages and the bar;  source: what made it
+    rows:   that have it, rising
+    read:   of a row, what is encoded;  encode: several of these, in their order
+    batch:  rows at a time on a GPU
+    """
+
+    place: Path
+    what: str
+    source: str
+    fingerprint: str
+    dtype: torch.dtype
+    on_cpu: bool
+    rows: Sequence[int]
+    read: Callable[[int], Tensor]
+    encode: Callable[[Sequence[Tensor]], list[Tensor]]
+    batch: int
+
+
+class _Rows(Dataset[Tensor]):
+    """What is read of every row; its latent instead where `encodes`."""
+
+    def __init__(self, kind: _Kind, count: int, encodes: bool) -> None:
+        self.kind, self.count, self.encodes = kind, count, encodes
 
     def __len__(self) -> int:
-        return self.dataset.rows
+        return self.count
 
     def __getitem__(self, row: int) -> Tensor:
-        frames = self.dataset.frames(self.dataset.row(row), change=self.variant.change(row))
-        return frames if self.encoder is None else self.encoder.encode_frames([frames], self.dataset.contract)[0]
+        read = self.kind.read(row)
+        return self.kind.encode([read])[0] if self.encodes else read
 
 
 def ensure_latents(
@@ -92,72 +114,119 @@ def ensure_latents(
     encoder: Encoder,
     workers: int = 0,
     progress: bool = True,
-    variant: Variant = Variant(),
+    *,
+    augment: Augment = UNCHANGED,
+    sound: bool = False,
 ) -> None:
-    """Write the latent cache of a prepared folder, or check that the one there is this model's.
+    """Write the latent caches of a prepared folder, or check that those there are this model's.
 
     Finished shards stay after a kill and are not made again.
 
     Args:
         workers: processes that decode video.
-        variant: which of the cached latents of each window.
+        augment: makes its `variants`; with none there are the latents of the windows as they are.
+        sound: also the latents of their sound.
 
     Raises:
-        UserError: the folder has another model's latents, or the disk is full.
+        UserError: the folder has latents of another model or augmentation, or the disk is full.
     """
-    fingerprint = latent_fingerprint(encoder.parts.vae, dataset, variant)
-    folder, cache = LatentCache.place(dataset.folder, variant.number), dataset.latents(variant.number)
-    if cache is not None:
-        if cache.fingerprint != fingerprint:
-            changed = " or another augmentation" if variant.number else ""
+    for variant in range(max(1, augment.variants)):
+        _ensure(dataset, _of_frames(dataset, encoder, variant, augment), workers, progress)
+    if sound:
+        _ensure(dataset, _of_sound(dataset, encoder), workers, progress)
+
+
+def _of_frames(dataset: PreparedDataset, encoder: Encoder, variant: int, augment: Augment) -> _Kind:
+    """Variant 0 is a window as it is; another one is changed by `augment`, alike for every run that caches it."""
+    vae = encoder.parts.vae
+
+    def read(row: int) -> Tensor:
+        change = partial(augmented, settings=augment, key=fold(0, "variant", variant, row)) if variant else None
+        return dataset.frames(dataset.row(row), change=change)
+
+    return _Kind(
+        place=latents_place(variant),
+        what=f"latents (variant {variant})" if variant else "latents",
+        source="video tokenizer, another augmentation" if variant else "video tokenizer",
+        fingerprint=latent_fingerprint(vae, dataset, variant, augment),
+        dtype=vae.dtype,
+        on_cpu=vae.device.type == "cpu",
+        rows=range(dataset.rows),
+        read=read,
+        encode=lambda clips: _encode_by_size(encoder, clips, dataset),
+        batch=BATCH if dataset.has_robot else CLIPS,
+    )
+
+
+def _of_sound(dataset: PreparedDataset, encoder: Encoder) -> _Kind:
+    tokenizer = encoder.parts.sound_tokenizer
+    assert tokenizer is not None, "the parts have no sound tokenizer"
+    return _Kind(
+        place=SOUND_LATENTS,
+        what="latents (sound)",
+        source="sound tokenizer",
+        fingerprint=sound_fingerprint(tokenizer, dataset),
+        dtype=tokenizer.dtype,
+        on_cpu=tokenizer.device.type == "cpu",
+        rows=[row for row in range(dataset.rows) if dataset.has_sound(row)],
+        read=lambda row: dataset.waveform(dataset.row(row)),
+        encode=lambda waveforms: [encoder.encode_sound(waveform) for waveform in waveforms],
+        batch=CLIPS,
+    )
+
+
+def _ensure(dataset: PreparedDataset, kind: _Kind, workers: int, progress: bool) -> None:
+    there = LatentCache.open(dataset.folder, dataset.rows, kind.place)
+    if there is not None:
+        if there.fingerprint != kind.fingerprint:
             raise UserError(
-                f"{folder}: these latents are of another video tokenizer or of other rows{changed}; delete the folder, "
-                "or set cache_latents to false"
+                f"{there.folder}: these {kind.what} are of another {kind.source} or of other rows; delete the folder, "
+                f"or set cache_latents to false"
             )
         return
-    partial_folder = folder.with_name(f"latents.partial-{fingerprint[:12]}")
+    folder = dataset.folder / kind.place
+    begun = folder.with_name(f"{folder.name}.partial-{kind.fingerprint[:12]}")
     try:
-        partial_folder.mkdir(parents=True, exist_ok=True)
-        _write_shards(dataset, encoder, partial_folder, workers, progress and is_first_rank(), variant)
-        card = {"fingerprint": fingerprint, "windows": dataset.rows, "shard": SHARD}
-        (partial_folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+        begun.mkdir(parents=True, exist_ok=True)
+        _write_shards(dataset, kind, begun, workers, progress and is_first_rank())
+        card = {"fingerprint": kind.fingerprint, "windows": dataset.rows, "shard": SHARD}
+        (begun / "card.json").write_text(json.dumps(card, indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
-        partial_folder.rename(folder)
+        begun.rename(folder)
     except (OSError, SafetensorError) as error:
         # safetensors has an error of its own for a full disk
-        raise UserError(f"{partial_folder}: the latents could not be written ({error}); free some space") from error
-    for stale in folder.parent.glob("latents.partial-*"):
+        raise UserError(f"{begun}: the latents could not be written ({error}); free some space") from error
+    for stale in folder.parent.glob(f"{folder.name}.partial-*"):
         shutil.rmtree(stale, ignore_errors=True)
 
 
-def _write_shards(
-    dataset: PreparedDataset, encoder: Encoder, folder: Path, workers: int, progress: bool, variant: Variant
-) -> None:
-    vae = encoder.parts.vae
-    on_cpu = vae.device.type == "cpu"
-    batch = 1 if on_cpu else BATCH if dataset.has_robot else CLIPS
-    with tqdm(total=dataset.rows, desc=f"encode {dataset.name}", unit="window", disable=not progress) as bar:
+def _write_shards(dataset: PreparedDataset, kind: _Kind, folder: Path, workers: int, progress: bool) -> None:
+    batch = 1 if kind.on_cpu else kind.batch
+    shards: dict[int, list[int]] = {}
+    for row in kind.rows:
+        shards.setdefault(row // SHARD, []).append(row)
+    with tqdm(total=len(kind.rows), desc=f"{kind.what} of {dataset.name}", unit="window", disable=not progress) as bar:
         missing: list[list[int]] = []
-        for first in range(0, dataset.rows, SHARD):
-            rows = list(range(first, min(first + SHARD, dataset.rows)))
-            if (folder / f"{first // SHARD:05d}.safetensors").is_file():
+        for shard, rows in shards.items():
+            if (folder / f"{shard:05d}.safetensors").is_file():
                 bar.update(len(rows))
             else:
                 missing += [rows[place : place + batch] for place in range(0, len(rows), batch)]
         loader = DataLoader(
-            _Rows(dataset, encoder if on_cpu else None, variant),
+            _Rows(kind, dataset.rows, encodes=kind.on_cpu),
             batch_sampler=missing,
-            num_workers=max(1, workers) if on_cpu else workers,
+            num_workers=max(1, workers) if kind.on_cpu else workers,
             collate_fn=list,
             worker_init_fn=ignore_sigterm,
         )
         tensors: dict[str, Tensor] = {}
         for rows, read in zip(missing, loader, strict=True):
-            latents = read if on_cpu else _encode_by_size(encoder, read, dataset)
-            tensors |= {str(row): x.to(vae.dtype).contiguous() for row, x in zip(rows, latents, strict=True)}
+            latents = read if kind.on_cpu else kind.encode(read)
+            tensors |= {str(row): x.to(kind.dtype).contiguous() for row, x in zip(rows, latents, strict=True)}
             bar.update(len(rows))
-            if rows[-1] == dataset.rows - 1 or (rows[-1] + 1) % SHARD == 0:
-                file = folder / f"{rows[-1] // SHARD:05d}.safetensors"
+            shard = rows[-1] // SHARD
+            if rows[-1] == shards[shard][-1]:
+                file = folder / f"{shard:05d}.safetensors"
                 beside = file.with_suffix(".partial")
                 save_file(tensors, beside)
                 beside.rename(file)

@@ -1,7 +1,10 @@
-"""From a `Sample` of the data floor to a `TokenSample`: words to ids, pixels to latents, actions to rows with masks.
+"""From a `Sample` of the data floor to a `TokenSample`: words to ids, pixels and sound to latents, actions to rows with
+masks.
 
 Pixels pass through upstream's own steps: a robot's frames are padded right and bottom to the tier's canvas, encoded,
-and the latent is cropped to the content; a plain clip is resized to cover its canvas and cropped to the middle.
+and the latent is cropped to the content; a plain clip is resized to cover its canvas and cropped to the middle. Sound
+is brought to one loudness by its tokenizer, clip by clip, and its latent drawn from the distribution that comes out,
+as Cosmos 3 was trained; so what a cache keeps of a sound is that distribution.
 """
 
 from __future__ import annotations
@@ -17,8 +20,18 @@ from PIL import Image
 from torch import Tensor
 
 from cosmos3_train.config import MAX_ACTION_WIDTH, Clips, Embodiment
+from cosmos3_train.data.sound import SoundForm
 from cosmos3_train.flow.tasks import CONVERSATION, TASKS, action_given, sound_given, video_given
-from cosmos3_train.model.prompts import canvas, conversation, dropped_prompt, robot_prompt, video_prompt, whole
+from cosmos3_train.model.prompts import (
+    canvas,
+    conversation,
+    dropped_prompt,
+    robot_prompt,
+    video_prompt,
+    whole,
+    with_sound,
+)
+from cosmos3_train.model.sound import form_of
 from cosmos3_train.runtime import draw
 from cosmos3_train.types import Sample, TokenSample
 
@@ -33,10 +46,11 @@ PROMPTS_KEPT = 4096
 
 
 class Encoder:
-    """Turns samples into token samples; holds upstream's tokenizer and video tokenizer.
+    """Turns samples into token samples; holds upstream's tokenizer, video tokenizer and sound tokenizer.
 
     Args:
-        parts: `loading.load_parts`; its VAE needs weights only where samples come without a latent.
+        parts: `loading.load_parts`; its VAE needs weights only where samples come without a latent, and sound needs
+            `sound.add_sound_tokenizer` then.
         embodiments: cards by name.
         caption_dropout: probability that a caption is emptied, drawn from (seed, sample number).
     """
@@ -60,6 +74,12 @@ class Encoder:
         latents = self._latents(samples)
         return [self._token_sample(sample, latent) for sample, latent in zip(samples, latents, strict=True)]
 
+    @property
+    def sound_form(self) -> SoundForm | None:
+        """The sound that the parts' tokenizer takes, None where they have none."""
+        tokenizer = self.parts.sound_tokenizer
+        return None if tokenizer is None else form_of(tokenizer)
+
     def robot_text(self, instruction: str, embodiment: Embodiment, size: tuple[int, int]) -> Tensor:
         """The ids of a robot's prompt, built once per distinct instruction."""
         key = (instruction, embodiment.name, size)
@@ -77,16 +97,20 @@ class Encoder:
         return self._prompts[key]
 
     def text(
-        self, task: str, caption: str, contract: Embodiment | Clips, size: tuple[int, int], frames: int, fps: float
-    ) -> Tensor:
+        self, task: str, caption: str, contract: Embodiment | Clips, size: tuple[int, int], frames: int, fps: float,
+        sound_caption: str = "",
+    ) -> Tensor:  # fmt: skip
         """The ids of a caption in a task.
 
         Args:
             size: (H, W) of the native frames;  frames: of the clip, 1 for an image.
+            sound_caption: words of what is heard, which tasks with sound also say.
         """
         if TASKS[task].has_robot:
             assert isinstance(contract, Embodiment)
             return self.robot_text(caption, contract, size)
+        if TASKS[task].sound != "absent":
+            caption = with_sound(caption, sound_caption)
         return video_prompt(self.parts, caption, frames, canvas(size, contract.resolution_tier), fps)
 
     def encode_frames(self, frames: Sequence[Tensor], contract: Embodiment | Clips) -> list[Tensor]:
@@ -94,6 +118,20 @@ class Encoder:
         at_once = max(1, PIXELS_AT_ONCE // frames[0].numel())
         parts = [frames[start : start + at_once] for start in range(0, len(frames), at_once)]
         return [latent for part in parts for latent in self._encode_together(part, contract)]
+
+    def encode_sound(self, waveform: Tensor) -> Tensor:
+        """float32 [2, C, S] on the CPU: mean and standard deviation of the latent of a clip's sound.
+
+        One clip at a time: upstream's tokenizer divides by the loudest sample of all that it is given.
+
+        Args:
+            waveform: float32 [channels, n], full scale ±1, as `sound_form` says.
+        """
+        tokenizer = self.parts.sound_tokenizer
+        assert tokenizer is not None, "the parts have no sound tokenizer"
+        with torch.no_grad():
+            found = tokenizer.encode(waveform[None].to(tokenizer.device)).latent_dist
+        return torch.cat([found.mean, found.std]).float().cpu()
 
     # -------------------------------------------------------------------------------------------- details
 
@@ -134,8 +172,9 @@ class Encoder:
         if task.has_robot:
             assert isinstance(contract, Embodiment) and sample.action is not None
             fields |= action_fields(sample.action, sample.state, contract, sample.task)
-        if sample.sound is not None:
-            fields |= {"sound": sample.sound.T, "sound_given": sound_given(task, sample.sound.shape[1])}
+        if task.sound != "absent":
+            sound = self._sound(sample)
+            fields |= {"sound": sound, "sound_given": sound_given(task, len(sound))}
         return TokenSample(
             key=sample.key,
             number=sample.number,
@@ -146,12 +185,22 @@ class Encoder:
             **fields,
         )
 
+    def _sound(self, sample: Sample) -> Tensor:
+        """float32 [S, C]: drawn from the latent's distribution by (seed, sample number)."""
+        found = sample.sound
+        if found is None:
+            assert sample.waveform is not None
+            found = self.encode_sound(sample.waveform)
+        mean, deviation = found
+        drawn = torch.randn(mean.shape, generator=draw(self.seed, "sound", sample.number))
+        return (mean + deviation * drawn).T.contiguous()
+
     def _text(self, sample: Sample, contract: Embodiment | Clips, latent: Tensor) -> Tensor:
         dropout = torch.rand((), generator=draw(self.seed, "caption", sample.number))
         if float(dropout) < self.caption_dropout:
             return self.dropped_text()
         frames = 4 * (latent.shape[1] - 1) + 1
-        return self.text(sample.task, sample.caption, contract, sample.size, frames, sample.fps)
+        return self.text(sample.task, sample.caption, contract, sample.size, frames, sample.fps, sample.sound_caption)
 
     def _prepare(self, clips: Tensor, contract: Embodiment | Clips) -> tuple[Tensor, Tensor | None]:
         """Clips uint8 [B, T, 3, H, W] → float [B, 3, T, H', W'] in [-1, 1] on the canvas; for a robot also upstream's

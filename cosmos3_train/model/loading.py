@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 KEPT_FLOAT32 = ("time_embedder.",)
 """Upstream keeps these in float32 whatever the rest runs in (`_keep_in_fp32_modules`)."""
+SOUND = "sound_tokenizer"
+"""Folder of the one part that not every model has."""
 SWITCHES = ("default_use_system_prompt", "use_native_flow_schedule")
 """Of a folder's model_index.json: what upstream's pipeline takes from there; what is absent has upstream's default."""
 RANDOM_STD = 0.02
@@ -74,10 +76,12 @@ def fetched_folder(model: Model) -> Path | None:
     try:
         folder = Path(snapshot_download(model.path, revision=model.revision, local_files_only=True))
         shard_files(folder / "transformer")
-    except (LocalEntryNotFoundError, HFValidationError, UserError):
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (LocalEntryNotFoundError, HFValidationError, UserError, OSError, ValueError):
         return None  # not there, or its download was cut off: fetching goes on from there
-    whole = all((folder / part / "config.json").is_file() for part in ("transformer", "vae"))
-    return folder if whole else None
+    sound, _ = index.get(SOUND, (None, None))
+    parts = ("transformer", "vae", *([SOUND] if sound is not None else []))
+    return folder if all((folder / part / "config.json").is_file() for part in parts) else None
 
 
 Towers = Literal["both", "generation", "understanding"]
@@ -254,7 +258,7 @@ def fill_from_shards(module: nn.Module, folder: Path, dtype: torch.dtype, device
     Raises:
         UserError: a shard is missing or damaged, a tensor is missing or has another shape; names file and tensor.
     """
-    places = _tensor_files(folder)
+    places = tensor_files(folder)
     wanted = {name: parameter.shape for name, parameter in _empty_parameters(module).items()}
     missing = sorted(wanted.keys() - places.keys())
     if missing:
@@ -284,8 +288,8 @@ def _empty_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.is_meta}
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Which file holds each tensor, from the index of a sharded folder or from the single file."""
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Which file of a part holds each tensor, from the index of a sharded folder or from the single file."""
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if indexes:
         try:

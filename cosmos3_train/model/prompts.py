@@ -8,6 +8,7 @@ pipeline gives it one by default, for that is how it is deployed.
 
 from __future__ import annotations
 
+import json
 from typing import Any, cast
 
 import torch
@@ -65,6 +66,24 @@ def video_prompt(parts: Cosmos3OmniPipeline, caption: str, frames: int, size: tu
         add_duration_template=plain,
     )
     return torch.tensor(ids, dtype=torch.long)
+
+
+def with_sound(caption: str, heard: str) -> str:
+    """A caption that also says what is heard, as Cosmos 3 was trained with sound: a JSON caption in its field
+    `audio_description`, a plain one after the words "Audio description:".
+
+    Args:
+        heard: "" leaves the caption as it is.
+    """
+    if not heard:
+        return caption
+    try:
+        found = json.loads(caption)
+    except ValueError:
+        found = None
+    if isinstance(found, dict):
+        return json.dumps(found | {"audio_description": heard}, ensure_ascii=False)
+    return f"{caption} Audio description: {heard}"
 
 
 def dropped_prompt(parts: Cosmos3OmniPipeline) -> Tensor:

@@ -184,7 +184,9 @@ def prompts_of(prepared: Path, contract: Embodiment | Clips, tasks: Iterable[str
     for text in distinct_texts(prepared):
         for task in tasks:
             frames = 1 if TASKS[task].image else text.frames
-            found.append(encoder.text(task, text.instruction, contract, text.size, frames, text.fps))
+            found.append(
+                encoder.text(task, text.instruction, contract, text.size, frames, text.fps, text.sound_caption)
+            )
     return distinct(found)
 
 

@@ -17,11 +17,12 @@ from cosmos3_train import config
 from cosmos3_train.config import Clips, Embodiment, Loaded, UserError
 from cosmos3_train.data.card import DatasetCard, load_card
 from cosmos3_train.data.conversations import ConversationDataset
-from cosmos3_train.data.mixture import Mixture, StepDataset
+from cosmos3_train.data.mixture import Mixture, StepDataset, check_entry, refuse_silence
 from cosmos3_train.data.prepare import prepare
 from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.evaluation.closed_loop import make_simulator
-from cosmos3_train.model.caches import Variant, ensure_latents
+from cosmos3_train.flow.tasks import sound_task
+from cosmos3_train.model.caches import ensure_latents
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.reasoner_cache import Reasoner, distinct, ensure_reasoner, prompts_of
 from cosmos3_train.runtime import ignore_sigterm, is_first_rank, rank, world_size
@@ -77,6 +78,12 @@ class _StepsFrom(Sampler[int]):
         return ENDLESS - self.first
 
 
+def heard_task(experiment: config.Experiment) -> str | None:
+    """The first task with sound that a dataset of the run names, None where there is none."""
+    found = (sound_task(entry.tasks) for entry in experiment.data.datasets.values())
+    return next((task for task in found if task is not None), None)
+
+
 def caches_reasoner(loaded: Loaded) -> bool:
     """Whether the run recalls its prompts' keys and values instead of loading the understanding tower.
 
@@ -128,7 +135,7 @@ def open_datasets(loaded: Loaded, encoder: Encoder | None, reasoner: Reasoner | 
     """Prepare what is not prepared yet, and open every dataset of the mixture.
 
     Args:
-        encoder: encodes the latents of datasets that cache them; None skips that (`cosmos3 check`).
+        encoder: encodes the latents of datasets that cache them, and says in which form sound is read.
         reasoner: makes the keys and values of datasets that cache them; None skips that.
     """
     opened: Opened = {
@@ -156,7 +163,11 @@ def _refuse_two_scales(opened: Opened) -> None:
 def open_dataset(
     loaded: Loaded, name: str, entry: config.Dataset, encoder: Encoder | None, reasoner: Reasoner | None = None
 ) -> PreparedDataset | ConversationDataset:
-    """One dataset of the mixture, prepared first if it has a card and no prepared folder."""
+    """One dataset of the mixture, prepared first if it has a card and no prepared folder.
+
+    Args:
+        encoder: as of `open_datasets`; None neither encodes nor reads sound.
+    """
     data = loaded.experiment.data
     card = load_card(loaded.root / entry.card) if entry.card else None
     if card is not None and card.format == "conversations":
@@ -177,14 +188,29 @@ def open_dataset(
                 workers=max(1, data.workers),
                 progress=is_first_rank(),
             )
-        dataset = PreparedDataset(prepared, embodiment, loaded.root / entry.source if entry.source else None)
+        source, form = loaded.root / entry.source if entry.source else None, encoder.sound_form if encoder else None
+        dataset = PreparedDataset(prepared, embodiment, source, form)
+        heard = sound_task(entry.tasks)
+        if heard is not None:
+            _tell_silence(name, dataset, entry, heard)
         if entry.cache_latents and encoder is not None:
-            for number in range(max(1, entry.augment.variants)):
-                ensure_latents(dataset, encoder, data.workers, variant=Variant(number, entry.augment))
-            dataset = PreparedDataset(prepared, embodiment, loaded.root / entry.source if entry.source else None)
+            ensure_latents(dataset, encoder, data.workers, augment=entry.augment, sound=heard is not None)
+            dataset = PreparedDataset(prepared, embodiment, source, form)
         if entry.cache_reasoner and encoder is not None and reasoner is not None:
             ensure_reasoner(prepared, run_prompts(loaded, dataset, entry, encoder), reasoner)
     return dataset
+
+
+def _tell_silence(name: str, dataset: PreparedDataset, entry: config.Dataset, heard: str) -> None:
+    """Refuse a dataset of which no window has the sound that a task needs, before anything is encoded; and say how many
+    windows are left out for want of it."""
+    check_entry(name, entry, talks=False, robot=dataset.has_robot)
+    windows, usable = dataset.count("train"), len(dataset.sounding("train"))
+    if not usable:
+        refuse_silence(name, heard, dataset, "train")
+    if usable < windows:
+        words = "data.datasets.%s: %s of %s training windows have no sound and are left out, since %r needs it"
+        logger.info(words, name, f"{windows - usable:,}", f"{windows:,}", heard)
 
 
 def contract_of(loaded: Loaded, name: str, entry: config.Dataset, card: DatasetCard) -> Embodiment | Clips:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from cosmos3_train.config import Augment, Loaded
 from cosmos3_train.data.mixture import Mixture
-from cosmos3_train.data.reader import LatentCache, PreparedDataset
+from cosmos3_train.data.reader import LATENTS, PreparedDataset
 from cosmos3_train.model.caches import SHARD
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.loading import load_parts, make_backbone, model_folder
@@ -116,7 +116,7 @@ def _draw_latents(dataset: PreparedDataset, channels: int) -> None:
     """A latent cache of the right shapes, unless it is there."""
     if dataset.latent_cache is not None:
         return
-    row, folder = dataset.row(0), LatentCache.place(dataset.folder)
+    row, folder = dataset.row(0), dataset.folder / LATENTS
     shape = (channels, 1 + dataset.embodiment.chunk // 4, max(1, row["height"] // 16), max(1, row["width"] // 16))
     folder.mkdir(parents=True, exist_ok=True)
     for first in range(0, dataset.rows, SHARD):

@@ -31,11 +31,12 @@ from cosmos3_train.model.loading import load_backbone, load_parts, model_folder
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
 from cosmos3_train.model.packing import Layout
 from cosmos3_train.model.reasoner_cache import Reasoner, ReasonerCache, remember
+from cosmos3_train.model.sound import add_sound_tokenizer
 from cosmos3_train.model.trainable import Trainables, make_trainable
 from cosmos3_train.runtime import Interrupted, is_first_rank, node_count, seed_everything, world_size
 from cosmos3_train.training.batching import Packer
 from cosmos3_train.training.checkpoints import Checkpoint, check_names, list_checkpoints, load_checkpoint
-from cosmos3_train.training.datamodule import Opened, StepData, caches_reasoner, open_datasets
+from cosmos3_train.training.datamodule import Opened, StepData, caches_reasoner, heard_task, open_datasets
 from cosmos3_train.training.loop import RunLoop
 from cosmos3_train.training.module import PostTraining, TrainingFailed
 from cosmos3_train.training.optimizer import load_optimizer_tensors
@@ -189,8 +190,10 @@ def build(loaded: Loaded) -> Run:
     _refuse_another_base(loaded)
     reasoner = Reasoner(loaded.model, device) if caches_reasoner(loaded) else None
     encodes = any(not entry.cache_latents for entry in experiment.data.datasets.values())
+    parts = load_parts(loaded.model, device, vae_weights=True)
+    add_sound_tokenizer(parts, loaded.model, device, heard_task(experiment))
     encoder = Encoder(
-        load_parts(loaded.model, device, vae_weights=True),
+        parts,
         experiment.embodiments,
         caption_dropout=experiment.data.caption_dropout,
         seed=experiment.training.seed,
@@ -198,7 +201,9 @@ def build(loaded: Loaded) -> Run:
     opened = open_datasets(loaded, encoder, reasoner)
     _refuse_other_data(loaded, opened)
     if not encodes and experiment.evaluation.closed_loop_episodes == 0:
-        encoder.parts.vae.to("cpu")  # every latent is cached, so the video tokenizer leaves the GPU
+        for tokenizer in (parts.vae, parts.sound_tokenizer):  # every latent is cached, so they leave the GPU
+            if tokenizer is not None:
+                tokenizer.to("cpu")
     talks = any(isinstance(dataset, ConversationDataset) for dataset, _ in opened.values())
     backbone = load_backbone(
         loaded.model,

@@ -8,7 +8,8 @@ largest coverage is below `--least-coverage` is counted and left out, and the ne
 `--states FILE.npz` also stores the poses, from which `--from-states FILE.npz ...` draws the same log without
 planning, with neither the physics nor OpenCV installed; without `--output` nothing is drawn. The contracts
 pusht_turned and pusht_swapped are drawn so from pusht's poses alone: the same play, told by robots with other
-actions and cameras, from which Cosmos3-Pico learns that robots differ.
+actions, rates and cameras, from which Cosmos3-Pico learns that robots differ. pusht_turned's camera hangs another
+way in each episode, and its moves are what that camera sees.
 
 `--disturbed SHARE` knocks the agent off its course every few seconds in that share of the seeds. What happens
 during a knock is not recorded: the log goes on with a new episode right after it, so that every recorded action is
@@ -22,8 +23,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cosmos3_train.data.lerobot_writer import LeRobotWriter
-from cosmos3_train.evaluation.simulators.pusht_camera import IMAGE_PIXELS, TABLE_PIXELS, PushTCamera
+from cosmos3_train.evaluation.simulators.pusht_camera import IMAGE_PIXELS, LOOKS, TABLE_PIXELS, Look, PushTCamera
 
 INSTRUCTION = "Push the T-shaped block onto the T-shaped target."
 CAMERA = "observation.images.top"
@@ -51,32 +51,46 @@ KNOCK_PX = 45.0
 class Contract:
     """What differs between the logs.
 
-    look:    of the camera, a key of `LOOKS`
-    told:    (actions, states) of this contract from target and agent [T, 2] in table pixels; None where the contract
-             has a simulator, in which the expert plays
+    looks:   of the camera, keys of `LOOKS`, by turns over the seeds
+    told:    (actions, states) of this contract from target and agent [T, 2] in table pixels and the camera's look; None
+             where the contract has a simulator, in which the expert plays
+    every:   of the stored steps, which are 10 a second: every how many-th is told
     """
 
     fps: int
     channels: tuple[str, str]
     state: tuple[str, str]
-    look: str
-    told: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
+    looks: tuple[str, ...]
+    told: Callable[[np.ndarray, np.ndarray, Look], tuple[np.ndarray, np.ndarray]] | None = None
+    every: int = 1
+
+    def look_of(self, seed: int) -> str:
+        """The camera's look in the episodes of a seed."""
+        return self.looks[seed % len(self.looks)]
 
 
-def _told_as_moves(target: np.ndarray, agent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return target - agent, agent
+def _told_as_seen(target: np.ndarray, agent: np.ndarray, look: Look) -> tuple[np.ndarray, np.ndarray]:
+    move, seen = target - agent, agent
+    for _ in range(look.turns % 4):
+        move = np.stack([move[:, 1], -move[:, 0]], 1)
+        seen = np.stack([seen[:, 1], TABLE_PIXELS - seen[:, 0]], 1)
+    return move, seen
 
 
-def _told_swapped(target: np.ndarray, agent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _told_swapped(target: np.ndarray, agent: np.ndarray, look: Look) -> tuple[np.ndarray, np.ndarray]:
     return target[:, ::-1] / PIXELS_PER_DECIMETRE, agent[:, ::-1] / PIXELS_PER_DECIMETRE
 
 
 PIXELS_PER_DECIMETRE = TABLE_PIXELS / 10.0
 CONTRACTS = {
-    "pusht": Contract(10, ("target_x_px", "target_y_px"), ("agent_x_px", "agent_y_px"), "own"),
-    "pusht_moves": Contract(5, ("move_y_cm", "move_x_cm"), ("agent_y_cm", "agent_x_cm"), "warm"),
-    "pusht_turned": Contract(10, ("move_x_px", "move_y_px"), ("agent_x_px", "agent_y_px"), "cool", _told_as_moves),
-    "pusht_swapped": Contract(10, ("target_y_dm", "target_x_dm"), ("agent_y_dm", "agent_x_dm"), "dim", _told_swapped),
+    "pusht": Contract(10, ("target_x_px", "target_y_px"), ("agent_x_px", "agent_y_px"), ("own",)),
+    "pusht_moves": Contract(5, ("move_y_cm", "move_x_cm"), ("agent_y_cm", "agent_x_cm"), ("warm",)),
+    "pusht_turned": Contract(
+        10, ("move_x_px", "move_y_px"), ("agent_x_px", "agent_y_px"), ("grey", "violet", "cool", "dim"), _told_as_seen
+    ),
+    "pusht_swapped": Contract(
+        5, ("target_y_dm", "target_x_dm"), ("agent_y_dm", "agent_x_dm"), ("dim",), _told_swapped, every=2
+    ),
 }
 
 
@@ -102,6 +116,8 @@ class Episode:
     """float32 [T, 2] in the contract's units."""
     state: np.ndarray
     """float32 [T, 2] in the contract's units."""
+    look: str
+    """Of the camera, a key of `LOOKS`."""
 
 
 def plan_episodes(contract: str, seed: int, *, disturbed: bool = False) -> list[Episode]:
@@ -139,21 +155,22 @@ def plan_episodes(contract: str, seed: int, *, disturbed: bool = False) -> list[
         world.drive(robot.target_of(action), 1.0 / robot.control_hz)
         step, until_knock = step + 1, until_knock - (not done)
     shortest = LEAST_SECONDS * robot.control_hz if disturbed else 1
-    return [_episode(seed, world.max_coverage, rows) for rows in recordings if len(rows) >= shortest]
+    look = CONTRACTS[contract].look_of(seed)
+    return [_episode(seed, world.max_coverage, rows, look) for rows in recordings if len(rows) >= shortest]
 
 
 def _steps_between(draws: np.random.Generator, seconds: tuple[float, float], control_hz: float) -> int:
     return round(draws.uniform(*seconds) * control_hz)
 
 
-def _episode(seed: int, max_coverage: float, rows: list[_Row]) -> Episode:
+def _episode(seed: int, max_coverage: float, rows: list[_Row], look: str) -> Episode:
     agent, block, action, state = (np.array(column, np.float32) for column in zip(*rows, strict=True))
-    return Episode(seed, max_coverage, agent, block, action, state)
+    return Episode(seed, max_coverage, agent, block, action, state, look)
 
 
-def draw(contract: str, episode: Episode) -> np.ndarray:
-    """Pictures uint8 [T, 96, 96, 3] of an episode, by the contract's camera."""
-    camera = PushTCamera(CONTRACTS[contract].look)
+def draw(episode: Episode) -> np.ndarray:
+    """Pictures uint8 [T, 96, 96, 3] of an episode, by its camera."""
+    camera = PushTCamera(episode.look)
     poses = zip(episode.agent.tolist(), episode.block.tolist(), strict=True)
     return np.stack([camera.draw(agent, block) for agent, block in poses])
 
@@ -164,7 +181,7 @@ _Drawn = list[tuple[Episode, np.ndarray | None]]
 
 def _planned(contract: str, seed: int, disturbed: bool, least: float, drawn: bool) -> _Drawn:
     played = plan_episodes(contract, seed, disturbed=disturbed)
-    return [(e, draw(contract, e) if drawn else None) for e in played if e.max_coverage >= least]
+    return [(e, draw(e) if drawn else None) for e in played if e.max_coverage >= least]
 
 
 def planned_episodes(options: argparse.Namespace) -> Iterator[_Drawn]:
@@ -196,20 +213,22 @@ def read_states(contract: str, file: Path) -> list[Episode]:
     Raises:
         ValueError: the file is of another contract's play.
     """
-    told = CONTRACTS[contract].told
+    teller = CONTRACTS[contract]
     with np.load(file, allow_pickle=False) as stored:
-        if str(stored["contract"]) != (contract if told is None else "pusht"):
+        if str(stored["contract"]) != (contract if teller.told is None else "pusht"):
             raise ValueError(f"--from-states {file} holds contract {stored['contract']}; --contract is {contract}")
         arrays = {name: stored[name] for name in stored.files}
     ends = np.cumsum(arrays["length"])
     episodes = []
     for k, (end, length) in enumerate(zip(ends.tolist(), arrays["length"].tolist(), strict=True)):
         part = {name: arrays[name][end - length : end] for name in ("agent", "block", "action", "state")}
-        episode = Episode(int(arrays["seed"][k]), float(arrays["max_coverage"][k]), **part)
-        if told is not None:
-            action, state = told(episode.action, episode.agent)
-            episode = replace(episode, action=action.astype(np.float32), state=state.astype(np.float32))
-        episodes.append(episode)
+        seed = int(arrays["seed"][k])
+        look = teller.look_of(seed)
+        if teller.told is not None:
+            action, state = teller.told(part["action"], part["agent"], LOOKS[look])
+            part |= {"action": action.astype(np.float32), "state": state.astype(np.float32)}
+            part = {name: values[:: teller.every] for name, values in part.items()}
+        episodes.append(Episode(seed, float(arrays["max_coverage"][k]), **part, look=look))
     return episodes
 
 
@@ -217,7 +236,7 @@ def stored_episodes(contract: str, files: list[Path], workers: int) -> Iterator[
     """Episodes of states files, in their order, drawn by `workers` processes."""
     episodes = [episode for file in files for episode in read_states(contract, file)]
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        pictures = pool.imap(partial(draw, contract), episodes, chunksize=8)
+        pictures = pool.imap(draw, episodes, chunksize=8)
         for pair in zip(episodes, pictures, strict=True):
             yield [pair]
 

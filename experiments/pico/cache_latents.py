@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch import Tensor
-from train_vae import convolve_flat
+from train_vae import convolve_flat, fuse_norms
 
 from cosmos3_train.config import Embodiment, load_experiment
 from cosmos3_train.data.reader import PreparedDataset
@@ -47,15 +47,16 @@ class DrawnDataset(PreparedDataset):
         return [episode for file in self._files for episode in read_states(self.embodiment.name, file)]
 
     @cached_property
-    def _camera(self) -> PushTCamera:
-        return PushTCamera(CONTRACTS[self.embodiment.name].look)
+    def _cameras(self) -> dict[str, PushTCamera]:
+        return {look: PushTCamera(look) for look in CONTRACTS[self.embodiment.name].looks}
 
     def frames(self, row: dict[str, Any], first_only: bool = False) -> Tensor:
         """As `PreparedDataset.frames`."""
         episode, first = self._episodes[row["episode_index"]], row["start"]
         last = first + (1 if first_only else len(row["timestamps"]))
         poses = zip(episode.agent[first:last].tolist(), episode.block[first:last].tolist(), strict=True)
-        pictures = [torch.from_numpy(self._camera.draw(agent, block)) for agent, block in poses]
+        camera = self._cameras[episode.look]
+        pictures = [torch.from_numpy(camera.draw(agent, block)) for agent, block in poses]
         return torch.stack(pictures).permute(0, 3, 1, 2)
 
 
@@ -70,7 +71,9 @@ def main() -> None:
     loaded = load_experiment("experiments/pico.yaml", options.overrides)
     experiment = loaded.experiment
     WanCausalConv3d.forward = convolve_flat  # in this process alone
-    encoder = Encoder(load_parts(loaded.model, device_for(experiment.strategy)), experiment.embodiments)
+    parts = load_parts(loaded.model, device_for(experiment.strategy))
+    fuse_norms(parts.vae)
+    encoder = Encoder(parts, experiment.embodiments)
     for name, entry in experiment.data.datasets.items():
         if entry.embodiment is None or (options.only and name not in options.only):
             continue

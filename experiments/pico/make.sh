@@ -10,8 +10,8 @@
 #   train    the transformer                   all GPUs
 #   assemble the trained folder in data/cosmos3_pico
 #
-# SEEDS names the states files (five), EPISODES what each holds (1,000); a third of all is drawn for each of the other two
-# robots. MINUTES is the codec's time, CODEC more options for it, TRAIN more key=value for the training.
+# SEEDS names the states files (five), EPISODES what each holds (1,000); two thirds of all are drawn for the turned robot
+# and one for the swapped. MINUTES is the codec's time, CODEC more options for it, TRAIN more key=value for the training.
 set -euo pipefail
 SEEDS=${SEEDS:-0 1 2 3 4}
 EPISODES=${EPISODES:-1000}
@@ -21,13 +21,13 @@ TRAIN=${TRAIN:-}
 GPUS=${GPUS:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 WORKERS=${WORKERS:-$(nproc)}
 states=(); for k in $SEEDS; do states+=("prepared/pico_states/$k.npz"); done
-ALL=$(( EPISODES * ${#states[@]} )); OTHERS=$(( (ALL + 2) / 3 ))
+ALL=$(( EPISODES * ${#states[@]} )); THIRD=$(( (ALL + 2) / 3 ))
 draw() {
     python data/pusht/make_episodes.py --contract "$1" --episodes "$2" --from-states "${states[@]}" --gop 30 --crf 30 \
         --workers "$WORKERS" --output "$3"
 }
 rows() {
-    cosmos3 prepare data/pusht/log.yaml --embodiment "$1" --source "$2" --output "$3" --workers "$WORKERS" --stride 5 \
+    cosmos3 prepare data/pusht/log.yaml --embodiment "$1" --source "$2" --output "$3" --workers "$WORKERS" --stride 3 \
         --heldout 0.02
 }
 
@@ -41,8 +41,8 @@ for stage in "$@"; do
         done ;;
     logs)
         draw pusht "$ALL" prepared/pico_log
-        draw pusht_turned "$OTHERS" prepared/pico_turned_log
-        draw pusht_swapped "$OTHERS" prepared/pico_swapped_log ;;
+        draw pusht_turned "$(( ALL - THIRD ))" prepared/pico_turned_log
+        draw pusht_swapped "$THIRD" prepared/pico_swapped_log ;;
     rows)
         rows pusht prepared/pico_log prepared/pico
         rows pusht_turned prepared/pico_turned_log prepared/pico_turned

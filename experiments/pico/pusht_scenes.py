@@ -42,10 +42,14 @@ PALETTE = (
 
 
 class Clips(NamedTuple):
-    """`pixels` float32 [B, 3, T, H, W] in [-1, 1]; `weight` float32 [B, 1, T, H, W], 1 on the still background."""
+    """`pixels` float32 [B, 3, T, H, W] in [-1, 1]; `weight` float32 [B, 1, T, H, W], 1 on the still background.
+
+    `places` float32 [B, T, 6]: where agent and block are in the picture, see `places`; NaN where they may be hidden.
+    """
 
     pixels: Tensor
     weight: Tensor
+    places: Tensor
 
 
 def sample_points(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -53,6 +57,19 @@ def sample_points(height: int, width: int, device: torch.device) -> tuple[Tensor
     y = (torch.arange(height, device=device) + 0.5) * (TABLE_PX / height) - 0.5
     x = (torch.arange(width, device=device) + 0.5) * (TABLE_PX / width) - 0.5
     return x.expand(height, width), y[:, None].expand(height, width)
+
+
+def places(poses: Tensor) -> Tensor:
+    """Poses [..., 5] as [..., 6] numbers in about [-1, 1]: agent (x, y), block (x, y), cosine and sine of its angle."""
+    angle = poses[..., 4:]
+    return torch.cat([poses[..., :4] / (TABLE_PX / 2) - 1, angle.cos(), angle.sin()], -1)
+
+
+def turned(seen: Tensor, turns: int) -> Tensor:
+    """`places` in the picture after quarter turns counter-clockwise."""
+    for _ in range(turns % 4):
+        seen = torch.stack([seen[..., k + 1] if k % 2 == 0 else -seen[..., k - 1] for k in range(6)], -1)
+    return seen
 
 
 def _box_distance(x: Tensor, y: Tensor, box: tuple[float, float, float, float]) -> Tensor:
@@ -98,7 +115,7 @@ def render(poses: Tensor, palette: Tensor, height: int = 96, width: int = 96) ->
     reach = TABLE_PX / min(height, width) * 1.5
     near_agent, near_block = (agent < reach).float(), (torch.minimum(bar, stem) < reach).float()
     weight = 1.0 + torch.maximum(AGENT_WEIGHT * near_agent, BLOCK_WEIGHT * near_block)
-    return Clips(image.permute(0, 4, 1, 2, 3).contiguous(), weight[:, None])
+    return Clips(image.permute(0, 4, 1, 2, 3).contiguous(), weight[:, None], places(poses))
 
 
 def random_poses(batch: int, frames: int, generator: torch.Generator) -> Tensor:
@@ -141,7 +158,8 @@ def change_look(clips: Clips, look: Look) -> Clips:
     gain = torch.tensor(look.gain, device=device).view(1, 3, 1, 1, 1)
     offset = gain - 1 + torch.tensor(look.lift, device=device).view(1, 3, 1, 1, 1) / 127.5  # of pixels in [-1, 1]
     pixels = (clips.pixels * gain + offset).clamp(-1, 1)
-    return Clips(*(x.rot90(look.turns, (3, 4)).contiguous() for x in (pixels, clips.weight)))
+    pixels, weight = (x.rot90(look.turns, (3, 4)).contiguous() for x in (pixels, clips.weight))
+    return Clips(pixels, weight, turned(clips.places, look.turns))
 
 
 def palettes(batch: int, generator: torch.Generator, plain: float) -> Tensor:
@@ -157,7 +175,7 @@ def palettes(batch: int, generator: torch.Generator, plain: float) -> Tensor:
 
 def disguise(clips: Clips, generator: torch.Generator, plain: float) -> Clips:
     """Rotate, tint, darken, shift and texture: clip by clip, leaving the share `plain` as it is."""
-    pixels, weight = clips
+    pixels, weight, hidden = clips.pixels, clips.weight, torch.full_like(clips.places, math.nan)
     device, batch = pixels.device, pixels.shape[0]
 
     def uniform(*shape: int) -> Tensor:
@@ -179,7 +197,7 @@ def disguise(clips: Clips, generator: torch.Generator, plain: float) -> Clips:
     if turns and pixels.shape[3] == pixels.shape[4]:
         pixels = torch.cat([pixels[:half].rot90(turns, (3, 4)), pixels[half:]])
         weight = torch.cat([weight[:half].rot90(turns, (3, 4)), weight[half:]])
-    return Clips(pixels, weight)
+    return Clips(pixels, weight, hidden)
 
 
 def pad_canvas(pixels: Tensor, margin: int = 96) -> Tensor:

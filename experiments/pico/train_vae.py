@@ -10,7 +10,9 @@ encoding on a CPU: 16 channels where the picture is large, 64 where it is small,
 attentions are held at zero, so the codec is local: the latent of the content does not depend on the canvas around
 it, and training may use a smaller canvas than the pipeline's 256 x 256. Single frames first, then clips: a step on
 stills costs a tenth of one on clips, and most of what is to be learnt is in them. Decoding sees the cropped latent
-only, as in deployment. The schedule runs on the clock: a run is reproducible in its data, not in its number of steps.
+only, as in deployment. A small head that is thrown away reads agent and block off the latent: what a policy has to
+find there is then easy to find. The absolute error gives way to the squared one, which PSNR is made of, towards the
+end. The schedule runs on the clock: a run is reproducible in its data, not in its number of steps.
 Writes DIR/vae (diffusers layout, bf16), DIR/vae_report.json and DIR/vae_reconstructions.png.
 """
 
@@ -29,7 +31,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    WanCausalConv3d,
+    WanResidualBlock,
+    WanRMS_norm,
+    unpatchify,
+)
 from PIL import Image
 from pusht_bank import Bank, make_banks
 from pusht_scenes import (
@@ -39,6 +46,7 @@ from pusht_scenes import (
     disguise,
     pad_canvas,
     palettes,
+    places,
     random_poses,
     render,
 )
@@ -63,10 +71,12 @@ CONTENT_SIZES = (
     (144, 144),
 )  # height, width; the first is PushT's own
 KL_WEIGHT = 1e-5
-BANK = 0.85  # share of the steps on clips that a camera drew
+PLACE_WEIGHT = 0.25
+SQUARES_FROM = 0.6  # of the time: from here to the end the absolute error fades out
+BANK = 0.9  # share of the steps on clips that a camera drew
 OTHER_LOOKS = 0.4  # of them, share seen by one of the other cameras
 PLAIN = 0.5  # share of made-up clips that keep PushT's own look
-REPORT_EVERY_SECONDS = 20
+REPORT_EVERY_SECONDS = 30
 
 
 def build_vae() -> AutoencoderKLWan:
@@ -93,6 +103,54 @@ def build_vae() -> AutoencoderKLWan:
             if ".proj." in name:
                 nn.init.zeros_(parameter)
     return vae
+
+
+def _norm_then_silu(x: Tensor, gamma: Tensor) -> Tensor:
+    wide = x.float()
+    scale = wide.square().mean(-1, keepdim=True).clamp(min=1e-24).rsqrt()
+    return nn.functional.silu(wide * scale * gamma.float()).to(x.dtype)
+
+
+class NormThenSiLU(WanRMS_norm):
+    """A norm and the SiLU behind it as one kernel, in the precision of its input.
+
+    Upstream's make about eight, most of them in float32 (its weight's), which is most of what a step costs here.
+    """
+
+    fused = staticmethod(torch.compile(_norm_then_silu))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, T, H, W] to the same."""
+        flat = x.movedim(1, -1).reshape(-1, x.shape[1])
+        if flat.is_cuda:
+            torch._dynamo.maybe_mark_dynamic(flat, 0)
+        out = (self.fused if flat.is_cuda else _norm_then_silu)(flat, self.gamma.flatten())
+        return out.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
+
+
+def fuse_norms(vae: AutoencoderKLWan) -> None:
+    """Let the residual blocks of `vae` use `NormThenSiLU`: it computes the same but for rounding, and faster."""
+    # A kernel for each number of channels, any number of pixels; by itself it would make one for all, a slow one.
+    torch._dynamo.config.automatic_dynamic_shapes = False
+    for block in vae.modules():
+        if isinstance(block, WanResidualBlock):
+            block.norm1.__class__ = block.norm2.__class__ = NormThenSiLU
+            block.nonlinearity = nn.Identity()
+
+
+class PlaceHead(nn.Sequential):
+    """Reads `pusht_scenes.places` off the latent of a 96 x 96 picture. It serves the training alone."""
+
+    def __init__(self) -> None:
+        cells = (CONTENT_SIZES[0][0] // SPATIAL) * (CONTENT_SIZES[0][1] // SPATIAL)
+        super().__init__(nn.Linear(CHANNELS * cells, 256), nn.GELU(), nn.Linear(256, 6))
+
+    def error(self, latents: Tensor, seen: Tensor) -> Tensor:
+        """Mean absolute error against `seen` [B, T, 6] at each latent's last frame; 0 where it is NaN."""
+        found = self(latents.transpose(1, 2).flatten(2))
+        wanted = seen[:, ::TEMPORAL]
+        known = ~wanted.isnan()
+        return ((found - wanted.nan_to_num()).abs() * known).sum() / known.sum().clamp(min=1)
 
 
 def convolve_flat(self: WanCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
@@ -146,7 +204,7 @@ def bank_clips(bank: Bank, chosen: Tensor, frames: int, first: int = 0) -> Clips
     poses = bank.poses[chosen, first : first + frames]
     own = torch.tensor(PALETTE, device=device, dtype=torch.float32).expand(len(chosen), -1, -1)
     pixels = bank.pixels[chosen, first : first + frames].permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
-    return Clips(pixels, render(poses, own).weight)
+    return Clips(pixels, render(poses, own).weight, places(poses))
 
 
 def training_clips(
@@ -164,16 +222,23 @@ def training_clips(
     return disguise(clips, generator, PLAIN)
 
 
-def losses(vae: AutoencoderKLWan, clips: Clips, margin: int) -> tuple[Tensor, Tensor]:
-    """(reconstruction, KL): weighted mean absolute plus squared error, and nats per latent element."""
+def losses(
+    vae: AutoencoderKLWan, head: PlaceHead, clips: Clips, margin: int, squares: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(reconstruction, KL, places): weighted error of the pixels, nats per latent element, error of the head.
+
+    The error of a pixel goes over from |e| + 5 e² to 20 e² as `squares` [] goes from 0 to 1.
+    """
     mean, logvar = encode_content(vae, clips.pixels, margin)
     mean, logvar = mean.float(), logvar.float()
     latents = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
     error = (decode_unclamped(vae, latents).float() - clips.pixels).abs()
     weight = clips.weight / clips.weight.mean()
-    reconstruction = (weight * (error + 5.0 * error.square())).mean()
+    reconstruction = (weight * ((1 - squares) * error + (5.0 + 15.0 * squares) * error.square())).mean()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    return reconstruction, kl
+    if clips.pixels.shape[-2:] != CONTENT_SIZES[0]:
+        return reconstruction, kl, torch.zeros_like(kl)
+    return reconstruction, kl, head.error(latents, clips.places)
 
 
 def held_out_clips(held_out: Bank) -> dict[str, Clips]:
@@ -213,14 +278,15 @@ class Steps:
     Gradients lie in one buffer, which is what several processes sum between the graphs of backward and of descent.
     """
 
-    def __init__(self, vae: AutoencoderKLWan, average: AutoencoderKLWan, peak: float) -> None:
-        self.vae = vae
-        self.trained = [p for p in vae.parameters() if p.requires_grad]
+    def __init__(self, vae: AutoencoderKLWan, head: PlaceHead, average: AutoencoderKLWan, peak: float) -> None:
+        self.vae, self.head = vae, head
+        self.trained = [p for p in (*vae.parameters(), *head.parameters()) if p.requires_grad]
         self.averaged = [a for a, p in zip(average.parameters(), vae.parameters(), strict=True) if p.requires_grad]
         self.device = self.trained[0].device
         self.graphed = self.device.type == "cuda"
         self.rate = torch.tensor(peak, device=self.device)
         self.keep = torch.tensor(0.0, device=self.device)
+        self.squares = torch.tensor(0.0, device=self.device)
         rate = self.rate if self.graphed else peak
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=self.graphed, capturable=self.graphed
@@ -232,22 +298,25 @@ class Steps:
         self.descent: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
         self.memory = torch.cuda.graph_pool_handle() if self.graphed else None
 
-    def __call__(self, clips: Clips, margin: int, rate: float, keep: float) -> tuple[Tensor, Tensor]:
-        """One step on a batch; returns (reconstruction, KL) of this process's share and the gradient's norm, without
-        waiting for them."""
+    def __call__(self, clips: Clips, margin: int, rate: float, keep: float, squares: float) -> tuple[Tensor, Tensor]:
+        """One step on a batch; returns the `losses` [3] of this process's share and the gradient's norm.
+
+        It does not wait for them.
+        """
         self.rate.fill_(rate)
         self.keep.fill_(1 - keep)
+        self.squares.fill_(squares)
         if not self.graphed:
             self.optimizer.param_groups[0]["lr"] = rate
             return self._backward(clips, margin), self._descend()
         shape = (*clips.pixels.shape, margin)
         if shape not in self.graphs:
-            buffers = Clips(clips.pixels.clone(), clips.weight.clone())
+            buffers = Clips(*(part.clone() for part in clips))
             graph, seen = self._captured(lambda: self._backward(buffers, margin))
             self.graphs[shape] = graph, buffers, seen
         graph, buffers, seen = self.graphs[shape]
-        buffers.pixels.copy_(clips.pixels)
-        buffers.weight.copy_(clips.weight)
+        for buffer, part in zip(buffers, clips, strict=True):
+            buffer.copy_(part)
         graph.replay()
         if dist.is_initialized():
             dist.all_reduce(self.gradients, op=dist.ReduceOp.AVG)
@@ -272,15 +341,15 @@ class Steps:
     def _backward(self, clips: Clips, margin: int) -> Tensor:
         self.gradients.zero_()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.graphed, cache_enabled=False):
-            reconstruction, kl = losses(self.vae, clips, margin)
-        (reconstruction + KL_WEIGHT * kl).backward()
-        return torch.stack((reconstruction.detach(), kl.detach()))
+            reconstruction, kl, place = losses(self.vae, self.head, clips, margin, self.squares)
+        (reconstruction + KL_WEIGHT * kl + PLACE_WEIGHT * place).backward()
+        return torch.stack((reconstruction, kl, place)).detach()
 
     def _descend(self) -> Tensor:
         norm = nn.utils.clip_grad_norm_(self.trained, 1.0, foreach=True)
         self.optimizer.step()
         with torch.no_grad():
-            for average, parameter in zip(self.averaged, self.trained, strict=True):
+            for average, parameter in zip(self.averaged, self.trained):  # noqa: B905 # the head, last, is not averaged
                 average.lerp_(parameter, self.keep)  # with a tensor: a graph would freeze a number
         return norm
 
@@ -313,7 +382,9 @@ def train(
     vae = build_vae().train()
     nn.Module.to(vae, device=device)  # upstream's own is decorated out of its type
     average = copy.deepcopy(vae).eval()
-    make_step = Steps(vae, average, args.lr)
+    fuse_norms(vae)
+    head = PlaceHead().to(device)
+    make_step = Steps(vae, head, average, args.lr)
     generator = torch.Generator(device).manual_seed(args.seed + rank)
     torch.manual_seed(args.seed + rank)  # of the latents' noise
     clock = Clock(args.minutes * 60, device)
@@ -328,7 +399,8 @@ def train(
         clips = training_clips(bank, generator, draws, batch, frames, size)
         keep = min(0.999, (1 + step) / (10 + step))
         margin = WHOLE_MARGIN if progress > WHOLE_MARGIN_FROM else MARGIN
-        seen, norm = make_step(clips, margin, learning_rate(progress, step, args.lr), keep)
+        squares = max(0.0, (progress - SQUARES_FROM) / (1 - SQUARES_FROM))
+        seen, norm = make_step(clips, margin, learning_rate(progress, step, args.lr), keep, squares)
         step, frames_seen = step + 1, frames_seen + batch * frames
         if time.monotonic() - reported > REPORT_EVERY_SECONDS:
             reported = time.monotonic()
@@ -336,7 +408,7 @@ def train(
                 raise FloatingPointError(f"gradient norm {float(norm)} at step {step}: lower --lr")
             if rank == 0:
                 logger.info(
-                    "%5.0f s  step %d  loss %.4f  kl %.2f  frames/s %.0f  psnr %s",
+                    "%5.0f s  step %d  loss %.4f  kl %.2f  places %.4f  frames/s %.0f  psnr %s",
                     reported - clock.started,
                     step,
                     *seen.tolist(),

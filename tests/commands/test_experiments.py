@@ -16,6 +16,7 @@ NAMES = (
     "super_policy_lora",
     "nano_dynamics_lora",
     "nano_reasoner_text_lora",
+    "nano_sound_lora",
     "quickstart",
 )
 

@@ -82,7 +82,7 @@ def test_check_tells_how_much_a_prepared_folder_lacks_and_of_whom_its_cache_is(
     assert cosmos3("check", *options, "tuning.method=full", "export=none") == 2
     assert "trains the tower whose keys would be cached" in capsys.readouterr().err
     encoded = []
-    monkeypatch.setattr("cosmos3_train.model.caches.ensure_latents", lambda *arguments: encoded.append(arguments))
+    monkeypatch.setattr("cosmos3_train.model.caches.ensure_latents", lambda *arguments, **_: encoded.append(arguments))
     assert cosmos3(*line, "--cache", "latents,reasoner", "--model", str(card), "--tasks", "policy,image_to_video") == 0
     told = capsys.readouterr().out
     assert "keys and values of 3 prompts" in told and "latents of" in told and len(encoded) == 1

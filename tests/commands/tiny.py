@@ -8,6 +8,7 @@ from pathlib import Path
 from diffusers import Cosmos3OmniTransformer
 
 from tests.evaluation.tiny import tiny_parts
+from tests.parity.avae import add_tokenizer
 from tests.parity.upstream import TINY, randomise
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +41,8 @@ def make_project(root: Path) -> Path:
 
 
 def make_model(folder: Path) -> Path:
-    """A Cosmos 3 folder in the published layout: Pico's tokenizer and scheduler, two narrow layers, a narrow VAE."""
+    """A Cosmos 3 folder in the published layout: Pico's tokenizer and scheduler, two narrow layers, a narrow VAE, a
+    narrow sound tokenizer."""
     for name in ("text_tokenizer", "scheduler"):
         shutil.copytree(PICO / name, folder / name)
     shutil.copy(PICO / "model_index.json", folder)
@@ -49,7 +51,7 @@ def make_model(folder: Path) -> Path:
     made = Cosmos3OmniTransformer(**{**TINY, "num_hidden_layers": 2, "vocab_size": len(parts.text_tokenizer)})
     randomise(made)
     made.save_pretrained(folder / "transformer")
-    return folder
+    return add_tokenizer(folder)
 
 
 def quick_data(experiment) -> list[str]:
@@ -57,5 +59,5 @@ def quick_data(experiment) -> list[str]:
     found = []
     for name, entry in experiment.data.datasets.items():
         found += [f"data.datasets.{name}.cache_latents=false"]
-        found += [f"data.datasets.{name}.prepared=prepared/quick_{entry.embodiment}"]
+        found += [f"data.datasets.{name}.prepared=prepared/quick_{entry.embodiment or name}"]
     return found

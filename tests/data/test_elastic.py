@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from cosmos3_train.config import Clips, Dataset
 from cosmos3_train.data.mixture import Mixture, StepDataset
 from cosmos3_train.data.prepare import prepare
-from cosmos3_train.data.reader import LatentCache, PreparedDataset
+from cosmos3_train.data.reader import LATENTS, PreparedDataset
 from tests.data.clips import mp4, row, video_card, write_files, write_rows
 from tests.data.logs import dataset_card, embodiment, make_log
 
@@ -101,7 +101,7 @@ def test_memory_is_flat(robot, tmp_path, latents, samples):
     """Over 100 thousand samples from cached latents, and ten thousand that are decoded from two logs in turn."""
     opened = {}
     for name, dataset in robot.items():
-        folder = LatentCache.place(dataset.folder)
+        folder = dataset.folder / LATENTS
         folder.mkdir(parents=True, exist_ok=True)
         drawn = {str(number): torch.randn(48, 2, 6, 6, dtype=torch.bfloat16) for number in range(dataset.rows)}
         save_file(drawn, folder / "00000.safetensors")

@@ -12,7 +12,7 @@ from cosmos3_train.data.augment import augmented
 from cosmos3_train.data.mixture import Mixture
 from cosmos3_train.data.prepare import prepare
 from cosmos3_train.data.reader import PreparedDataset
-from cosmos3_train.model.caches import Variant, ensure_latents
+from cosmos3_train.model.caches import ensure_latents
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.runtime import fold
 from tests.data.logs import dataset_card, embodiment, make_log
@@ -25,8 +25,7 @@ def test_variants(tmp_path):
     robot = embodiment()
     prepare(dataset_card(), robot, make_log(tmp_path / "log", [8, 7]), tmp_path / "out", progress=False)
     encoder = Encoder(tiny_parts(), {robot.name: robot})
-    for number in range(3):
-        ensure_latents(PreparedDataset(tmp_path / "out", robot), encoder, 1, False, Variant(number, AUGMENT))
+    ensure_latents(PreparedDataset(tmp_path / "out", robot), encoder, 1, False, augment=AUGMENT)
     dataset = PreparedDataset(tmp_path / "out", robot)
 
     row = dataset.row_number("train", 1)
@@ -46,6 +45,8 @@ def test_variants(tmp_path):
         row = dataset.row_number("heldout", mixtures["heldout"].pick(number).index)
         assert torch.equal(mixtures["heldout"].sample(number).latent, dataset.latents(0).read(row))
 
-    ensure_latents(dataset, encoder, 1, False, Variant(1, replace(AUGMENT, variants=2)))  # the same variant still
-    with pytest.raises(UserError, match=r"latents_variant_1: these latents are of .* another augmentation; delete"):
-        ensure_latents(dataset, encoder, 1, False, Variant(1, replace(AUGMENT, crop=0.9)))
+    ensure_latents(dataset, encoder, 1, False, augment=replace(AUGMENT, variants=2))  # the first two of them still
+    with pytest.raises(
+        UserError, match=r"latents_variant_1: these latents \(variant 1\) are of .* another augmentation"
+    ):
+        ensure_latents(dataset, encoder, 1, False, augment=replace(AUGMENT, crop=0.9))

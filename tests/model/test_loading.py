@@ -173,8 +173,10 @@ def test_a_download_that_was_cut_off_is_not_there_yet(folder, tmp_path, monkeypa
     shutil.copytree(folder, copy)
     monkeypatch.setattr(loading, "snapshot_download", lambda *arguments, **named: str(copy))
     hub = Model(path="nvidia/Cosmos3-Nano")
-    (copy / "vae").mkdir(exist_ok=True)
-    (copy / "vae" / "config.json").touch()
     assert loading.fetched_folder(hub) == copy
+    index = (copy / "model_index.json").read_text()
+    (copy / "model_index.json").write_text(json.dumps({"sound_tokenizer": ["diffusers", "Cosmos3AVAEAudioTokenizer"]}))
+    assert loading.fetched_folder(hub) is None, "its sound tokenizer is not there"
+    (copy / "model_index.json").write_text(index)
     next((copy / "transformer").glob("*.safetensors")).unlink()
     assert loading.fetched_folder(hub) is None

@@ -75,7 +75,7 @@ def samples(tasks: list[str]) -> list[Sample]:
                 latent=latent,
                 size=(32, 48),
                 action=torch.rand((4, 2), generator=generator) * 2 - 1 if rules.has_robot else None,
-                sound=None if rules.sound == "absent" else torch.randn((64, 5), generator=generator),
+                sound=None if rules.sound == "absent" else torch.rand((2, 64, 5), generator=generator),
                 embodiment="mover",
             )
         )

@@ -17,6 +17,7 @@ from typing import Any
 
 from cosmos3_train.config import UserError, nearest
 from cosmos3_train.data.card import DatasetCard
+from cosmos3_train.data.sound import Track, track_of
 from cosmos3_train.data.video import VideoTimes, video_times
 
 NO_CAPTION = "clip or caption window without a caption"
@@ -46,12 +47,16 @@ class Clip:
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a clip that one caption describes: frames first, first + interval, … up to last."""
+    """A stretch of a clip that one caption describes: frames first, first + interval, … up to last.
+
+    sound_caption: words of what is heard, "" where the set has none
+    """
 
     first: int
     last: int
     interval: int
     caption: str
+    sound_caption: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,15 @@ class ClipRecord:
     """One clip, read.
 
     video:    its frame times and rate, None where there is no video
+    sound:    what its file says of its sound, None where it has none; silence: where that cannot be read, why
     segments: in the order in which the set gives them
     faults:   reason → (how many of it were left out, an example)
     """
 
     clip: Clip
     video: VideoTimes | None = None
+    sound: Track | None = None
+    silence: str = ""
     segments: tuple[Segment, ...] = ()
     faults: dict[str, tuple[int, str]] = field(default_factory=dict)
 
@@ -125,12 +133,20 @@ class ClipLog:
                 reason, example = fault.args
                 counts[reason] += 1
                 examples.setdefault(reason, f"{clip.name}{where}: {example}")
-        return ClipRecord(clip, video, tuple(found), {key: (n, examples[key]) for key, n in counts.items()})
+        sound, silence = None, ""
+        try:
+            sound = track_of(self.root, clip.place)
+        except UserError as error:
+            silence = str(error)
+        faults = {key: (n, examples[key]) for key, n in counts.items()}
+        return ClipRecord(clip, video, sound, silence, tuple(found), faults)
 
     def _segment(
         self, clip: Clip, window: Mapping[str, Any], documents: Sequence[Mapping[str, Any]], frames: int
     ) -> Segment:
-        caption = self._caption(clip, [window, *documents] if window else documents)
+        said = [window, *documents] if window else documents
+        caption = self._caption(clip, said)
+        heard = _first_words(self.card.sound_captions, said)
         try:
             first = int(window.get("start_frame", 0))
             last = min(int(window.get("end_frame", frames - 1)), frames - 1)
@@ -139,17 +155,14 @@ class ClipLog:
             raise Unusable(OUTSIDE, f"its frames are no numbers: {_shown(window)}") from None
         if first < 0 or last < first or interval < 1:
             raise Unusable(OUTSIDE, f"frames {first} to {window.get('end_frame', last)} of {frames}")
-        return Segment(first, last, interval, caption)
+        return Segment(first, last, interval, caption, heard)
 
     def _caption(self, clip: Clip, documents: Sequence[Mapping[str, Any]]) -> str:
         card = self.card
         if card.constant_caption is not None:
             return card.constant_caption
-        for key in card.captions:
-            for document in documents:
-                words = _as_words(look_up(document, key))
-                if words:
-                    return words
+        if words := _first_words(card.captions, documents):
+            return words
         if card.caption_template is not None:
             return fill_template(card.caption_template, [*documents, self.facts(clip)])
         keys = list(dict.fromkeys(key for document in documents for key in document))
@@ -213,6 +226,12 @@ def _windows(documents: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, 
             known = [window if isinstance(window, Mapping) else {"start_frame": window} for window in windows]
             return [(window, f", {WINDOWS}[{place}]") for place, window in enumerate(known)]
     return [({}, "")]
+
+
+def _first_words(keys: Sequence[str], documents: Sequence[Mapping[str, Any]]) -> str:
+    """The words of the first key that has any, "" where none has."""
+    found = (_as_words(look_up(document, key)) for key in keys for document in documents)
+    return next((words for words in found if words), "")
 
 
 def _as_words(value: Any) -> str:

@@ -44,8 +44,10 @@ LOOKS = {
     "warm": Look(1, (0.84, 0.74, 0.60), (10.0, 6.0, 4.0)),
     "cool": Look(2, (0.66, 0.78, 0.86), (4.0, 6.0, 10.0)),
     "dim": Look(3, (0.70, 0.74, 0.70), (8.0, 12.0, 6.0)),
+    "violet": Look(1, (0.76, 0.68, 0.84), (8.0, 4.0, 12.0)),
+    "grey": Look(0, (0.78, 0.78, 0.76), (14.0, 14.0, 14.0)),
 }
-"""`own` is gym-pusht's camera, `warm` the quickstart's; with `cool` and `dim` Pico learns that cameras differ."""
+"""`own` is gym-pusht's camera, `warm` the quickstart's; with the others Pico learns that cameras differ."""
 
 
 def block_corners(pose: Sequence[float]) -> list[list[tuple[float, float]]]:
