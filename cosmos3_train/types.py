@@ -17,7 +17,7 @@ precision plugins cast every float tensor they can reach in a batch, and a posit
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 
@@ -179,6 +179,7 @@ class PackedSequence:
     levels              float32 [R] distinct σ;  level_index int64 [G];  noisy bool [G] (False: no timestep is added)
     joint_order         int64 [K]: row of cat(understanding, generation) keys in the order sample by sample,
                         samples without generated modalities left out
+    joint_places        int64 [G]: place of each generation token in that order
     *_out               int64: places in the generation stream (video_out, sound_out, action_out) where velocities are
                         read; action_out is grouped by domain as `action_out_domains` says
     text_out, labels    int64 [n]: places in the understanding stream where logits are read, and the tokens expected
@@ -202,6 +203,7 @@ class PackedSequence:
     level_index: Tensor
     noisy: Tensor
     joint_order: Tensor
+    joint_places: Tensor
     video_out: Tensor
     sound_out: Tensor
     action_out: Tensor
@@ -214,7 +216,11 @@ class PackedSequence:
 
     def to(self, device: torch.device | str) -> PackedSequence:
         """The same pack on a device. Only moves: no dtype ever changes here."""
-        return _moved(self, device)
+        return _changed(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> PackedSequence:
+        """The same pack in page-locked memory."""
+        return _changed(self, Tensor.pin_memory)
 
     @property
     def samples(self) -> int:
@@ -249,12 +255,12 @@ class StepBatch:
         self.samples = samples
 
 
-def _moved(record, device: torch.device | str):
+def _changed(record, change: Callable[[Tensor], Tensor]):
     changes = {}
     for field in fields(record):
         value = getattr(record, field.name)
         if isinstance(value, Tensor):
-            changes[field.name] = value.to(device, non_blocking=True)
+            changes[field.name] = change(value)
         elif isinstance(value, ModalityTarget | Spans | DomainRows):
-            changes[field.name] = _moved(value, device)
+            changes[field.name] = _changed(value, change)
     return replace(record, **changes)

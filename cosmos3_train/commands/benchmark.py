@@ -99,7 +99,7 @@ def about(result: Result) -> list[str]:
         f"{result.workload}: {result.gpu}, torch {result.torch}",
         f"a step: {result.samples} samples, {result.generation_tokens:,} generation and {result.text_tokens:,} text "
         f"tokens, {result.flops / 1e12:.4g} TFLOP that it must do, by which MFU counts",
-        f"cosmos3 train: attention {result.attention}, layers {compiled}, {recomputed}",
+        f"cosmos3 train: attention {result.attention}, layers {compiled}, {recomputed}, frozen weights {result.frozen}",
     ]
     if result.reasoner_cached:
         found.append(

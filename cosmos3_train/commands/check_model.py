@@ -14,6 +14,7 @@ from cosmos3_train.data.prepare import CARD_FILE
 from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.model.base_identity import check_shards
 from cosmos3_train.model.encoders import Encoder
+from cosmos3_train.model.fp8 import describe_fp8, require_fp8
 from cosmos3_train.model.loading import forget_understanding, load_parts, make_backbone
 from cosmos3_train.model.packing import Layout
 from cosmos3_train.model.reasoner_cache import Reasoner, missing_prompts, size_in_words
@@ -54,6 +55,10 @@ def check_model(folder: Path, experiment: Experiment, *, reasoner_cached: bool =
     trainables = make_trainable(backbone, experiment.tuning, robots, experiment.training.seed)
     name = "random weights" if drawn else experiment.model.path
     rows = [("model", f"{name}: {_count(total)} parameters, {stored / 1e9:.2f} GB on disk")]
+    if experiment.model.base_precision == "fp8":
+        if _uses_gpu(experiment):
+            require_fp8(torch.device("cuda"))
+        rows.append(("frozen weights", describe_fp8(experiment.model.fp8_copies)))
     if reasoner_cached:
         rows.append(("loaded", f"{_count(loaded)} parameters: the understanding tower's keys and values are cached"))
     first, *others = trainables.description.splitlines()
@@ -69,6 +74,11 @@ def _count(numbers: int) -> str:
     return f"{numbers / 1e9:.1f} billion" if numbers >= 1e9 else f"{numbers / 1e6:.1f} million"
 
 
+def _uses_gpu(experiment: Experiment) -> bool:
+    """Whether a run started here would."""
+    return experiment.strategy.accelerator != "cpu" and torch.cuda.is_available()
+
+
 def reasoner_rows(folder: Path, loaded: Loaded, data: Mapping[str, CheckedData]) -> tuple[list[tuple[str, str]], int]:
     """Of each dataset in `data` what its reasoner cache holds and lacks, and the bytes that are lacking in all.
 
@@ -77,8 +87,8 @@ def reasoner_rows(folder: Path, loaded: Loaded, data: Mapping[str, CheckedData])
     """
     experiment, model = loaded.experiment, replace(loaded.model, path=str(folder))
     encoder = Encoder(load_parts(model, torch.device("cpu"), vae_weights=False), experiment.embodiments)
-    on_gpu = experiment.strategy.accelerator != "cpu" and torch.cuda.is_available()  # random weights depend on it
-    reasoner = Reasoner(model, torch.device("cuda" if on_gpu else "cpu"))
+    # random weights depend on the kind of device
+    reasoner = Reasoner(model, torch.device("cuda" if _uses_gpu(experiment) else "cpu"))
     rows, needed = [], 0
     for name in data:
         entry = experiment.data.datasets[name]

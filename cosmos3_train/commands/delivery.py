@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from cosmos3_train.commands.runs import trained, whole
 from cosmos3_train.config import Experiment, UserError
@@ -19,10 +21,12 @@ from cosmos3_train.evaluation.protocol import FILMED
 from cosmos3_train.evaluation.report import Picture, write_report
 from cosmos3_train.export.adapter import write_adapter
 from cosmos3_train.export.merged import write_merged
+from cosmos3_train.export.upstream_inputs import make_probes
 from cosmos3_train.export.usage import Robot
 from cosmos3_train.export.verify import VerifyReport, read_report, verify_adapter, verify_merged
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.loading import model_folder
+from cosmos3_train.model.packing import Layout, pack
 from cosmos3_train.training.measures import episodes_of, film_path, loss_of, read_evaluation
 from cosmos3_train.training.run import Run
 from cosmos3_train.types import TokenSample
@@ -52,17 +56,37 @@ def export(run: Run, form: Form, output: Path | None = None) -> tuple[Path, Veri
     folder = output if output is not None else run.folder / "export" / form
     base = model_folder(run.loaded.model)
     names = {"run": experiment.name, "base_name": experiment.model.path, "robots": robots_of(run)}
-    samples = probe_samples(run)
-    with trained(run), whole(run):
-        if form == "adapter":
-            write_adapter(
-                run.backbone, folder, base, **names, verify=lambda new: verify_adapter(new, base, run.backbone, samples)
-            )
-        else:
-            write_merged(
-                run.backbone, base, folder, **names, verify=lambda new: verify_merged(new, base, run.backbone, samples)
-            )
+    samples, backbone = probe_samples(run), run.backbone
+    with trained(run):
+        rounded = _velocities(run, samples) if run.loaded.model.base_precision == "fp8" else []
+        with whole(run):
+            moved = _largest_difference(rounded, _velocities(run, samples)) if rounded else None
+
+            def verify(new: Path) -> VerifyReport:
+                compare = verify_adapter if form == "adapter" else verify_merged
+                return compare(new, base, backbone, samples, rounded_base=moved)
+
+            if form == "adapter":
+                write_adapter(backbone, folder, base, **names, verify=verify)
+            else:
+                write_merged(backbone, base, folder, **names, verify=verify)
     return folder, read_report(folder)
+
+
+@torch.no_grad()
+def _velocities(run: Run, samples: Sequence[TokenSample]) -> list[Tensor]:
+    """Of each sample's modalities, as the run computes them."""
+    backbone, layout, found = run.backbone, Layout.of(run.backbone.config), []
+    for probe in make_probes(samples, layout):
+        packed = pack([probe.sample], [probe.values], [probe.levels], layout)
+        unread = replace(packed, text_out=packed.text_out[:0], labels=packed.labels[:0])  # a cache holds no text's end
+        velocities = backbone(unread.to(backbone.proj_in.weight.device))
+        found += [part.float().cpu() for part in (velocities.video, velocities.sound, velocities.action)]
+    return found
+
+
+def _largest_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True) if b.numel())
 
 
 def refuse_form(experiment: Experiment, form: str) -> None:
@@ -196,6 +220,9 @@ def _facts(
         "model": experiment.model.path,
         "datasets": ", ".join(f"{d.name} ({d.count('train')} train)" for d, _ in run.opened.values()),
         "embodiments": ", ".join(experiment.embodiments) or "none",
+        "frozen weights while training": experiment.model.dtype
+        if experiment.model.base_precision == "dtype"
+        else "fp8 in the decoder layers; exported for the base's own",
         "tuning": experiment.tuning.method,
         "trained parameters": sum(p.numel() for p in parameters),
         "steps": training.steps,
@@ -214,6 +241,8 @@ def _facts(
         facts[f"{name}: their seeds"] = f"{min(seeds)} to {max(seeds)}"
     if verified is not None:
         facts |= {"export verified": verified.how, "export changes the base by": verified.change}
+        if verified.rounded_base is not None:
+            facts["the base in fp8 moves velocities by"] = verified.rounded_base
     return facts
 
 

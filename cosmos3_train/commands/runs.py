@@ -51,29 +51,40 @@ def run_folder(name_or_path: str) -> Path | None:
 
 @contextmanager
 def whole(run: Run) -> Iterator[None]:
-    """Within the block the run has its understanding tower, also where it trained without: exports are compared so.
+    """Within the block the run has its understanding tower, also where it trained without, and the base's own weights,
+    also where it rounded them: exports are compared so.
 
-    The tower is read from the base into the host's memory, where the comparison is made, and the rest moves beside it.
+    What is lacking is read from the base into the host's memory, where the comparison is made, and the rest moves
+    beside it.
     """
     import torch
 
-    from cosmos3_train.model.loading import forget_understanding, read_understanding
+    from cosmos3_train.model.loading import forget_understanding, read_understanding, unrounded
+    from cosmos3_train.model.projections import part_shared
+    from cosmos3_train.model.trainable import arrange_frozen
 
-    backbone = run.backbone
-    if backbone.understands:
+    backbone, model = run.backbone, run.loaded.model
+    half = not backbone.understands
+    if not half and model.base_precision == "dtype":
         yield
         return
+    exact = replace(model, base_precision="dtype")
     kept = {name: getattr(backbone, name) for name in ("recall", "attention_backend", "compiler")}
+    part_shared(backbone)
     cast(Any, backbone).to("cpu")
     backbone.recall, backbone.attention_backend, backbone.compiler = None, "sdpa", None
     try:
-        read_understanding(backbone, run.loaded.model, torch.device("cpu"))
-        yield
+        if half:
+            read_understanding(backbone, exact, torch.device("cpu"))
+        with unrounded(backbone, exact):
+            yield
     finally:
-        forget_understanding(backbone)
+        if half:
+            forget_understanding(backbone)
         for name, value in kept.items():
             setattr(backbone, name, value)
         cast(Any, backbone).to(run.device)
+        arrange_frozen(backbone, model.fp8_copies)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from cosmos3_train.export.verify_upstream import stream_names
 from cosmos3_train.model.loading import KEPT_FLOAT32
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
 from cosmos3_train.model.packing import Layout, pack, unpatchify
+from cosmos3_train.model.projections import joined_weights
 
 
 def model_in(
@@ -46,6 +47,7 @@ def model_in(
         memo[id(parameter)] = nn.Parameter(value, requires_grad=False)
     for buffer in backbone.buffers():
         memo[id(buffer)] = buffer.detach().to("cpu")
+    memo.update((id(joined), None) for joined in joined_weights(backbone))
     # deepcopy takes what the memo has: no second copy of the weights in the device's memory.
     model = copy.deepcopy(backbone, memo)
     model.compute_dtype = dtype

@@ -82,6 +82,8 @@ class VerifyReport:
     outputs:    of each form each output that was compared: velocities (video, sound, action), the text's hidden states,
         and one part at a time both streams before the first decoder layer and after each
     bfloat16:   the largest difference of each form of the whole model in bfloat16, None where it was not compared
+    rounded_base: how far the velocities of the model as it trained, on the base's weights in fp8, lie from the exported
+        one's on the base's own, which are compared above; None where they were not rounded
     """
 
     relative_difference: float
@@ -93,6 +95,7 @@ class VerifyReport:
     forms: dict[str, float]
     outputs: dict[str, dict[str, Difference]]
     bfloat16: dict[str, float] | None = None
+    rounded_base: float | None = None
     dtype: Literal["float32"] = "float32"
 
 
@@ -102,12 +105,14 @@ def verify_adapter(
     backbone: Cosmos3PackedTransformer,
     samples: Sequence[TokenSample],
     memory: float | None = None,
+    rounded_base: float | None = None,
 ) -> VerifyReport:
     """Load an adapter folder by `load_lora_adapter` and its twin by `PeftModel`, and compare with the trained model.
 
     Args:
         backbone: the trained model;  samples: a few, of the tasks that the run trained.
         memory: bytes that the comparison may take; None asks the system.
+        rounded_base: for the report, of a model that trained on a rounded base and has the base's own weights now.
 
     Raises:
         UserError: the wrong base, an adapter of which nothing would load, or too little memory for one layer.
@@ -116,7 +121,7 @@ def verify_adapter(
     check_base(folder, base_folder)
     check_adapter(folder)
     forms = {"adapter": folder, "peft": folder / PEFT_FOLDER}
-    return _verify(folder, base_folder, backbone, samples, forms, lambda way: ADAPTER_LIMIT, memory)
+    return _verify(folder, base_folder, backbone, samples, forms, lambda way: ADAPTER_LIMIT, memory, rounded_base)
 
 
 def verify_merged(
@@ -125,6 +130,7 @@ def verify_merged(
     backbone: Cosmos3PackedTransformer,
     samples: Sequence[TokenSample],
     memory: float | None = None,
+    rounded_base: float | None = None,
 ) -> VerifyReport:
     """Load a merged folder with upstream's class and report what storing its weights costs. As `verify_adapter`."""
     check_base(folder, base_folder)
@@ -133,7 +139,7 @@ def verify_merged(
     def limit(way: Way) -> float:
         return merged_limit(dtypes, len(backbone.layers) if way == "whole" else 1)
 
-    return _verify(folder, base_folder, backbone, samples, {"merged": folder}, limit, memory)
+    return _verify(folder, base_folder, backbone, samples, {"merged": folder}, limit, memory, rounded_base)
 
 
 def merged_limit(dtypes: Sequence[torch.dtype], layers: int) -> float:
@@ -159,6 +165,7 @@ def _verify(
     forms: Mapping[str, Path],
     limit_of: Callable[[Way], float],
     memory: float | None,
+    rounded_base: float | None,
 ) -> VerifyReport:
     if not samples:
         raise UserError("export: no samples to verify the export with; give at least one")
@@ -190,6 +197,7 @@ def _verify(
         forms=differences,
         outputs=outputs,
         bfloat16=None if halves is None else {form: max(r["difference"] for r in f) for form, f in halves.items()},
+        rounded_base=rounded_base,
     )
     write_json(folder / REPORT, asdict(report))
     add_verification(folder, _words(report))
@@ -229,6 +237,11 @@ def _words(report: VerifyReport) -> str:
     if report.bfloat16 is not None:
         largest = max(report.bfloat16.values())
         text += f" The whole model in bfloat16: {largest:.1e} (limit {BFLOAT16_LIMIT:g})."
+    if report.rounded_base is not None:
+        text += (
+            " While it trained, the base's weights were rounded to fp8, which moves its velocities by up to "
+            f"{report.rounded_base:.1e}; what was compared, and what this folder is for, is the base's own weights."
+        )
     return text
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy
 
 from cosmos3_train.config import UserError
 from cosmos3_train.types import Spans
@@ -25,6 +26,18 @@ from cosmos3_train.types import Spans
 logger = logging.getLogger(__name__)
 
 Backend = Literal["flash4", "flash3", "flash2", "sdpa"]
+KERNEL_OPERATORS = frozenset(
+    (
+        "cosmos3_train.flash4.default",
+        "flash_attn_3._flash_attn_forward.default",
+        "torch_attn._varlen_attn.default",
+        "aten._scaled_dot_product_flash_attention_for_cpu.default",
+        "aten._scaled_dot_product_flash_attention.default",
+        "aten._scaled_dot_product_efficient_attention.default",
+        "aten._scaled_dot_product_cudnn_attention.default",
+    )
+)
+"""What the backends' forward passes are to PyTorch's dispatcher."""
 BACKENDS: tuple[Backend, ...] = ("flash4", "flash3", "flash2", "sdpa")
 
 
@@ -41,6 +54,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, *, caus
         [Q, heads, head_dim] in q's dtype.
     """
     return _KERNELS[backend](q, k, v, queries, keys, causal)
+
+
+def kept_while_recomputing(context: object, operator: object, *arguments: object, **named: object) -> CheckpointPolicy:
+    """The policy of selective checkpointing that keeps what an attention kernel has computed, and nothing else."""
+    kept = str(operator) in KERNEL_OPERATORS
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Backend:
@@ -144,19 +163,86 @@ def _flash3(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal
 
 
 def _flash4(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal: bool) -> Tensor:
+    return _flash4_forward(q, k, v, queries.offsets, keys.offsets, queries.longest, keys.longest, causal)[0]
+
+
+# FlashAttention-4 writes into tensors that it has made, which selective checkpointing and compilers take for a mutation
+# of what they keep. As an operator it has inputs and outputs alone.
+
+
+@torch.library.custom_op("cosmos3_train::flash4", mutates_args=())
+def _flash4_forward(
+    q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor, longest_query: int, longest_key: int, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """(attention as `attend`'s, log-sum-exp float32 [heads, Q])."""
     from flash_attn.cute import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
-    out = flash_attn_varlen_func(
+    return flash_attn_varlen_func(
         q,
         k,
         v,
-        cu_seqlens_q=queries.offsets,
-        cu_seqlens_k=keys.offsets,
-        max_seqlen_q=queries.longest,
-        max_seqlen_k=keys.longest,
+        cu_seqlens_q=queries,
+        cu_seqlens_k=keys,
+        max_seqlen_q=longest_query,
+        max_seqlen_k=longest_key,
         causal=causal,
+        return_lse=True,
     )
-    return out[0] if isinstance(out, tuple) else out
+
+
+@_flash4_forward.register_fake
+def _(q, k, v, queries, keys, longest_query, longest_key, causal):
+    return q.new_empty((*q.shape[:2], v.shape[2])), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op("cosmos3_train::flash4_backward", mutates_args=())
+def _flash4_backward(
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    summed: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    longest_query: int,
+    longest_key: int,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from flash_attn.cute.interface import _flash_attn_bwd  # pyright: ignore[reportMissingImports]
+
+    return _flash_attn_bwd(
+        q,
+        k,
+        v,
+        out,
+        gradient.contiguous(),
+        summed,
+        causal=causal,
+        cu_seqlens_q=queries,
+        cu_seqlens_k=keys,
+        max_seqlen_q=longest_query,
+        max_seqlen_k=longest_key,
+    )
+
+
+@_flash4_backward.register_fake
+def _(gradient, q, k, v, out, summed, queries, keys, longest_query, longest_key, causal):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.longest_query, ctx.longest_key, ctx.causal = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _through(ctx: Any, gradient: Tensor, _: Any) -> tuple[Any, ...]:
+    q, k, v, queries, keys, out, summed = ctx.saved_tensors
+    sizes = (ctx.longest_query, ctx.longest_key, ctx.causal)
+    return *_flash4_backward(gradient, q, k, v, out, summed, queries, keys, *sizes), None, None, None, None, None
+
+
+_flash4_forward.register_autograd(_through, setup_context=_keep)
 
 
 _KERNELS: dict[Backend, Callable[[Tensor, Tensor, Tensor, Spans, Spans, bool], Tensor]] = {

@@ -9,6 +9,8 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -25,6 +27,7 @@ from cosmos3_train.config import Model, UserError, nearest
 from cosmos3_train.model.attention import choose_backend
 from cosmos3_train.model.base_identity import shard_files
 from cosmos3_train.model.compiling import choose_compiler
+from cosmos3_train.model.fp8 import Fp8Linear, describe_fp8, require_fp8, use_fp8
 from cosmos3_train.model.omni import Cosmos3PackedTransformer, is_understanding
 from cosmos3_train.runtime import fold
 
@@ -103,6 +106,10 @@ def load_backbone(
     """
     folder = model_folder(model) / "transformer"
     dtype = DTYPES[model.dtype]
+    if model.base_precision == "fp8":
+        require_fp8(device)
+        slowly = "" if device.type == "cuda" else "; on this CPU they are multiplied in float32, which is slow"
+        logger.info("frozen weights: %s%s", describe_fp8(model.fp8_copies), slowly)
     with init_empty_weights():
         backbone = make_backbone(folder, model)
     config = backbone.config
@@ -122,6 +129,7 @@ def load_backbone(
     backbone.requires_grad_(False)
     if model.checkpoint_activations:
         backbone.enable_gradient_checkpointing()
+        backbone.keep_attention = model.checkpoint_activations == "but_attention"
     return backbone
 
 
@@ -228,11 +236,14 @@ def make_backbone(folder: Path, model: Model) -> Cosmos3PackedTransformer:
                 raise UserError(f"model.random: {key!r} is no size of the transformer.{nearest(key, known)}")
         config = dict(model.random)
     try:
-        return cast(Cosmos3PackedTransformer, Cosmos3PackedTransformer.from_config(config))
+        made = cast(Cosmos3PackedTransformer, Cosmos3PackedTransformer.from_config(config))
     except (TypeError, ValueError, RuntimeError) as error:
         if not model.random:
             raise
         raise UserError(f"model.random: upstream's transformer cannot be made of it ({error})") from error
+    if model.base_precision == "fp8":
+        use_fp8(made.layers)
+    return made
 
 
 def fill_at_random(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -258,8 +269,40 @@ def fill_from_shards(module: nn.Module, folder: Path, dtype: torch.dtype, device
     Raises:
         UserError: a shard is missing or damaged, a tensor is missing or has another shape; names file and tensor.
     """
-    places = tensor_files(folder)
     wanted = {name: parameter.shape for name, parameter in _empty_parameters(module).items()}
+    for name, tensor in _read_tensors(folder, wanted):
+        keep = torch.float32 if name.startswith(KEPT_FLOAT32) else dtype
+        _set_parameter(module, name, tensor.to(device=device, dtype=keep))
+
+
+@contextmanager
+def unrounded(backbone: Cosmos3PackedTransformer, model: Model) -> Iterator[None]:
+    """Within the block, which is for a backbone on the CPU, layers in FP8 have the weights that the folder holds.
+
+    Raises:
+        UserError: as `load_backbone`.
+    """
+    rounded = {
+        f"{name.removesuffix('.base_layer')}.weight": module
+        for name, module in backbone.named_modules()
+        if isinstance(module, Fp8Linear)
+    }
+    kept = {name: module.weight for name, module in rounded.items()}
+    shapes = {name: codes.shape for name, codes in kept.items()}
+    try:
+        for name, tensor in _read_tensors(model_folder(model) / "transformer", shapes):
+            rounded[name].__class__ = cast(Any, nn.Linear)
+            rounded[name].weight = nn.Parameter(tensor.to(DTYPES[model.dtype]), requires_grad=False)
+        yield
+    finally:
+        for name, module in rounded.items():
+            module.__class__ = Fp8Linear
+            module.weight = kept[name]
+
+
+def _read_tensors(folder: Path, wanted: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of these names and shapes, file by file."""
+    places = tensor_files(folder)
     missing = sorted(wanted.keys() - places.keys())
     if missing:
         raise UserError(
@@ -278,8 +321,7 @@ def fill_from_shards(module: nn.Module, folder: Path, dtype: torch.dtype, device
                         raise UserError(
                             f"{file}: tensor {name!r} is {list(tensor.shape)}, the model expects {list(wanted[name])}"
                         )
-                    keep = torch.float32 if name.startswith(KEPT_FLOAT32) else dtype
-                    _set_parameter(module, name, tensor.to(device=device, dtype=keep))
+                    yield name, tensor
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file}: damaged or missing ({str(error).splitlines()[0]}); fetch it again") from error
 
@@ -312,7 +354,11 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 def _set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
     owner_name, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(owner_name), leaf, nn.Parameter(value, requires_grad=False))
+    owner = module.get_submodule(owner_name)
+    if isinstance(owner, Fp8Linear) and leaf == "weight":
+        owner.set_weight(value)
+    else:
+        setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
 
 
 def _rotary_embedding(backbone: Cosmos3PackedTransformer, config: Any) -> nn.Module:

@@ -23,14 +23,16 @@ import torch.nn.functional as F
 from diffusers import Cosmos3OmniTransformer
 from diffusers.models.transformers.transformer_cosmos3 import (
     Cosmos3PackedMoTAttention,
+    Cosmos3VLTextMLP,
     Cosmos3VLTextMoTDecoderLayer,
     DomainAwareLinear,
 )
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from cosmos3_train.model.attention import Backend, attend
+from cosmos3_train.model.attention import Backend, attend, kept_while_recomputing
 from cosmos3_train.model.compiling import Compiler, compiled
+from cosmos3_train.model.projections import project, rejoin_shared
 from cosmos3_train.types import DomainRows, PackedSequence, Spans, Velocities
 
 TIMESTEPS = 1000
@@ -74,6 +76,26 @@ Recall = Callable[[PackedSequence], Understood]
 """Remembers what the understanding tower left behind of a pack's text; stands for a tower that is not loaded."""
 
 
+class _Joint(torch.autograd.Function):
+    """cat(understanding, generation) rows in the joint order. Every generation row stands there once, so its gradient
+    is found and not summed: with index_select's own backward that would be zeros and atomic additions."""
+
+    @staticmethod
+    def forward(ctx: Any, text: Tensor, own: Tensor, order: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(order, places)
+        ctx.text = text.shape[0]
+        return torch.cat((text, own)).index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None]:  # pyright: ignore
+        order, places = ctx.saved_tensors
+        text = None
+        if ctx.needs_input_grad[0]:
+            rows = ctx.text + places.numel()
+            text = gradient.new_zeros((rows, *gradient.shape[1:])).index_add_(0, order, gradient)[: ctx.text]
+        return text, gradient.index_select(0, places), None, None
+
+
 class PackedDecoderLayer(Cosmos3VLTextMoTDecoderLayer):
     """A decoder layer that runs one tower at a time. Always called through `__call__`: sharding hooks fire there."""
 
@@ -87,7 +109,7 @@ class PackedDecoderLayer(Cosmos3VLTextMoTDecoderLayer):
         backend: Backend,
         compiler: Compiler | None,
         understood: KeysValues | None = None,
-        joint_order: Tensor | None = None,
+        joint: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, KeysValues | None]:
         """One layer of one tower: what stands before attention and after it may be compiled, attention never is.
 
@@ -97,8 +119,8 @@ class PackedDecoderLayer(Cosmos3VLTextMoTDecoderLayer):
             rotary: cosines and sines of that stream, [*, 1, head_dim].
             queries, keys: borders of the samples; for generation `keys` are those of the joint stream.
             backend, compiler: of attention, and of the rest (None runs it as it is written).
-            understood, joint_order: generation only: the understanding tower's keys and values of this layer, and the
-                order that puts cat(understanding, generation) keys sample by sample.
+            understood, joint: generation only: the understanding tower's keys and values of this layer, and the order
+                that puts cat(understanding, generation) keys sample by sample with the generation tokens' places in it.
 
         Returns:
             The stream after the layer, and for the understanding tower its keys and values for generation.
@@ -107,14 +129,16 @@ class PackedDecoderLayer(Cosmos3VLTextMoTDecoderLayer):
             q, k, v, seen = compiled(_understanding_before, compiler)(self, hidden, rotary)
             out = attend(q, k, v, queries, keys, causal=True, backend=backend)
             return compiled(_understanding_after, compiler)(self, hidden, out), (seen, v)
-        assert understood is not None and joint_order is not None
+        assert understood is not None and joint is not None
         q, k, v = compiled(_generation_before, compiler)(self, hidden, rotary)
-        # index_select: its backward is the same from run to run on CPU, that of x[index] is not. Compiled, it would
-        # become a sort of the index (bfloat16 has no atomic addition there).
-        k = torch.cat((understood[0], k)).index_select(0, joint_order)
-        v = torch.cat((understood[1], v)).index_select(0, joint_order)
+        k, v = (_Joint.apply(text, own, *joint) for text, own in zip(understood, (k, v), strict=True))
         out = attend(q, k, v, queries, keys, causal=False, backend=backend)
         return compiled(_generation_after, compiler)(self, hidden, out), None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedDecoderLayer:
+        super()._apply(fn, recurse)
+        rejoin_shared(self)
+        return self
 
 
 class PackedDomainLinear(DomainAwareLinear):
@@ -129,6 +153,9 @@ class PackedDomainLinear(DomainAwareLinear):
         return torch.cat(parts) if parts else x.new_zeros((0, self.output_size))
 
 
+_keeping_attention = functools.partial(create_selective_checkpoint_contexts, kept_while_recomputing)
+
+
 class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
     """`Cosmos3OmniTransformer` that takes a `PackedSequence`. State-dict keys equal upstream's."""
 
@@ -137,6 +164,7 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
 
     attention_backend: Backend = "sdpa"
     compiler: Compiler | None = None
+    keep_attention: bool = False
     understanding_trains: bool = True
     recall: Recall | None = None
     _compute_dtype: torch.dtype | None = None
@@ -219,6 +247,7 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
         hidden = self._as_input(self._embed_generation(pack))
         rotary = self._rotary(pack.positions, hidden.dtype)
         joint_order = pack.joint_order if understood.joint_order is None else understood.joint_order
+        joint = (joint_order, pack.joint_places)
         for layer, keys_values in zip(self.layers, understood.keys_values, strict=True):
             hidden, _ = self._layer(
                 layer,
@@ -229,7 +258,7 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
                 pack.generation_spans,
                 pack.joint_spans,
                 keys_values,
-                joint_order,
+                joint,
             )
         hidden = self.norm_moe_gen(hidden)
         video = self.proj_out(hidden.index_select(0, pack.video_out))
@@ -273,7 +302,8 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
         stream, hidden, rotary, queries, keys, *rest = arguments
         arguments = (stream, hidden, rotary, queries, keys, self.attention_backend, self.compiler, *rest)
         if self.gradient_checkpointing and trains and torch.is_grad_enabled():
-            return checkpoint(layer, *arguments, use_reentrant=False)  # pyright: ignore[reportReturnType]
+            how: dict[str, Any] = {"context_fn": _keeping_attention} if self.keep_attention else {}
+            return checkpoint(layer, *arguments, use_reentrant=False, **how)  # pyright: ignore[reportReturnType]
         return layer(*arguments)
 
 
@@ -319,10 +349,10 @@ def _understanding_before(
     """Queries, keys and values of the text, and its keys as generation will see them."""
     attn = layer.self_attn
     x = layer.input_layernorm(hidden)
-    q = _rotate(attn.norm_q(_heads(attn.to_q(x), attn)), rotary)
-    normed = attn.norm_k(_heads(attn.to_k(x), attn))
+    q, k, v = (_heads(part, attn) for part in project((attn.to_q, attn.to_k, attn.to_v), x))
+    q = _rotate(attn.norm_q(q), rotary)
+    normed = attn.norm_k(k)
     k = _rotate(normed, rotary)
-    v = _heads(attn.to_v(x), attn)
     # Edge has no text qk-norm; its keys are normalised for generation only.
     seen = k if attn.k_norm_und_for_gen is None else _rotate(attn.k_norm_und_for_gen(normed), rotary)
     return q, k, v, seen
@@ -330,18 +360,25 @@ def _understanding_before(
 
 def _understanding_after(layer: PackedDecoderLayer, hidden: Tensor, attended: Tensor) -> Tensor:
     hidden = hidden + layer.self_attn.to_out(attended.flatten(-2))
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return hidden + _mlp(layer.mlp, layer.post_attention_layernorm(hidden))
 
 
 def _generation_before(layer: PackedDecoderLayer, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of the generation stream."""
     attn = layer.self_attn
     x = layer.input_layernorm_moe_gen(hidden)
-    q = _rotate(attn.norm_added_q(_heads(attn.add_q_proj(x), attn)), rotary)
-    k = _rotate(attn.norm_added_k(_heads(attn.add_k_proj(x), attn)), rotary)
-    return q, k, _heads(attn.add_v_proj(x), attn)
+    q, k, v = (_heads(part, attn) for part in project((attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), x))
+    return _rotate(attn.norm_added_q(q), rotary), _rotate(attn.norm_added_k(k), rotary), v
 
 
 def _generation_after(layer: PackedDecoderLayer, hidden: Tensor, attended: Tensor) -> Tensor:
     hidden = hidden + layer.self_attn.to_add_out(attended.flatten(-2))
-    return hidden + layer.mlp_moe_gen(layer.post_attention_layernorm_moe_gen(hidden))
+    return hidden + _mlp(layer.mlp_moe_gen, layer.post_attention_layernorm_moe_gen(hidden))
+
+
+def _mlp(mlp: Cosmos3VLTextMLP, x: Tensor) -> Tensor:
+    """Upstream's forward, whose gate and up share their input; Edge has no gate."""
+    if mlp.act_fn is None:
+        return mlp(x)
+    gate, up = project((mlp.gate_proj, mlp.up_proj), x)
+    return mlp.down_proj(mlp.act_fn(gate) * up)

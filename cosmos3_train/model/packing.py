@@ -172,6 +172,7 @@ def pack(
     modality = torch.cat([s.modality for s in streams])
     sample_of = torch.repeat_interleave(torch.arange(len(streams)), torch.tensor([s.modality.numel() for s in streams]))
     generation_lengths = tuple(s.modality.numel() for s in streams)
+    joint_order = _joint_order([s.text.numel() for s in samples], generation_lengths)
     packed = PackedSequence(
         **text,
         generation_lengths=generation_lengths,
@@ -181,7 +182,8 @@ def pack(
         levels=levels_of,
         level_index=sample_of * 3 + modality,
         noisy=torch.cat([~s.given for s in streams]),
-        joint_order=_joint_order([s.text.numel() for s in samples], generation_lengths),
+        joint_order=joint_order,
+        joint_places=torch.nonzero(joint_order >= text["text_ids"].numel()).flatten(),
         **rows,
     )
     if noise is None:

@@ -68,14 +68,19 @@ class Reasoner:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of everything that they depend on: the tower's weights, the configuration, the dtype."""
+        """Of everything that they depend on: the tower's weights, the configuration, the dtype, and any rounding."""
         if self.model.random:  # drawn on the device, by its kind's own generator
             weights: Any = [dict(self.model.random), self.device.type]
         else:
             found = identify_base(model_folder(self.model), only=_makes_keys)
             weights = [found.config, found.weights]
-        content = json.dumps([FORMAT, self.model.dtype, weights], sort_keys=True)
+        content = json.dumps([FORMAT, self.precision, weights], sort_keys=True)
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+    @property
+    def precision(self) -> str:
+        """What the tower computes in, in words."""
+        return self.model.dtype if self.model.base_precision == "dtype" else f"{self.model.dtype} with weights in fp8"
 
     @cached_property
     def bytes_a_token(self) -> int:
@@ -148,7 +153,7 @@ class ReasonerCache:
         if fingerprint != reasoner.fingerprint:
             raise UserError(
                 f"{folder}: these keys and values are of {made_of} (fingerprint {fingerprint[:12]}), not of "
-                f"{reasoner.model.path!r} in {reasoner.model.dtype} ({reasoner.fingerprint[:12]}); delete the folder, "
+                f"{reasoner.model.path!r} in {reasoner.precision} ({reasoner.fingerprint[:12]}); delete the folder, "
                 f"or set cache_reasoner to false"
             )
         places: dict[str, Path] = {}
@@ -224,7 +229,7 @@ def ensure_reasoner(prepared: Path, prompts: Sequence[Tensor], reasoner: Reasone
             "set cache_reasoner to false"
         )
     logger.info("%s: %s, %s", folder, words, size_in_words(needed))
-    description = {"fingerprint": reasoner.fingerprint, "model": reasoner.model.path, "dtype": reasoner.model.dtype}
+    description = {"fingerprint": reasoner.fingerprint, "model": reasoner.model.path, "dtype": reasoner.precision}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / CARD, (json.dumps(description, indent=2) + "\n").encode())

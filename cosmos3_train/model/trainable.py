@@ -27,12 +27,13 @@ from torch import Tensor, nn
 
 from cosmos3_train.config import Embodiment, Tuning, UserError, nearest
 from cosmos3_train.model.domains import REGISTERED
+from cosmos3_train.model.fp8 import Fp8Linear
 from cosmos3_train.model.omni import Cosmos3PackedTransformer, is_understanding
+from cosmos3_train.model.projections import ADAPTER, fuse_lora, join_shared
 from cosmos3_train.runtime import fold
 
 logger = logging.getLogger(__name__)
 
-ADAPTER = "default"
 ACTION_HEADS = ("action_proj_in", "action_proj_out")
 UNDERSTANDING_ATTENTION = ("to_q", "to_k", "to_v", "to_out")
 GENERATION_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -85,6 +86,7 @@ def make_trainable(
         else:
             _release(backbone, tuning)
     _keep_masters(backbone)
+    fuse_lora(backbone)
     parameters = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
     backbone.understanding_trains = any(is_understanding(n) or "k_norm_und_for_gen" in n for n in parameters)
     if backbone.understanding_trains and not backbone.understands:
@@ -100,6 +102,16 @@ def make_trainable(
         decayed=frozenset(n for n, p in parameters.items() if p.dim() > 1 and not n.startswith(heads)),
         description=_description(backbone, parameters, tuning),
     )
+
+
+def arrange_frozen(backbone: Cosmos3PackedTransformer, fp8_copies: int) -> None:
+    """Lay the frozen weights out for speed, once it is known what trains: those that share an input in one piece, and
+    with two copies of FP8 codes those that gradients pass through in both layouts. Not where weights are sharded."""
+    for name, module in backbone.named_modules():
+        passed = backbone.understanding_trains or not is_understanding(f"{name}.weight")
+        if fp8_copies == 2 and isinstance(module, Fp8Linear) and passed:
+            module.keep_transposed()
+    join_shared(backbone)
 
 
 def adapter_config(backbone: Cosmos3PackedTransformer) -> LoraConfig:

@@ -36,6 +36,10 @@ class PackedStep:
         self.packs = packs
         self.counts = counts
 
+    def pin_memory(self) -> PackedStep:
+        """The loader's hook: from page-locked memory packs move to the GPU without the host waiting for it."""
+        return PackedStep(self.step, [pack.pinned() for pack in self.packs], self.counts)
+
 
 @dataclass(frozen=True)
 class Packer:

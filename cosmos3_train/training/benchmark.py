@@ -20,6 +20,7 @@ import torch
 
 from cosmos3_train.config import Loaded, UserError
 from cosmos3_train.data.mixture import Mixture, StepDataset
+from cosmos3_train.model.fp8 import describe_fp8
 from cosmos3_train.model.loading import forget_understanding, read_understanding
 from cosmos3_train.runtime import world_size
 from cosmos3_train.training.benchmark_log import ensure_benchmark_data, only_dataset, only_task
@@ -76,7 +77,7 @@ class Result:
     text_tokens, generation_tokens, samples, flops: of one step, which all rates share
     done_flops: of these, what the run does: less where the understanding tower's keys and values are cached
     reasoner_cached: whether they are
-    attention, compiler, recomputed: how the run was carried out
+    attention, compiler, recomputed: how the run was carried out;  frozen: in what its frozen weights were
     stock_tried: samples a second of every setting of stock, by a few samples
     """
 
@@ -92,6 +93,7 @@ class Result:
     attention: str
     compiler: str | None
     recomputed: bool
+    frozen: str
     rates: list[Rate]
     stock_tried: dict[str, float] = field(default_factory=dict)
 
@@ -196,6 +198,7 @@ def measure(loaded: Loaded, against: Literal["stock"] | None = None) -> Result |
         rates.append(theirs)
         tried = stock.tried
     attention, compiler, recomputed = watcher.how
+    model = experiment.model
     return Result(
         workload=experiment.name,
         gpu=gpu,
@@ -209,6 +212,7 @@ def measure(loaded: Loaded, against: Literal["stock"] | None = None) -> Result |
         attention=attention,
         compiler=compiler,
         recomputed=recomputed,
+        frozen=describe_fp8(model.fp8_copies) if model.base_precision == "fp8" else model.dtype,
         rates=_compared(rates, bare, theirs),
         stock_tried=tried,
     )

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import lightning
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
@@ -42,8 +43,9 @@ class StepData(lightning.LightningDataModule):
     With every latent cached the workers also pack, and the training process only moves tensors to the device.
     """
 
-    def __init__(self, loaded: Loaded, opened: Opened, packer: Packer) -> None:
+    def __init__(self, loaded: Loaded, opened: Opened, packer: Packer, device: torch.device) -> None:
         super().__init__()
+        self.on_gpu = device.type == "cuda"
         self.packer = packer
         self.packs_in_workers = all(
             isinstance(dataset, ConversationDataset) or entry.cache_latents for dataset, entry in opened.values()
@@ -61,6 +63,7 @@ class StepData(lightning.LightningDataModule):
             sampler=_StepsFrom(self.first_step),
             num_workers=data.workers,
             persistent_workers=data.workers > 0,
+            pin_memory=self.packs_in_workers and data.workers > 0 and self.on_gpu,
             worker_init_fn=ignore_sigterm,
         )
 

@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import lightning
 import torch
@@ -160,17 +161,19 @@ class PostTraining(lightning.LightningModule):
         parameters = list(self.trainables.parameters.values())
         meet(f"the gradients of step {self.position.step + 1}")
         sum_gradients(parameters)
-        norm = float(clip_gradients(parameters, config.clip))
-        finite = math.isfinite(norm)
+        measured = clip_gradients(parameters, config.clip)
         rate = set_learning_rate(self.optimizer, self.position.step, training.steps, config)
-        if finite:
-            self._compare_ranks_once(parameters)
-            self.optimizer.step()
-            if self.average is not None:
-                self.average.update(self.trainables.parameters)
-        else:
-            logger.warning("step %d: gradient norm is %s; the step is skipped", self.position.step, norm)
+        self._compare_ranks_once(parameters, measured)
+        # AdamW's fused kernel asks the device whether to skip, so all of the step is queued before the host waits.
+        cast(Any, self.optimizer).found_inf = 1 - measured.isfinite().float()
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        norm = float(measured)
+        finite = math.isfinite(norm)
+        if not finite:
+            logger.warning("step %d: gradient norm is %s; the step is skipped", self.position.step, norm)
+        elif self.average is not None:
+            self.average.update(self.trainables.parameters)
         self.position = Position(
             step=self.position.step + int(finite),
             drawn=drawn + 1,
@@ -185,8 +188,8 @@ class PostTraining(lightning.LightningModule):
                 f"lower optimizer.learning_rate, or look at the data with 'cosmos3 check'"
             )
 
-    def _compare_ranks_once(self, parameters: list[nn.Parameter]) -> None:
-        if not self._compared_ranks:
+    def _compare_ranks_once(self, parameters: list[nn.Parameter], norm: Tensor) -> None:
+        if not self._compared_ranks and bool(norm.isfinite()):
             assert_same_on_all_ranks([p.grad for p in parameters if p.grad is not None], "gradients")
             assert_same_on_all_ranks(parameters, "trainable weights")
             self._compared_ranks = True

@@ -32,7 +32,7 @@ from cosmos3_train.model.omni import Cosmos3PackedTransformer
 from cosmos3_train.model.packing import Layout
 from cosmos3_train.model.reasoner_cache import Reasoner, ReasonerCache, remember
 from cosmos3_train.model.sound import add_sound_tokenizer
-from cosmos3_train.model.trainable import Trainables, make_trainable
+from cosmos3_train.model.trainable import Trainables, arrange_frozen, make_trainable
 from cosmos3_train.runtime import Interrupted, is_first_rank, node_count, seed_everything, world_size
 from cosmos3_train.training.batching import Packer
 from cosmos3_train.training.checkpoints import Checkpoint, check_names, list_checkpoints, load_checkpoint
@@ -68,6 +68,7 @@ FREE = (
     "data.datasets.*.cache_reasoner",
     "model.attention",
     "model.compile",
+    "model.fp8_copies",
     "model.checkpoint_activations",
     "training.tokens_per_micro_batch",
     "training.log_every_n_steps",
@@ -145,7 +146,7 @@ def _carry_out(loaded: Loaded, evaluate: Evaluate | None, deliver: Deliver | Non
     position = run.module.position
     logger.info("seed %d", run.experiment.training.seed)
     logger.info("%s", run.trainables.description)
-    data = StepData(loaded, run.opened, run.module.packer)
+    data = StepData(loaded, run.opened, run.module.packer, run.device)
     data.first_step = position.drawn
     loop = RunLoop(
         run.module,
@@ -215,6 +216,7 @@ def build(loaded: Loaded) -> Run:
         remember(backbone, _reasoner_caches(opened, reasoner))
     robots = list(experiment.embodiments.values())
     trainables = make_trainable(backbone, experiment.tuning, robots, experiment.training.seed)
+    arrange_frozen(backbone, experiment.model.fp8_copies)
     backbone.train()
     packer = Packer(
         encoder,

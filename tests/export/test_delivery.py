@@ -21,7 +21,7 @@ from tests.export.trained import PICO, robot, token_samples, trained_pico
 def run(tmp_path, monkeypatch) -> Any:
     """A finished run, as far as an export looks at it."""
     tuning = Tuning(method="hybrid", rank=4)
-    model = SimpleNamespace(path="example/Pico", random={})
+    model = SimpleNamespace(path="example/Pico", random={}, base_precision="dtype")
     made = SimpleNamespace(
         experiment=SimpleNamespace(name="a", model=model, tuning=tuning),
         folder=tmp_path / "a",
@@ -43,10 +43,10 @@ def test_an_export_is_verified_before_it_gets_its_name(form, run, monkeypatch, u
     named = run.folder / "export" / form
     seen: list[Path] = []
 
-    def look(new: Path, *arguments: Any) -> Any:
+    def look(new: Path, *arguments: Any, **options: Any) -> Any:
         assert not named.exists()
         seen.append(new)
-        return VERIFIERS[form](new, *arguments)
+        return VERIFIERS[form](new, *arguments, **options)
 
     monkeypatch.setattr(delivery, f"verify_{form}", look)
     folder, report = delivery.export(run, cast(delivery.Form, form))
@@ -57,7 +57,7 @@ def test_an_export_is_verified_before_it_gets_its_name(form, run, monkeypatch, u
 
 @pytest.mark.parametrize("form", VERIFIERS)
 def test_one_that_fails_never_gets_it(form, run, tmp_path, monkeypatch):
-    def refuse(*arguments: Any) -> Any:
+    def refuse(*arguments: Any, **options: Any) -> Any:
         raise VerificationError("other numbers")
 
     monkeypatch.setattr(delivery, f"verify_{form}", refuse)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosmos3_train.config import Tuning, UserError
 from cosmos3_train.model.loading import load_backbone
@@ -52,17 +55,27 @@ def test_in_bf16_masters_and_gradients_are_float32_and_follow_the_float32_run(mo
     assert sorted(worst.values())[len(worst) // 2] < 0.06
 
 
-def test_lora_multiplies_in_bf16(model):
+@pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["fused", "PEFT's own forward"])
+def test_lora_multiplies_in_bf16(model, dropout):
     """PEFT by itself would give bf16 factors, or with float32 ones multiply in float32."""
-    module = perturb(make_module(model, dtype="bfloat16"))
-    seen: set[tuple[torch.dtype, torch.dtype]] = set()
+    module = perturb(make_module(model, dtype="bfloat16", tuning=replace(HYBRID, dropout=dropout)))
     factors = [m for n, m in module.backbone.named_modules() if n.endswith((".lora_A.default", ".lora_B.default"))]
     assert len(factors) == 2 * 2 * (4 + 3) * 2  # factors, layers, projections, towers
-    for factor in factors:
-        factor.register_forward_hook(lambda m, args, out: seen.add((args[0].dtype, out.dtype)))
-    total(module)
-    assert seen == {(torch.bfloat16, torch.bfloat16)}
     assert {factor.weight.dtype for factor in factors} == {torch.float32}
+    seen: set[tuple[str, torch.dtype]] = set()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), named=None):
+            tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+            if function is torch.ops.cosmos3_train.lora_linear.default or (
+                function is torch.ops.aten.mm.default and tensors[0].shape[1] == HYBRID.rank
+            ):
+                seen.update((function.__name__, tensor.dtype) for tensor in tensors)
+            return function(*arguments, **(named or {}))
+
+    with Products():
+        total(module)
+    assert seen == {("mm.default" if dropout else "lora_linear.default", torch.bfloat16)}
 
 
 @pytest.mark.parametrize("tuning", [HYBRID, TOWER, FULL], ids=["hybrid", "tower", "full"])

@@ -271,7 +271,7 @@ def test_data_that_changed_under_a_half_finished_run_are_refused_by_name(tmp_pat
 def test_no_step_is_cut_short_where_the_data_begin_anew(project):
     """Lightning would end a window of accumulation with its epoch. The run's order has no end, a step is one item."""
     run = build(load(project, "name=endless", "training.samples_per_step=7", "data.workers=0"))
-    data = StepData(run.loaded, run.opened, run.module.packer)
+    data = StepData(run.loaded, run.opened, run.module.packer, run.device)
     steps = list(itertools.islice(data.train_dataloader(), 12))
     assert 3 * data.mixture.windows < 12 * 7, "several epochs of the data"
     assert [step.step for step in steps] == list(range(12))
