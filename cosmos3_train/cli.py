@@ -19,6 +19,7 @@ from cosmos3_train.config import Loaded, UserError, load_experiment
 from cosmos3_train.runtime import Interrupted, interruptible, offline_hub, record_failure, set_up_logging
 
 BEGAN = time.monotonic()
+SCAN_ONLY = ("embodiment", "source", "model", "caption_tokens", "workers")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -71,10 +72,30 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
+    if options.scan:
+        return _scan(options)
+    for name in SCAN_ONLY:
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: goes with --scan alone")
     loaded = _load(options)
     from cosmos3_train.commands import check
 
     return check.run(loaded)
+
+
+def _scan(options: argparse.Namespace) -> int:
+    if options.overrides:
+        raise UserError(f"{options.overrides[0]}: --scan looks at a dataset card, which has no overrides")
+    from cosmos3_train.commands import scan
+
+    return scan.run(
+        options.experiment,
+        options.embodiment,
+        options.source,
+        model=options.model or "cosmos3_nano",
+        caption_tokens=2048 if options.caption_tokens is None else options.caption_tokens,
+        threads=(os.cpu_count() or 1) if options.workers is None else options.workers,
+    )
 
 
 def _show(options: argparse.Namespace) -> int:
@@ -87,6 +108,12 @@ def _benchmark(options: argparse.Namespace) -> int:
     loaded = _load(options)
     from cosmos3_train.commands import benchmark
 
+    if options.loader:
+        if options.against:
+            raise UserError(
+                "--loader times no training, so there is nothing to measure it against; leave --against out"
+            )
+        return benchmark.run_loader(loaded, output=options.output)
     return benchmark.run(loaded, against=options.against, output=options.output)
 
 
@@ -159,11 +186,25 @@ def _add_experiments(commands: argparse._SubParsersAction) -> None:
         command.set_defaults(command=function)
         if name == "train":
             command.add_argument("--fresh", action="store_true", help="throw away the run of that name and start over")
+        if name == "check":
+            _add_scan(command)
         if name == "benchmark":
             command.add_argument(
                 "--against", choices=("stock",), help="also time a loop over stock diffusers and PEFT, at its best"
             )
+            command.add_argument("--loader", action="store_true", help="time reading and packing alone, without a GPU")
             command.add_argument("--output", type=Path, metavar="DIR", help="folder of the result (runs/NAME)")
+
+
+def _add_scan(check: argparse.ArgumentParser) -> None:
+    check.add_argument("--scan", action="store_true", help="EXPERIMENT is a dataset card: read all of its log")
+    scan = check.add_argument_group("with --scan")
+    scan.add_argument("--embodiment", metavar="NAME", help="embodiment card (the dataset card's)")
+    scan.add_argument("--source", type=Path, metavar="DIR", help="the log's folder (the dataset card's)")
+    scan.add_argument("--model", metavar="PART", help="whose tokenizer counts (cosmos3_nano)")
+    words = "that a prompt may have (2048, as upstream's recipes)"
+    scan.add_argument("--caption-tokens", type=int, metavar="N", help=words)
+    scan.add_argument("--workers", type=int, metavar="N", help="threads (all cores)")
 
 
 def _add_results(commands: argparse._SubParsersAction) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -13,7 +14,7 @@ from cosmos3_train.config import Loaded
 if TYPE_CHECKING:
     from cosmos3_train.training.benchmark import Rate, Result
 
-NUMBERS, TABLE = "benchmark.json", "benchmark.md"
+NUMBERS, TABLE, LOADER = "benchmark.json", "benchmark.md", "loader.json"
 
 HEAD = (
     "way",
@@ -60,6 +61,33 @@ def run(loaded: Loaded, *, against: Literal["stock"] | None, output: Path | None
         say(line)
     say_table(table(result.rates))
     say(f"written to {folder / TABLE} and {folder / NUMBERS}")
+    return FINISHED
+
+
+def run_loader(loaded: Loaded, *, output: Path | None) -> int:
+    """Measure the loader alone, print, write.
+
+    Args:
+        output: folder of the file; None takes the run's.
+
+    Raises:
+        UserError: the experiment is no benchmark.
+    """
+    from cosmos3_train.data.files import write_whole
+    from cosmos3_train.training.loader_benchmark import measure_loader
+
+    rates = measure_loader(loaded)
+    folder = output or loaded.run_folder
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / LOADER, (json.dumps([rate.plain() for rate in rates], indent=2) + "\n").encode())
+    say(f"{loaded.experiment.name}: one process of the loader, {os.cpu_count()} cores in this machine")
+    lines = [("way", "windows", "windows/s", "windows/s of a core", "wanted", "reached")]
+    for rate in rates:
+        wanted = f"{rate.wanted:g} {'windows/s' if rate.by == 'a_second' else 'of a core'}"
+        numbers = (f"{rate.windows:,}", f"{rate.a_second:.1f}", f"{rate.a_core:.1f}")
+        lines.append((rate.way, *numbers, wanted, "yes" if rate.enough else "no"))
+    say_table(lines)
+    say(f"written to {folder / LOADER}")
     return FINISHED
 
 

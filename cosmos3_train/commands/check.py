@@ -12,11 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cosmos3_train.commands.check_data import CheckedData, check_dataset
+from cosmos3_train.commands.check_data import CheckedData, check_dataset, missing_caches
 from cosmos3_train.commands.check_model import CheckedModel, check_model, longest_sample, reasoner_rows
 from cosmos3_train.commands.console import FINISHED, USER_ERROR, say, say_error, say_table
 from cosmos3_train.commands.delivery import refuse_form
 from cosmos3_train.config import Dataset, Loaded, UserError
+from cosmos3_train.data.reader import SOUND_LATENTS
 from cosmos3_train.evaluation.closed_loop import make_simulator
 from cosmos3_train.flow.tasks import sound_task
 from cosmos3_train.model.domains import refuse_taken_domains
@@ -140,16 +141,13 @@ def _check_disk(loaded: Loaded, findings: Findings) -> None:
         needs.append((loaded.run_folder, max(0, exports - exported), f"{_size(exports)} the export"))
     for name, checked in findings.data.items():
         entry = experiment.data.datasets[name]
-        if entry.cache_latents and not checked.cached and checked.latent is not None:
-            caches = loaded.root / entry.prepared / "caches"
-            size = checked.windows * math.prod(checked.latent) * LATENT_BYTES
-            left = max(0, size - sum(_bytes_under(part) for part in caches.glob("latents.partial-*")))
-            needs.append((caches, left, f"{_size(size)} cached latents"))
-        if entry.cache_latents and checked.sound is not None:
-            caches = loaded.root / entry.prepared / "caches"
-            size = checked.windows * math.prod(checked.sound) * SOUND_BYTES
-            left = max(0, size - sum(_bytes_under(part) for part in caches.glob("sound.partial-*")))
-            needs.append((caches, left, f"{_size(size)} cached sound"))
+        for place in missing_caches(loaded.root / entry.prepared, entry):
+            of_sound, caches = place == SOUND_LATENTS, loaded.root / entry.prepared / place.parent
+            shape, cell = (checked.sound, SOUND_BYTES) if of_sound else (checked.latent, LATENT_BYTES)
+            if shape is not None:
+                size = checked.windows * math.prod(shape) * cell
+                left = max(0, size - sum(_bytes_under(part) for part in caches.glob(f"{place.name}.partial-*")))
+                needs.append((caches, left, f"{_size(size)} cached {place.name}"))
     if findings.reasoner_bytes:
         first = next(entry for entry in experiment.data.datasets.values() if entry.cache_reasoner)
         words = f"{_size(findings.reasoner_bytes)} cached keys and values"

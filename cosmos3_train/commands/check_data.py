@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from cosmos3_train.data.actions import Normaliser, check_actions
 from cosmos3_train.data.blocks import made_of_clips, make_plan
 from cosmos3_train.data.card import DatasetCard, load_card
 from cosmos3_train.data.conversations import ConversationDataset
-from cosmos3_train.data.index import actions_of, check_log, columns_to_read, instructions, usable_rows
+from cosmos3_train.data.filters import cut_episode
+from cosmos3_train.data.index import actions_of, check_log, columns_to_read, instructions
 from cosmos3_train.data.mixture import check_entry, refuse_silence
 from cosmos3_train.data.prepare import read_card
-from cosmos3_train.data.reader import PreparedDataset
+from cosmos3_train.data.reader import SOUND_LATENTS, PreparedDataset, latents_place
 from cosmos3_train.data.sources import open_clips, open_log
 from cosmos3_train.data.sources.log import Episode, EpisodeRecord, Log
 from cosmos3_train.data.statistics import Statistics, compute_moments
@@ -48,15 +50,14 @@ class CheckedData:
     """What was seen of one dataset.
 
     rows:    of the table;  windows: that it gives or would give
-    latent:  (t, h, w) of a window, None for conversations;  cached: whether its latents are on disk
+    latent:  (t, h, w) of a window, None for conversations
     longest: samples to count tokens of: the longest words, in every task
-    sound:   (mean and deviation, channels, S) of the sound of a window, None where it is cached or not asked for
+    sound:   (mean and deviation, channels, S) of the sound of a window, None where it is not asked for
     """
 
     rows: list[tuple[str, str]] = field(default_factory=list)
     windows: int = 0
     latent: tuple[int, int, int] | None = None
-    cached: bool = False
     longest: list[Sample] = field(default_factory=list)
     sound: tuple[int, int, int] | None = None
 
@@ -133,22 +134,38 @@ def _prepared(name: str, entry: Dataset, dataset: PreparedDataset) -> CheckedDat
     size = (rows[0]["height"], rows[0]["width"])
     dataset.frames(rows[0], first_only=True)  # the log's media is readable
     latent = latent_shape(dataset.embodiment, size)
-    cached = dataset.latent_cache is not None
     table = [
         (f"data {name}", f"prepared: {train:,} windows to train on, {heldout:,} held out"),
         *_contract(dataset.embodiment, size),
         _ranges(name, dataset.normaliser, actions, dataset.embodiment),
+        *_caches(name, entry, dataset),
     ]
-    if entry.cache_latents:
-        table.append((f"latents {name}", "cached" if cached else "not cached yet; the run encodes every window first"))
-    return CheckedData(table, dataset.rows, latent, cached, _samples(entry, dataset.embodiment, words, size))
+    return CheckedData(table, dataset.rows, latent, _samples(entry, dataset.embodiment, words, size))
+
+
+def _caches(name: str, entry: Dataset, dataset: PreparedDataset) -> list[tuple[str, str]]:
+    if not entry.cache_latents:
+        return []
+    missing = ", ".join(place.name for place in missing_caches(dataset.folder, entry))
+    words = f"not cached yet ({missing}); the run encodes every window first" if missing else "cached"
+    return [(f"latents {name}", words)]
+
+
+def missing_caches(prepared: Path, entry: Dataset) -> list[Path]:
+    """Places, in its prepared folder, of the caches of latents that an entry asks for and that are not there."""
+    if not entry.cache_latents:
+        return []
+    places = [latents_place(variant) for variant in range(max(1, entry.augment.variants))]
+    if sound_task(entry.tasks) is not None:
+        places.append(SOUND_LATENTS)
+    return [place for place in places if not (prepared / place).is_dir()]
 
 
 def _prepared_clips(name: str, entry: Dataset, dataset: PreparedDataset) -> CheckedData:
     places = np.unique(np.linspace(0, dataset.rows - 1, min(ROWS, dataset.rows)).astype(int))
     rows = [dataset.row(int(place)) for place in places]
     dataset.frames(rows[0], first_only=True)  # the set's media is readable
-    cached, heard = dataset.latent_cache is not None, sound_task(entry.tasks)
+    heard = sound_task(entry.tasks)
     counts = f"{dataset.count('train'):,} windows to train on, {dataset.count('heldout'):,} held out"
     table = [(f"data {name}", f"prepared: {counts}")]
     if heard is not None:
@@ -157,10 +174,8 @@ def _prepared_clips(name: str, entry: Dataset, dataset: PreparedDataset) -> Chec
             refuse_silence(name, heard, dataset, "train")
         words = f"{train:,} of the windows to train on have it, {heldout:,} of those held out; the others are left out"
         table.append((f"sound {name}", words))
-    if entry.cache_latents:
-        table.append((f"latents {name}", "cached" if cached else "not cached yet; the run encodes every window first"))
-    found = _checked_clips(name, entry, dataset.contract.resolution_tier, table, rows, dataset.rows, cached)
-    return found if dataset.sound_cache is None else replace(found, sound=None)
+    table += _caches(name, entry, dataset)
+    return _checked_clips(name, entry, dataset.contract.resolution_tier, table, rows, dataset.rows)
 
 
 def _clips(loaded: Loaded, name: str, entry: Dataset, card: DatasetCard, clips: Clips, source: Path) -> CheckedData:
@@ -186,13 +201,12 @@ def _clips(loaded: Loaded, name: str, entry: Dataset, card: DatasetCard, clips: 
     if heard is not None:
         counted = f"{sounding} of {len(made.rows)} windows that were looked at have it; the others are left out"
         table += [(f"sound {name}", counted), *((f"sound {name}", words) for words in silent)]
-    return _checked_clips(name, entry, clips.resolution_tier, table, made.rows, windows, False)
+    return _checked_clips(name, entry, clips.resolution_tier, table, made.rows, windows)
 
 
 def _checked_clips(
-    name: str, entry: Dataset, tier: int, table: list[tuple[str, str]], rows: list[dict[str, Any]], windows: int,
-    cached: bool,
-) -> CheckedData:  # fmt: skip
+    name: str, entry: Dataset, tier: int, table: list[tuple[str, str]], rows: list[dict[str, Any]], windows: int
+) -> CheckedData:
     """What rows of video without a robot show: their canvases, and a sample of each task with the longest caption on
     the largest."""
     sizes = {canvas((row["height"], row["width"]), tier) for row in rows}
@@ -221,36 +235,49 @@ def _checked_clips(
         )
         for task in entry.tasks
     ]
-    return CheckedData(table, windows, latent, cached, samples, sound if sound_task(entry.tasks) else None)
+    return CheckedData(table, windows, latent, samples, sound if sound_task(entry.tasks) else None)
 
 
 def _log(loaded: Loaded, name: str, entry: Dataset, card: DatasetCard, robot: Embodiment, source: Path) -> CheckedData:
     log = open_log(card, source)
     check_log(log, card, robot)
     _check_files(log, robot)
-    data = loaded.experiment.data
-    plan, short = make_plan(card, robot, log, source, source, data.window_stride, data.heldout_fraction, seed=0)
-    records, windows = _some_records(log, card, robot, plan.splits), 0
-    parts = []
+    data, stride = loaded.experiment.data, loaded.experiment.data.window_stride
+    plan, short = make_plan(card, robot, log, source, source, stride, data.heldout_fraction, seed=0)
+    records, starts, parts = _some_records(log, card, robot, plan.splits), 0, []
+    left_out: Counter[str] = Counter()
     for record in records:
         where = f"dataset {card.name!r}, episode {record.index}"
-        parts.append(actions_of(record, robot, where)[usable_rows(record, robot)])
+        cut = cut_episode(record, card, robot, stride, plan.keep)
+        parts.append(actions_of(record, robot, where)[cut.rows])
         check_actions(parts[-1], robot, where)
-    for episode in log.episodes:
-        windows += max(0, -(-(episode.length - robot.chunk) // data.window_stride))
+        starts += len(cut.starts)
+        left_out.update(cut.left_out)
+    if not starts:
+        reasons = "; ".join(f"{count:,} × {reason}" for reason, count in left_out.items())
+        raise UserError(f"dataset {card.name!r}: no window in {len(records)} episodes; left out: {reasons}")
+    possible, total = (
+        sum(max(0, -(-(length - robot.chunk) // stride)) for length in lengths)
+        for lengths in ([record.length for record in records], [episode.length for episode in log.episodes])
+    )
+    windows = round(total * starts / possible)
     size = _frame_size(log, records[0], robot)
     actions = np.concatenate(parts)
     statistics = Statistics(card.name, robot.name, "", compute_moments([actions], robot.width))
     words = max({word for record in records for word in instructions(record, card)}, key=len)
     counts = {split: sum(s == split for s in plan.splits.values()) for split in ("train", "heldout")}
-    left_out = f", {short} too short" if short else ""
+    too_short = f", {short} too short" if short else ""
     table = [
         (f"data {name}", f"log readable, prepared at the first run: about {windows:,} windows"),
-        (f"episodes {name}", f"{counts['train']:,} to train on, {counts['heldout']:,} held out{left_out}"),
+        (f"episodes {name}", f"{counts['train']:,} to train on, {counts['heldout']:,} held out{too_short}"),
         *_contract(robot, size),
         _ranges(name, Normaliser(robot, statistics), actions, robot),
+        *(
+            (f"left out {name}", f"{count:,} × {reason}, of {len(records):,} episodes")
+            for reason, count in left_out.items()
+        ),
     ]
-    return CheckedData(table, windows, latent_shape(robot, size), False, _samples(entry, robot, words, size))
+    return CheckedData(table, windows, latent_shape(robot, size), _samples(entry, robot, words, size))
 
 
 def _check_files(log: Log, robot: Embodiment) -> None:

@@ -172,7 +172,6 @@ def _measure(subject: Subject, robot: Embodiment | None, episodes: int | None, b
         dataset.statistics = subject.statistics  # before anything is measured: all of it on the scale of the training
         dataset.normaliser = Normaliser(dataset.embodiment, subject.statistics)
     loss = measure_loss(subject.backbone, subject.encoder, {dataset.name: (dataset, entry)}, experiment)
-    error = None
     pictures, numbers, facts = [], {}, _facts(subject, dataset)
     if loss is not None:
         numbers |= loss.metrics()
@@ -180,10 +179,12 @@ def _measure(subject: Subject, robot: Embodiment | None, episodes: int | None, b
             path = draw_loss_by_band(subject.output / "loss_by_band.png", loss)
             pictures.append(Picture(path, f"Loss on {loss.samples} held-out samples at each noise level."))
     if isinstance(dataset, PreparedDataset) and dataset.has_robot:
-        error = measure_actions(subject.backbone, subject.encoder, dataset, entry, experiment)
-    if error is not None:
-        numbers |= error.metrics() | {f"action_error_{name}": e.overall for name, e in error.rmse.items()}
-        facts |= {"held-out windows of the action error": error.windows, "task": error.task}
+        for place, error in enumerate(measure_actions(subject.backbone, subject.encoder, dataset, entry, experiment)):
+            if place:
+                numbers["inverse_dynamics_error"] = error.error
+                continue
+            numbers |= error.metrics() | {f"action_error_{name}": e.overall for name, e in error.rmse.items()}
+            facts |= {"held-out windows of the action error": error.windows, "task": error.task}
     count = episodes if episodes is not None else experiment.evaluation.closed_loop_episodes or EPISODES
     if isinstance(dataset, PreparedDataset) and dataset.has_robot and dataset.embodiment.simulator and count:
         numbers |= _closed_loop(subject, dataset, count, pictures)
@@ -197,6 +198,7 @@ def _measure(subject: Subject, robot: Embodiment | None, episodes: int | None, b
         "action_error_model",
         "action_error_mean",
         "action_error_hold",
+        "inverse_dynamics_error",
         "coverage",
         "coverage_still",
     ):

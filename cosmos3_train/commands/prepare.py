@@ -25,6 +25,7 @@ from cosmos3_train.config import (
 )
 
 if TYPE_CHECKING:
+    from cosmos3_train.data.card import DatasetCard
     from cosmos3_train.data.prepare import PreparedSummary
 
 CACHES = ("latents", "reasoner")
@@ -65,16 +66,9 @@ def run(
 
     card = load_card(card_path)
     root = project_root(card_path)
-    name = embodiment or card.embodiment
-    contract: Embodiment | Clips
-    if card.shows_clips:
-        if embodiment is not None:
-            raise UserError(f"--embodiment {embodiment}: {card.format} has no robot; leave it out")
-        contract = card.clips() if stride is None else replace(card.clips(), stride=stride)
-    elif name is None:
-        raise UserError(f"{card_path}: the dataset card names no embodiment; give --embodiment NAME")
-    else:
-        contract = load_embodiment(name, root)
+    contract = read_contract(card_path, card, embodiment, root)
+    if isinstance(contract, Clips) and stride is not None:
+        contract = replace(contract, stride=stride)
     tasks = tasks or (card.tasks if card.shows_clips else ["policy"])
     _check_tasks(tasks, robot=not card.shows_clips)
     part = None if model is None else read_model(model, root)
@@ -140,6 +134,23 @@ def _check_caches(cache: Sequence[str], model: str | None) -> None:
         raise UserError(
             f"--cache {','.join(cache)} needs --model PART, such as --model cosmos3_nano (a file in configs/model/)"
         )
+
+
+def read_contract(card_path: Path, card: DatasetCard, embodiment: str | None, root: Path) -> Embodiment | Clips:
+    """What a dataset's rows are cut by: an embodiment card, by name (None takes the dataset card's), or the dataset
+    card's own words for video without a robot.
+
+    Raises:
+        UserError: a robot's log without a name, or video with one.
+    """
+    if card.shows_clips:
+        if embodiment is not None:
+            raise UserError(f"--embodiment {embodiment}: {card.format} has no robot; leave it out")
+        return card.clips()
+    name = embodiment or card.embodiment
+    if name is None:
+        raise UserError(f"{card_path}: the dataset card names no embodiment; give --embodiment NAME")
+    return load_embodiment(name, root)
 
 
 def read_model(name_or_path: str, root: Path) -> Model:

@@ -358,6 +358,43 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Augment:
+    """Random changes of a training window's frames, alike in all of its frames and views. All off: as they are.
+
+    crop:     share of each side that is left by a crop anywhere in the frame, which is then resized to the whole
+    brightness, contrast, saturation: factors are drawn from 1 ± this
+    hue:      turn drawn from ± this, in whole turns, at most 0.5. Costs five times what the others do together
+    variants: with cached latents, how many latents of each window are cached, the first of it as it is; a sample
+              takes one of them. Without, every sample is changed anew, and encoded where it is trained on
+    """
+
+    crop: float = 1.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    variants: int = 0
+
+    def __post_init__(self) -> None:
+        _require("augment", self, "a share of the frame, above 0 to 1 (1: no crop)", lambda x: 0 < x <= 1, "crop")
+        spread = ("brightness", "contrast", "saturation")
+        _require("augment", self, "from 0 (as it is) to 1", lambda x: 0 <= x <= 1, *spread)
+        _require("augment", self, "from 0 (as it is) to 0.5", lambda x: 0 <= x <= 0.5, "hue")
+        _require(
+            "augment",
+            self,
+            "0, or at least 2: the window as it is and a changed one",
+            lambda x: x == 0 or x > 1,
+            "variants",
+        )
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is changed at all."""
+        return self.crop < 1 or any((self.brightness, self.contrast, self.saturation, self.hue))
+
+
+@dataclass(frozen=True)
 class Dataset:
     """One entry of the mixture.
 
@@ -375,6 +412,7 @@ class Dataset:
     cache_reasoner: run the understanding tower once on every distinct prompt, while preparing, and keep its keys and
                 values; then no step runs it and the run does not load it. For all datasets of a run or none, and not
                 where that tower trains
+    augment:    random changes of its frames in training
     """
 
     prepared: str = MISSING
@@ -389,6 +427,7 @@ class Dataset:
     tasks: dict[str, float] = field(default_factory=dict)
     cache_latents: bool = False
     cache_reasoner: bool = False
+    augment: Augment = field(default_factory=Augment)
 
     def __post_init__(self) -> None:
         if not self.tasks:  # not the field's default, for layers merge: "policy" would stay beside the tasks named
@@ -416,6 +455,15 @@ class Data:
         _require("data", self, "at least 1", lambda x: x >= 1, "window_stride")
         _require("data", self, "a probability, 0 to 1", lambda x: 0 <= x <= 1, "caption_dropout")
         _require("data", self, "a share from 0 to below 1", lambda x: 0 <= x < 1, "heldout_fraction")
+        for name, entry in self.datasets.items():
+            where, variants = f"data.datasets.{name}.augment", entry.augment.variants
+            if entry.augment.changes and entry.cache_latents and not variants:
+                fail(
+                    f"{where} changes frames, but cache_latents keeps one latent of each window: set {where}.variants "
+                    "to how many are to be cached, or cache_latents to false, which encodes at every step"
+                )
+            if variants and not (entry.augment.changes and entry.cache_latents):
+                fail(f"{where}.variants is {variants}, but it is of cached latents of changed frames; leave it out")
 
 
 @dataclass(frozen=True)
@@ -626,6 +674,7 @@ class Benchmark:
     height, width: of the log's frames, pixels
     text_tokens:   of every prompt, whose instruction is filled up with words
     windows:       of the log
+    loader_seconds: how long each way of reading is measured, with --loader
     """
 
     first_step: int = 20
@@ -633,8 +682,10 @@ class Benchmark:
     width: int = 256
     text_tokens: int = 180
     windows: int = 256
+    loader_seconds: float = 5.0
 
     def __post_init__(self) -> None:
+        _require("benchmark", self, "above 0", lambda x: x > 0, "loader_seconds")
         _require("benchmark", self, "at least 1", lambda x: x >= 1, "first_step", "text_tokens", "windows")
         _require("benchmark", self, "even and above 0 (video)", lambda x: x > 0 and x % 2 == 0, "height", "width")
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cosmos3_train.config import Embodiment, UserError
+from cosmos3_train.config import Channel, Embodiment, UserError
 from cosmos3_train.data import poses
 from cosmos3_train.data.statistics import Moments, Statistics
 
@@ -100,22 +100,32 @@ def check_actions(action: np.ndarray, embodiment: Embodiment, where: str) -> Non
         )
     column = "recorded" if embodiment.recorded else embodiment.action_key
     check_finite(action, [channel.name for channel in embodiment.action], column, where)
+    outside = outside_range(action, embodiment)
+    if outside.any():
+        row, index = (int(number) for number in np.argwhere(outside)[0])
+        raise UserError(
+            f"{where}, row {row}: action channel {embodiment.action[index].name!r} is {action[row, index]:g}, outside "
+            f"its range {range_words(embodiment.action[index])}; correct the log or the embodiment card's range"
+        )
+
+
+def outside_range(action: np.ndarray, embodiment: Embodiment) -> np.ndarray:
+    """bool [T, W]: where an action is outside the range that its channel's card gives."""
+    outside = np.zeros(action.shape, dtype=bool)
     for index, channel in enumerate(embodiment.action):
-        values = action[:, index]
-        outside = np.zeros(len(values), dtype=bool)
         # float32 rounding of a bound itself (0.1 is stored as 0.100000001) is not an error of the log.
         if channel.low is not None:
-            outside |= values < np.nextafter(np.float32(channel.low), np.float32(-np.inf))
+            outside[:, index] |= action[:, index] < np.nextafter(np.float32(channel.low), np.float32(-np.inf))
         if channel.high is not None:
-            outside |= values > np.nextafter(np.float32(channel.high), np.float32(np.inf))
-        if outside.any():
-            row = int(np.flatnonzero(outside)[0])
-            low = "-inf" if channel.low is None else f"{channel.low:g}"
-            high = "inf" if channel.high is None else f"{channel.high:g}"
-            raise UserError(
-                f"{where}, row {row}: action channel {channel.name!r} is {values[row]:g}, outside its range {low} to "
-                f"{high}{' ' + channel.unit if channel.unit else ''}; correct the log or the embodiment card's range"
-            )
+            outside[:, index] |= action[:, index] > np.nextafter(np.float32(channel.high), np.float32(np.inf))
+    return outside
+
+
+def range_words(channel: Channel) -> str:
+    """A channel's range, for people."""
+    low = "-inf" if channel.low is None else f"{channel.low:g}"
+    high = "inf" if channel.high is None else f"{channel.high:g}"
+    return f"{low} to {high}{' ' + channel.unit if channel.unit else ''}"
 
 
 def check_finite(values: np.ndarray, names: list[str], column: str, where: str) -> None:

@@ -6,10 +6,8 @@ where its type begins with a header, the sensor's own stamp, which is read witho
 
 from __future__ import annotations
 
-import os
 import re
 import struct
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,8 +25,8 @@ from torch import Tensor
 
 from cosmos3_train.config import UserError, nearest
 from cosmos3_train.data.image_bytes import decode_images
+from cosmos3_train.data.kept import KeptFiles
 
-OPEN_FILES = 8
 SECOND = 1_000_000_000
 LARGEST_RECORD = 2**30
 
@@ -42,8 +40,6 @@ _BROKEN = (
     AssertionError, MemoryError, OverflowError, zstandard.ZstdError,
 )  # fmt: skip
 """What the library, and what it decompresses with, raise for damaged files."""
-
-_open: OrderedDict[tuple[int, str, int], tuple[BinaryIO, SeekingReader]] = OrderedDict()
 
 
 class Stamps(NamedTuple):
@@ -212,27 +208,28 @@ def _decoder(schema: Schema | None) -> Callable[[bytes], Any]:
     return decode
 
 
+class _Bag(NamedTuple):
+    file: BinaryIO
+    reader: SeekingReader
+
+
+def _open(path: Path, inside: str) -> _Bag:
+    file = path.open("rb")
+    return _Bag(file, SeekingReader(file, validate_crcs=True, record_size_limit=LARGEST_RECORD))
+
+
+_bags = KeptFiles(_open, lambda bag: bag.file.close())
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[SeekingReader]:
-    """A kept file of this process: a forked reader shares its parent's offset, and opens its own."""
-    key = None
     try:
-        key = (os.getpid(), str(path), path.stat().st_ino)
-        if key not in _open:
-            file = path.open("rb")
-            _open[key] = (file, SeekingReader(file, validate_crcs=True, record_size_limit=LARGEST_RECORD))
-            while len(_open) > OPEN_FILES:
-                oldest, (stale, _) = _open.popitem(last=False)
-                if oldest[0] == os.getpid():
-                    stale.close()
-        _open.move_to_end(key)
-        yield _open[key][1]
+        yield _bags.get(path).reader
     except UserError:
         raise
     except FileNotFoundError:
         raise UserError(f"{path}: the file is missing; copy the log again") from None
     except _BROKEN as error:
-        if key in _open:
-            _open.pop(key)[0].close()
+        _bags.close(path)
         problem = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(f"{path}: not a readable MCAP file ({problem}); copy it again, or `mcap recover` it") from None

@@ -27,9 +27,9 @@ from cosmos3_train.config import Clips, Embodiment, UserError
 from cosmos3_train.data.actions import check_actions, check_finite
 from cosmos3_train.data.card import DatasetCard
 from cosmos3_train.data.files import write_whole
+from cosmos3_train.data.filters import Ranges, cut_episode, read_keep_ranges
 from cosmos3_train.data.index import (
     FEATURES,
-    GAP,
     LEAST_SOUND_SECONDS,
     SPLITS,
     actions_of,
@@ -40,8 +40,6 @@ from cosmos3_train.data.index import (
     note_sound,
     split_clips,
     states_of,
-    usable_rows,
-    window_starts,
 )
 from cosmos3_train.data.sound import SoundForm, sound_at
 from cosmos3_train.data.sources import open_clips, open_log
@@ -55,7 +53,8 @@ BLOCK_CLIPS = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """What a block depends on, sent to every worker. `splits` maps an episode or clip to its split."""
+    """What a block depends on, sent to every worker. `splits` maps an episode or clip to its split; `keep` are the
+    ranges that the card's filters name."""
 
     card: DatasetCard
     contract: Embodiment | Clips
@@ -64,6 +63,7 @@ class Plan:
     window_stride: int
     splits: dict[int, str]
     blocks: tuple[tuple[int, int], ...]  # places [from, to) in log.episodes or log.clips
+    keep: Ranges | None = None
 
 
 def make_plan(
@@ -96,7 +96,8 @@ def make_plan(
     if first < len(log.episodes):
         blocks.append((first, len(log.episodes)))
     splits = assign_splits(card.name, long_enough, heldout_fraction, seed)
-    plan = Plan(card, embodiment, source, work, stride, splits, tuple(blocks))
+    keep = read_keep_ranges(card, log.root)
+    plan = Plan(card, embodiment, source, work, stride, splits, tuple(blocks), keep)
     return plan, len(log.episodes) - len(long_enough)
 
 
@@ -297,29 +298,29 @@ def _of_episodes(plan: Plan, log: Log, number: int) -> Made:
     embodiment, where, made = plan.contract, f"dataset {plan.card.name!r}", Made()
     assert isinstance(embodiment, Embodiment)
     for record in log.records(episodes, columns_to_read(plan.card, embodiment)):
-        used = _checked_values(record, embodiment, f"{where}, episode {record.index}")
-        size = _view_size(plan, record, embodiment)
-        starts, gaps = window_starts(record.timestamps, embodiment.chunk, plan.window_stride, embodiment.control_hz)
-        split = plan.splits[record.index]
-        made.add(episode_rows(record, starts, plan.card, embodiment, split, size), split)
+        cut = cut_episode(record, plan.card, embodiment, plan.window_stride, plan.keep)
         for reason, (count, example) in record.faults.items():
             made.drop(reason, count, example)
-        if gaps:
-            made.drop(GAP, gaps, f"episode {record.index}")
-        if split == "train" and starts:
+        for reason, count in cut.left_out.items():
+            made.drop(reason, count, f"episode {record.index}")
+        if not len(cut.rows):
+            continue
+        used = _checked_values(record, embodiment, cut.rows, f"{where}, episode {record.index}")
+        size, split = _view_size(plan, record, embodiment), plan.splits[record.index]
+        made.add(episode_rows(record, cut.starts, plan.card, embodiment, split, size), split)
+        if split == "train" and cut.starts:
             made.values.append(used)
     return made
 
 
-def _checked_values(record: EpisodeRecord, embodiment: Embodiment, where: str) -> np.ndarray:
-    """float32 [T, action width + state width] of an episode's usable rows, every value checked."""
-    rows = usable_rows(record, embodiment)
+def _checked_values(record: EpisodeRecord, embodiment: Embodiment, rows: np.ndarray, where: str) -> np.ndarray:
+    """float32 [n, action width + state width] of some rows of an episode, every value checked."""
     action, state = actions_of(record, embodiment, where)[rows], states_of(record, embodiment, where)
     check_actions(action, embodiment, where)
     if state is None:
         return action
     key = embodiment.state_key or "recorded"
-    check_finite(state, [str(index) for index in range(state.shape[1])], key, where)
+    check_finite(state[rows], [str(index) for index in range(state.shape[1])], key, where)
     if embodiment.state_row and state.shape[1] != embodiment.width:
         raise UserError(
             f"{where}: the state row is in the action's units, but {key!r} has {state.shape[1]} "

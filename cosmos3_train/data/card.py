@@ -16,7 +16,30 @@ from cosmos3_train.config import Clips, Dataset, UserError, from_plain, nearest,
 
 CLIP_FORMATS = ("jsonl_video", "webdataset")
 """Formats of captioned video without a robot."""
-FORMATS = (*CLIP_FORMATS, "hdf5", "lerobot_v2", "lerobot_v3", "mcap", "rlds", "zarr", "conversations")
+FORMATS = (*CLIP_FORMATS, "camera_tracks", "hdf5", "lerobot_v2", "lerobot_v3", "mcap", "rlds", "zarr", "conversations")
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What of a robot's log is left out when it is prepared, and counted.
+
+    success:     column of the log; an episode in which it is never above 0 is left out
+    keep_ranges: JSON file in the log's folder, {"EPISODE": [[START, STOP], ...]}: a window whose frames are not all in
+                 one of its episode's ranges of rows is left out
+    idle_rows:   a window that begins in a stretch of at least so many rows in which nothing moves is left out
+    idle_below:  what is no move of a channel from row to row, in its own unit
+    """
+
+    success: str | None = None
+    keep_ranges: str | None = None
+    idle_rows: int | None = None
+    idle_below: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.idle_rows is not None and self.idle_rows < 1:
+            raise UserError(f"filters.idle_rows is {self.idle_rows}; it is at least 1 (leave it out to keep all)")
+        if not self.idle_below > 0:
+            raise UserError(f"filters.idle_below is {self.idle_below}; it is above 0")
 
 
 @dataclass(frozen=True)
@@ -38,6 +61,7 @@ class DatasetCard:
     sound_captions:   where it has words of what is heard, as `captions`; they join the caption in tasks with sound
     caption_template: what to say where none of these is there: "{a} in {b.c}", dotted keys in braces
     frames, least_frames, stride, resolution_tier: how such video is cut and framed, see `config.Clips`
+    filters:          what of a robot's log is left out, see `Filters`
     mapping:          for formats without names of their own for things (HDF5, Zarr, ...): what is what in the file, as
                       the source of that format says
     """
@@ -62,6 +86,7 @@ class DatasetCard:
     least_frames: int | None = None
     stride: int | None = None
     resolution_tier: int | None = None
+    filters: Filters = field(default_factory=Filters)
     mapping: dict[str, Any] = field(default_factory=dict)
     known_faults: Any = None
     download: Any = None
@@ -72,6 +97,8 @@ class DatasetCard:
             raise UserError(f"dataset {self.name!r}: format is {self.format!r}.{nearest(self.format, FORMATS)}")
         if "/" in self.name:
             raise UserError(f"dataset {self.name!r}: name holds '/', which separates the parts of a sample's key")
+        if self.shows_clips and self.filters != Filters():
+            raise UserError(f"dataset {self.name!r}: filters are of robots' logs; {self.format} has no rows to filter")
 
     @property
     def shows_clips(self) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,13 +20,12 @@ from torch import Tensor
 
 from cosmos3_train.config import UserError
 from cosmos3_train.data.arrays import ArrayInfo, even_slice, missing, read_array_pictures
-
-OPEN_FILES = 8
+from cosmos3_train.data.kept import KeptFiles
 
 _BROKEN = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError)
 """What h5py raises for damaged files."""
 
-_open: OrderedDict[tuple[int, str, int], h5py.File] = OrderedDict()
+_files = KeptFiles[h5py.File](lambda path, _: h5py.File(path, "r"), lambda file: file.close())
 _lock = threading.RLock()
 
 
@@ -93,31 +91,21 @@ def read_hdf5_pictures(path: Path, inside: str, numbers: Sequence[int]) -> Tenso
 def close_all() -> None:
     """Close the kept files."""
     with _lock:
-        while _open:
-            _open.popitem()[1].close()
+        _files.close()
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[h5py.File]:
     """A kept file, held by this thread alone."""
     with _lock:
-        key = None
         try:
-            # The inode, so that a log that is replaced under a running process is opened anew.
-            key = (os.getpid(), str(path), path.stat().st_ino)
-            if key not in _open:
-                _open[key] = h5py.File(path, "r")
-                while len(_open) > OPEN_FILES:
-                    _open.popitem(last=False)[1].close()
-            _open.move_to_end(key)
-            yield _open[key]
+            yield _files.get(path)
         except UserError:
             raise
         except FileNotFoundError:
             raise UserError(f"{path}: the file is missing; copy the log again") from None
         except _BROKEN as error:
-            if key in _open:
-                _open.pop(key).close()
+            _files.close(path)
             problem = " ".join(str(error).split())[:160] or type(error).__name__
             raise UserError(f"{path}: not a readable HDF5 file ({problem}); copy the log again") from None
 

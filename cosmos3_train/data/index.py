@@ -140,7 +140,12 @@ def instructions(record: EpisodeRecord, card: DatasetCard) -> Sequence[str]:
 def columns_to_read(card: DatasetCard, embodiment: Embodiment) -> list[str]:
     """The columns of a log that preparing needs."""
     action = recorded_columns(embodiment) if embodiment.recorded else [embodiment.action_key]
-    named = (*action, None if embodiment.makes_state else embodiment.state_key, card.caption_column)
+    named = (
+        *action,
+        None if embodiment.makes_state else embodiment.state_key,
+        card.caption_column,
+        card.filters.success,
+    )
     return list(dict.fromkeys(name for name in named if name is not None))
 
 

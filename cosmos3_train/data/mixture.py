@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import NoReturn
 
@@ -19,6 +20,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from cosmos3_train import config
 from cosmos3_train.config import UserError, nearest
+from cosmos3_train.data.augment import augmented
 from cosmos3_train.data.conversations import ConversationDataset
 from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.flow.tasks import CONVERSATION, TASKS, sound_task
@@ -45,6 +47,7 @@ class _Entry:
     tasks: tuple[str, ...]
     shares: tuple[float, ...]  # running sums of the tasks' weights, the last one 1
     cached: bool
+    augment: config.Augment | None = None  # None where nothing is changed
 
 
 class Mixture:
@@ -92,13 +95,28 @@ class Mixture:
         return Pick(name, index, entry.tasks[min(bisect_right(entry.shares, chance), len(entry.tasks) - 1)])
 
     def sample(self, number: int) -> Sample:
-        """Sample `number`, read: with its cached latent where the entry says so, with pixels otherwise."""
+        """Sample `number`, read: with its cached latent where the entry says so, with pixels otherwise.
+
+        Where the entry augments, pixels are changed, or the latent is one of the cached variants, by (seed, number).
+        """
         pick = self.pick(number)
         entry = self._entries[pick.dataset]
         if isinstance(entry.dataset, ConversationDataset):
             return entry.dataset.sample(self.split, pick.index, pick.task, number)
+        change, variant = None, 0
+        if entry.augment is not None and entry.cached:
+            variant = fold(self.seed, "variant", number) % entry.augment.variants
+        elif entry.augment is not None:
+            change = partial(augmented, settings=entry.augment, key=fold(self.seed, "augment", number))
         return entry.dataset.sample(
-            self.split, pick.index, pick.task, number, pixels=not entry.cached, latents=entry.cached
+            self.split,
+            pick.index,
+            pick.task,
+            number,
+            pixels=not entry.cached,
+            latents=entry.cached,
+            change=change,
+            variant=variant,
         )
 
 
@@ -249,4 +267,5 @@ def _entry(name: str, dataset: PreparedDataset | ConversationDataset, entry: con
     cached = entry.cache_latents and dataset.latent_cache is not None
     cached = cached and (heard is None or dataset.sound_cache is not None)
     shares = tuple(accumulate(weight / total for weight in tasks.values()))
-    return _Entry(dataset, windows, tuple(tasks), shares, cached)
+    augment = entry.augment if entry.augment.changes and split == "train" else None
+    return _Entry(dataset, windows, tuple(tasks), shares, cached, augment)

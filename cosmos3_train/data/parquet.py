@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,15 @@ from torch import Tensor
 
 from cosmos3_train.config import UserError, nearest
 from cosmos3_train.data.image_bytes import decode_images
+from cosmos3_train.data.kept import KeptFiles
 
 CLOCK_HZ = 1e6
 """Pictures in Parquet are numbered by microseconds since their episode began, so that a log whose times jump is read
 by its times and not by counting rows."""
 
-OPEN_FILES = 8
+
+_BROKEN = (pa.ArrowException, OSError, UnicodeDecodeError)
+"""What Arrow raises for damaged files: a name that is not UTF-8 is one too."""
 
 
 def read_parquet(path: Path, columns: list[str] | None = None, filters: Any = None) -> pa.Table:
@@ -33,7 +35,7 @@ def read_parquet(path: Path, columns: list[str] | None = None, filters: Any = No
         )
     except FileNotFoundError:
         raise UserError(f"{path}: the Parquet file is missing; copy the log again") from None
-    except (pa.ArrowInvalid, OSError) as error:
+    except _BROKEN as error:
         raise _unreadable(path, error) from None
 
 
@@ -43,7 +45,7 @@ def parquet_columns(path: Path) -> list[str]:
         return pq.read_schema(path).names
     except FileNotFoundError:
         raise UserError(f"{path}: the Parquet file is missing; copy the log again") from None
-    except (pa.ArrowInvalid, OSError) as error:
+    except _BROKEN as error:
         raise _unreadable(path, error) from None
 
 
@@ -94,7 +96,7 @@ def read_parquet_pictures(path: Path, inside: str, numbers: Sequence[int]) -> Te
     """
     episode, fps, column = inside.split("/", 2)
     where = f"{path}: episode {episode}, column {column!r}"
-    table = _opened(path)
+    table = _files.get(path)
     rows = np.flatnonzero(table.owner == int(episode))
     if not len(rows):
         raise UserError(f"{path}: holds no row of episode {episode}; the log is damaged")
@@ -125,7 +127,7 @@ class _Opened:
         for group in dict.fromkeys(groups.tolist()):
             try:
                 part = self.file.read_row_group(group, columns=[column], use_threads=False)
-            except (pa.ArrowInvalid, OSError) as error:
+            except _BROKEN as error:
                 raise _unreadable(path, error) from None
             if column not in part.column_names:
                 raise UserError(f"{path}: no column {column!r}.{nearest(column, self.file.schema_arrow.names)}")
@@ -134,28 +136,22 @@ class _Opened:
         return found
 
 
-_open: OrderedDict[tuple[str, int], _Opened] = OrderedDict()
+def _open(path: Path, inside: str) -> _Opened:
+    try:
+        file = pq.ParquetFile(path)
+        wanted = [name for name in ("episode_index", "timestamp") if name in file.schema_arrow.names]
+        table = file.read(wanted, use_threads=False)
+        if "episode_index" not in wanted:
+            raise UserError(f"{path}: no column 'episode_index'; pictures are found by it")
+    except _BROKEN as error:
+        raise _unreadable(path, error) from None
+    sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+    times = matrix(table.column("timestamp"), str(path), np.float64)[:, 0] if "timestamp" in wanted else None
+    owner = table.column("episode_index").to_numpy()
+    return _Opened(file, owner, times, np.concatenate([[0], np.cumsum(sizes)]))
 
 
-def _opened(path: Path) -> _Opened:
-    key = (str(path), path.stat().st_ino)  # a log that is replaced under a running process is opened anew
-    if key not in _open:
-        try:
-            file = pq.ParquetFile(path)
-            wanted = [name for name in ("episode_index", "timestamp") if name in file.schema_arrow.names]
-            table = file.read(wanted, use_threads=False)
-            if "episode_index" not in wanted:
-                raise UserError(f"{path}: no column 'episode_index'; pictures are found by it")
-        except (pa.ArrowInvalid, OSError) as error:
-            raise _unreadable(path, error) from None
-        sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-        times = matrix(table.column("timestamp"), str(path), np.float64)[:, 0] if "timestamp" in wanted else None
-        owner = table.column("episode_index").to_numpy()
-        _open[key] = _Opened(file, owner, times, np.concatenate([[0], np.cumsum(sizes)]))
-        while len(_open) > OPEN_FILES:
-            _open.popitem(last=False)
-    _open.move_to_end(key)
-    return _open[key]
+_files = KeptFiles(_open, lambda opened: opened.file.close())
 
 
 def _picture_bytes(path: Path, cell: Any, where: str) -> bytes:

@@ -32,8 +32,9 @@ from cosmos3_train.data.blocks import (
     run_blocks,
     values_path,
 )
-from cosmos3_train.data.card import DatasetCard
+from cosmos3_train.data.card import DatasetCard, Filters
 from cosmos3_train.data.files import disk_full_is_the_users, write_whole
+from cosmos3_train.data.filters import read_keep_ranges
 from cosmos3_train.data.index import GAP, SPLITS, check_log
 from cosmos3_train.data.sources import CLIP_OPENERS, OPENERS, open_clips, open_log
 from cosmos3_train.data.sources.clips import ClipLog
@@ -199,12 +200,22 @@ def _settings(
         "caption_column": card.caption_column,
         "constant_caption": card.constant_caption,
         "mapping": card.mapping,
+        **_filter_settings(card, log.root),
         **contract_settings(card, contract),
         "window_stride": stride,
         "heldout_fraction": float(heldout_fraction),
         "seed": seed,
         "log": _log_digest(log),
     }
+
+
+def _filter_settings(card: DatasetCard, root: Path) -> dict[str, Any]:
+    """Nothing without filters: folders made before there were any stay as they are."""
+    if card.filters == Filters():
+        return {}
+    keep = read_keep_ranges(card, root)
+    ranges = None if keep is None else hashlib.sha256(repr(sorted(keep.items())).encode()).hexdigest()[:32]
+    return {"filters": to_plain(card.filters) | {"ranges": ranges}}
 
 
 def contract_settings(card: DatasetCard, contract: Embodiment | Clips) -> dict[str, Any]:

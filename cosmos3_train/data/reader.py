@@ -7,14 +7,13 @@ are memory-mapped by `datasets`, whose cache lies inside the prepared folder and
 from __future__ import annotations
 
 import json
-import os
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, disable_progress_bars
 from safetensors import SafetensorError, safe_open
@@ -24,6 +23,7 @@ from cosmos3_train.config import Clips, Embodiment, UserError, from_plain
 from cosmos3_train.data.actions import Normaliser
 from cosmos3_train.data.files import disk_full_is_the_users
 from cosmos3_train.data.index import FEATURES, SPLITS
+from cosmos3_train.data.kept import KeptFiles
 from cosmos3_train.data.prepare import embodiment_settings, first_difference, read_card
 from cosmos3_train.data.sound import SoundForm, sound_at
 from cosmos3_train.data.statistics import Statistics
@@ -34,6 +34,13 @@ from cosmos3_train.types import Sample
 LATENTS = Path("caches") / "latents"
 SOUND_LATENTS = Path("caches") / "sound"
 OPEN_SHARDS = 256
+BATCH_ROWS = 10_000
+"""Rows of a batch of the memory-mapped table: opening one takes time by its batches."""
+
+
+def latents_place(variant: int) -> Path:
+    """In a prepared folder: of the latents of the windows as they are (0), or of a changed variant of them."""
+    return LATENTS.with_name(f"{LATENTS.name}_variant_{variant}") if variant else LATENTS
 
 
 class PreparedDataset:
@@ -96,11 +103,12 @@ class PreparedDataset:
             self.normaliser = Normaliser(self.embodiment, self.statistics)
         self._table = _open_rows(self.folder)
         self.rows: int = len(self._table)
-        splits = self._table.data.column("split").to_numpy()
-        self._places = {split: np.flatnonzero(splits == split) for split in SPLITS}
+        splits = self._table.data.column("split")
+        # Compared by Arrow: as Python's words, ten million of them take seconds and half a gigabyte.
+        self._places = {split: np.flatnonzero(cast(Any, pc).equal(splits, split).to_numpy()) for split in SPLITS}
         self._sounds = self._table.data.column("sound").is_valid().to_numpy()
         self.sound_form, self.notes_sound = sound, "sounding" in content
-        self.latent_cache = LatentCache.open(self.folder, self.rows)
+        self._latents = {0: LatentCache.open(self.folder, self.rows)}
         self.sound_cache = LatentCache.open(self.folder, self.rows, SOUND_LATENTS)
 
     @property
@@ -113,6 +121,17 @@ class PreparedDataset:
         """The embodiment card of a robot's log; ask `has_robot` first."""
         assert isinstance(self.contract, Embodiment), f"{self.name} has no robot"
         return self.contract
+
+    @property
+    def latent_cache(self) -> LatentCache | None:
+        """Cached latents of the windows as they are."""
+        return self._latents[0]
+
+    def latents(self, variant: int) -> LatentCache | None:
+        """Cached latents of the windows as they are (0), or of a changed variant of them."""
+        if variant not in self._latents:
+            self._latents[variant] = LatentCache.open(self.folder, self.rows, latents_place(variant))
+        return self._latents[variant]
 
     def count(self, split: str) -> int:
         """Windows of "train" or "heldout"."""
@@ -146,8 +165,13 @@ class PreparedDataset:
         """dataset/episode_000012/000034: unique in the dataset."""
         return f"{self.name}/episode_{row['episode_index']:06d}/{row['start']:06d}"
 
-    def frames(self, row: dict[str, Any], first_only: bool = False) -> Tensor:
+    def frames(
+        self, row: dict[str, Any], first_only: bool = False, change: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
         """uint8 [T, 3, H, W]: a row's frames (all, or its first), views composed; H and W are the row's.
+
+        Args:
+            change: what each view goes through before they are composed.
 
         Raises:
             UserError: a video is missing or corrupt, or has no frame at one of the times.
@@ -157,6 +181,7 @@ class PreparedDataset:
             offsets = offsets[:1]
         size = None if self.has_robot else (row["height"], row["width"])
         views = [frames_at(self.source, v["path"], v["start_time"] + offsets, size) for v in row["video"]]
+        views = views if change is None else [change(view) for view in views]
         return compose(views, self.embodiment.layout if self.has_robot else "single")
 
     def waveform(self, row: dict[str, Any]) -> Tensor:
@@ -171,7 +196,16 @@ class PreparedDataset:
         return sound_at(self.source, video["path"], video["start_time"], samples, self.sound_form)
 
     def sample(
-        self, split: str, index: int, task: str, number: int, *, pixels: bool = True, latents: bool = False
+        self,
+        split: str,
+        index: int,
+        task: str,
+        number: int,
+        *,
+        pixels: bool = True,
+        latents: bool = False,
+        change: Callable[[Tensor], Tensor] | None = None,
+        variant: int = 0,
     ) -> Sample:
         """A window as a sample of a task.
 
@@ -182,6 +216,8 @@ class PreparedDataset:
             number: the sample's place in the run's global order.
             pixels: decode frames, and sound.
             latents: read the cached latents.
+            change: of the frames, see `frames`; sound stays as it is.
+            variant: of the frames' cached latents; 0 is the window as it is.
 
         Raises:
             UserError: an unreadable video, or no cached latent.
@@ -191,9 +227,10 @@ class PreparedDataset:
         row = self.row(place)
         latent = None
         if latents:
-            if self.latent_cache is None:
+            cache = self.latents(variant)
+            if cache is None:
                 raise UserError(f"{self.folder}: no latents are cached; set cache_latents to false or prepare again")
-            latent = self.latent_cache.read(place)
+            latent = cache.read(place)
             latent = latent[:, :1] if rules.image else latent  # causal encoder: latent frame 0 is frame 0 alone
         sound = waveform = None
         if rules.sound != "absent" and latents:
@@ -209,7 +246,7 @@ class PreparedDataset:
             task=task,
             caption=row["instruction"],
             fps=row["fps"],
-            frames=self.frames(row, first_only=rules.image) if pixels else None,
+            frames=self.frames(row, rules.image, change) if pixels else None,
             latent=latent,
             size=(row["height"], row["width"]),
             action=self.normaliser.normalise(torch.tensor(row["action"])) if rules.has_robot else None,
@@ -241,7 +278,7 @@ class LatentCache:
         """The cache of a prepared folder, None where there is none.
 
         Args:
-            place: in the folder: `LATENTS` of its frames, `SOUND_LATENTS` of its sound.
+            place: in the folder: `latents_place` of its frames, `SOUND_LATENTS` of its sound.
 
         Raises:
             UserError: it was made for another number of rows, or its card cannot be read.
@@ -267,23 +304,12 @@ class LatentCache:
         """
         path = self.folder / f"{row // self.shard:05d}.safetensors"
         try:
-            return _shard(path).get_tensor(str(row)).float()
+            return _shards.get(path).get_tensor(str(row)).float()
         except (FileNotFoundError, SafetensorError) as error:
             raise UserError(f"{path}: cached latents are missing or corrupt ({error}); delete {self.folder}") from None
 
 
-_shards: OrderedDict[tuple[int, str, int], Any] = OrderedDict()
-
-
-def _shard(path: Path) -> Any:
-    """An open shard. Kept by process and inode, so that forks and rewritten files open their own."""
-    key = (os.getpid(), str(path), path.stat().st_ino)
-    if key not in _shards:
-        _shards[key] = safe_open(str(path), framework="pt")
-        while len(_shards) > OPEN_SHARDS:
-            _shards.popitem(last=False)
-    _shards.move_to_end(key)
-    return _shards[key]
+_shards = KeptFiles[Any](lambda path, _: safe_open(str(path), framework="pt"), most=OPEN_SHARDS)
 
 
 def _open_rows(folder: Path) -> Dataset:
@@ -293,7 +319,8 @@ def _open_rows(folder: Path) -> Dataset:
     disable_progress_bars()  # a second's work, and its bar would break the run's
     cache = folder / "caches" / "rows"  # never the home folder's
     with disk_full_is_the_users(folder):
-        return cast(Dataset, Dataset.from_parquet(cast(Any, files), features=FEATURES, cache_dir=str(cache)))
+        kept = {"features": FEATURES, "cache_dir": str(cache), "writer_batch_size": BATCH_ROWS}
+        return cast(Dataset, Dataset.from_parquet(cast(Any, files), **kept))
 
 
 def _check_same(folder: Path, before: Embodiment, now: Embodiment) -> None:

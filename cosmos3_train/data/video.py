@@ -7,8 +7,6 @@ survive a fork. Open files are kept, a few per process, since opening costs more
 from __future__ import annotations
 
 import math
-import os
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -23,10 +21,8 @@ from torch import Tensor
 
 from cosmos3_train.config import UserError
 from cosmos3_train.data import archives
+from cosmos3_train.data.kept import KeptFiles
 from cosmos3_train.data.pictures import read_pictures
-
-OPEN_FILES = 8
-_open: OrderedDict[tuple[int, str, int, str], InputContainer] = OrderedDict()
 
 
 class VideoTimes(NamedTuple):
@@ -34,6 +30,15 @@ class VideoTimes(NamedTuple):
 
     times: np.ndarray
     fps: float
+
+
+class Decoded(NamedTuple):
+    """A video, decoded whole. times: float64 [T], when its frames are shown, rising, seconds into the file;  fps: its
+    rate, 0 where it cannot be opened;  faults: (seconds, what is wrong there), NaN seconds where that is not known."""
+
+    times: np.ndarray
+    fps: float
+    faults: list[tuple[float, str]]
 
 
 def frames_at(
@@ -94,6 +99,34 @@ def video_times(root: Path, place: str) -> VideoTimes:
     return VideoTimes(ticks * float(stream.time_base), fps)
 
 
+def decode_whole(root: Path, place: str) -> Decoded:
+    """Decode every frame of a video and keep none: what cannot be decoded is told, not raised. From any thread."""
+    file, _, inside = place.partition("#")
+    times: list[float] = []
+    wrong: list[tuple[float, str]] = []
+    try:
+        container = _open(root / file, inside)
+    except UserError as error:
+        return Decoded(np.zeros(0), 0.0, [(math.nan, str(error))])
+    except FileNotFoundError:
+        return Decoded(np.zeros(0), 0.0, [(math.nan, f"{root / file}: the video is missing")])
+    with container:
+        stream = container.streams.video[0]
+        fps = float(stream.average_rate or stream.guessed_rate or 0)
+        try:
+            for frame in container.decode(stream):
+                if frame.time is None:
+                    continue
+                if frame.is_corrupt:  # FFmpeg has made up what it could not decode
+                    wrong.append((frame.time, f"the frame at {frame.time:.4f} s is damaged"))
+                times.append(frame.time)
+        except (av.FFmpegError, OSError) as error:
+            after = times[-1] if times else 0.0
+            reason = " ".join(str(error).split())
+            wrong.append((after, f"no frame can be decoded after {after:.4f} s ({reason})"))
+    return Decoded(np.sort(np.asarray(times, dtype=np.float64)), fps, wrong)
+
+
 def decode_frames(
     path: str | Path,
     timestamps: Sequence[float] | np.ndarray,
@@ -132,8 +165,9 @@ def decode_frames(
             where = named(path, inside)
             raise UserError(f"{where}: no frame within half a frame period ({period / 2:.4f} s) of {time:.4f} s")
     # In numpy: torch's own copy runs on OpenMP threads, which a forked reader of a process that used them never gets.
-    stacked = np.stack([frame.transpose(2, 0, 1) for frame in found if frame is not None])
-    return torch.from_numpy(stacked)
+    # The colours of a pixel stay side by side (`channels_last`), as they are decoded: resizing is then twice as fast.
+    stacked = np.stack([frame for frame in found if frame is not None])
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2)
 
 
 def compose(views: Sequence[Tensor], layout: Literal["single", "row", "column", "over_two"]) -> Tensor:
@@ -174,9 +208,7 @@ def _halved(view: Tensor, first: Tensor) -> Tensor:
 
 def close(path: str | Path | None = None) -> None:
     """Close one kept file of this process, or all."""
-    for key in list(_open):
-        if key[0] == os.getpid() and (path is None or key[1] == str(path)):
-            _open.pop(key).close()
+    _files.close(None if path is None else Path(path))
 
 
 def _nearest_frames(
@@ -248,8 +280,9 @@ def open_anew(path: Path, inside: str) -> InputContainer:
     Raises:
         UserError: it cannot be opened.
     """
+    source = archives.Part(path, *archives.range_of(inside)) if inside else str(path)
     try:
-        return av.open(archives.Part(path, *archives.range_of(inside)) if inside else str(path), mode="r")
+        return av.open(source, mode="r", metadata_errors="replace")  # a title may be in any encoding
     except (av.FFmpegError, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{named(path, inside)}: not a readable video ({reason}); copy the log again") from None
@@ -261,15 +294,13 @@ def opened(path: Path, inside: str = "") -> InputContainer:
     Raises:
         UserError: it is missing, or no video.
     """
-    # The process id is part of the key: a forked reader shares the parent's file offset and must open its own.
-    # So is the file's inode: a log that is replaced under a running process is opened anew.
     try:
-        key = (os.getpid(), str(path), path.stat().st_ino, inside)
+        return _files.get(path, inside)
     except FileNotFoundError:
         raise UserError(f"{path}: the video is missing; copy the log again") from None
-    if key in _open:
-        _open.move_to_end(key)
-        return _open[key]
+
+
+def _open(path: Path, inside: str) -> InputContainer:
     container = open_anew(path, inside)
     if not container.streams.video:
         container.close()
@@ -279,9 +310,7 @@ def opened(path: Path, inside: str = "") -> InputContainer:
         container.close()
         raise UserError(f"{named(path, inside)}: the video's codec is not known; copy the log again")
     codec.thread_count = 1
-    _open[key] = container
-    while len(_open) > OPEN_FILES:
-        oldest, stale = _open.popitem(last=False)
-        if oldest[0] == os.getpid():
-            stale.close()
     return container
+
+
+_files = KeptFiles(_open, InputContainer.close)

@@ -12,7 +12,6 @@ import math
 import os
 import zipfile
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,8 +27,7 @@ from torch import Tensor
 
 from cosmos3_train.config import UserError, nearest
 from cosmos3_train.data.arrays import ArrayInfo, View, missing, read_array_pictures
-
-OPEN_STORES = 8
+from cosmos3_train.data.kept import KeptFiles
 
 CODECS = (
     "adler32", "astype", "bitround", "blosc", "bz2", "crc32", "delta", "fixedscaleoffset", "gzip", "lz4", "lzma",
@@ -334,21 +332,15 @@ class _Kept:
     arrays: dict[str, _Array] = field(default_factory=dict)
 
 
-_open: OrderedDict[tuple[int, str, int], _Kept] = OrderedDict()
-
-
 def _kept(path: Path) -> _Kept:
-    # The process id is part of the key: a forked reader shares the file offset of its parent's zip. So is the inode: a
-    # log that is replaced under a running process is opened anew.
     try:
-        key = (os.getpid(), str(path), path.stat().st_ino)
+        return _stores.get(path)
     except OSError:
         raise UserError(f"{path}: the store is missing; copy the log again") from None
-    if key not in _open:
-        _open[key] = _Kept(_Folder(path) if path.is_dir() else _Zip(path))
-        while len(_open) > OPEN_STORES:
-            oldest, stale = _open.popitem(last=False)
-            if oldest[0] == os.getpid():
-                stale.files.close()
-    _open.move_to_end(key)
-    return _open[key]
+
+
+def _open(path: Path, inside: str) -> _Kept:
+    return _Kept(_Folder(path) if path.is_dir() else _Zip(path))
+
+
+_stores = KeptFiles(_open, lambda kept: kept.files.close())

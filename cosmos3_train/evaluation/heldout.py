@@ -259,9 +259,12 @@ class ActionError:
         }
 
 
-def action_task(tasks: Mapping[str, float]) -> str | None:
-    """Of a mixture entry's tasks, the one whose actions are measured: policy before inverse dynamics, or none."""
-    return next((name for name in ("policy", "inverse_dynamics") if tasks.get(name, 0) > 0), None)
+def action_tasks(tasks: Mapping[str, float]) -> list[str]:
+    """Of a mixture entry's tasks, those whose actions are measured: policy first, then inverse dynamics.
+
+    A policy has more than one right answer, and even a perfect one differs from the log; what a video shows has one.
+    """
+    return [name for name in ("policy", "inverse_dynamics") if tasks.get(name, 0) > 0]
 
 
 def action_error(
@@ -280,7 +283,7 @@ def action_error(
 
     Args:
         encoder: without caption dropout; its video tokenizer needs weights unless the dataset's latents are cached.
-        task: "policy" or "inverse_dynamics", see `action_task`.
+        task: "policy" or "inverse_dynamics", see `action_tasks`.
         windows: at most as many as the split has.
         steps: solver steps.
 

@@ -10,7 +10,7 @@ from cosmos3_train.data.conversations import ConversationDataset
 from cosmos3_train.data.mixture import Mixture, usable_windows
 from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.evaluation.closed_loop import Episode, rollout
-from cosmos3_train.evaluation.heldout import ActionError, HeldoutLoss, action_error, action_task, heldout_loss
+from cosmos3_train.evaluation.heldout import ActionError, HeldoutLoss, action_error, action_tasks, heldout_loss
 from cosmos3_train.evaluation.sampling import RobotSampler
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
@@ -54,21 +54,24 @@ def measure_actions(
     dataset: PreparedDataset,
     entry: Dataset,
     experiment: Experiment,
-) -> ActionError | None:
-    """The action error on a robot's held-out windows, None where there is no such task, window or wish."""
-    config, task = experiment.evaluation, action_task(entry.tasks)
-    if task is None or not config.action_samples or not dataset.count("heldout"):
-        return None
-    return action_error(
-        backbone,
-        encoder,
-        dataset,
-        task,
-        windows=config.action_samples,
-        steps=config.solver_steps,
-        seed=experiment.training.seed,
-        tokens_per_pack=experiment.training.tokens_per_micro_batch,
-    )
+) -> list[ActionError]:
+    """The action errors on a robot's held-out windows, one a task (`action_tasks`), none without window or wish."""
+    config = experiment.evaluation
+    if not config.action_samples or not dataset.count("heldout"):
+        return []
+    return [
+        action_error(
+            backbone,
+            encoder,
+            dataset,
+            task,
+            windows=config.action_samples,
+            steps=config.solver_steps,
+            seed=experiment.training.seed,
+            tokens_per_pack=experiment.training.tokens_per_micro_batch,
+        )
+        for task in action_tasks(entry.tasks)
+    ]
 
 
 def measure_closed_loop(

@@ -1,8 +1,9 @@
-"""Latents of every window and of its sound, encoded once while preparing instead of at every step.
+"""Latents of every window and of its sound, encoded once while preparing instead of at every step; where frames are
+augmented, of several variants of each window.
 
 A cache is keyed by a fingerprint of what made it: the tokenizer's weights and dtype, and the prepared folder. One of
-another fingerprint is refused by name, never used. Sound has a cache of its own, of the windows that have it; what is
-kept of a sound is its latent's mean and standard deviation, from which every sample draws anew.
+another fingerprint is refused by name, never used. Sound has a cache of its own, of the windows that have it, one for
+all variants; what is kept of a sound is its latent's mean and standard deviation, from which every sample draws anew.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,10 +26,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from cosmos3_train.config import UserError
-from cosmos3_train.data.reader import LATENTS, SOUND_LATENTS, LatentCache, PreparedDataset
+from cosmos3_train.config import Augment, UserError
+from cosmos3_train.data.augment import augmented
+from cosmos3_train.data.reader import SOUND_LATENTS, LatentCache, PreparedDataset, latents_place
 from cosmos3_train.model.encoders import Encoder
-from cosmos3_train.runtime import ignore_sigterm, is_first_rank
+from cosmos3_train.runtime import fold, ignore_sigterm, is_first_rank
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +41,16 @@ BATCH = 64
 """Windows read at a time for a GPU, which encodes as many of them at once as it holds. On a CPU the loader's workers
 encode one each: a core a clip, no waiting."""
 
+UNCHANGED = Augment()
 
-def latent_fingerprint(vae: AutoencoderKLWan, dataset: PreparedDataset) -> str:
-    """Of everything that a latent depends on: weights, dtype, normalisation, and the prepared rows."""
+
+def latent_fingerprint(vae: AutoencoderKLWan, dataset: PreparedDataset, variant: int, augment: Augment) -> str:
+    """Of everything that a latent depends on: weights, dtype, normalisation, the prepared rows, and their changes."""
     config = cast(Any, vae.config)
-    return _fingerprint(dataset, [str(vae.dtype), config.latents_mean, config.latents_std], vae)
+    settings = [str(vae.dtype), config.latents_mean, config.latents_std]
+    if variant:
+        settings += [variant, asdict(augment) | {"variants": None}]  # how many there are changes none of them
+    return _fingerprint(dataset, settings, vae)
 
 
 def sound_fingerprint(tokenizer: Cosmos3AVAEAudioTokenizer, dataset: PreparedDataset) -> str:
@@ -102,35 +110,49 @@ class _Rows(Dataset[Tensor]):
 
 
 def ensure_latents(
-    dataset: PreparedDataset, encoder: Encoder, workers: int = 0, progress: bool = True, *, sound: bool = False
+    dataset: PreparedDataset,
+    encoder: Encoder,
+    workers: int = 0,
+    progress: bool = True,
+    *,
+    augment: Augment = UNCHANGED,
+    sound: bool = False,
 ) -> None:
-    """Write the latent cache of a prepared folder, or check that the one there is this model's.
+    """Write the latent caches of a prepared folder, or check that those there are this model's.
 
     Finished shards stay after a kill and are not made again.
 
     Args:
         workers: processes that decode video.
-        sound: also that of its sound.
+        augment: makes its `variants`; with none there are the latents of the windows as they are.
+        sound: also the latents of their sound.
 
     Raises:
-        UserError: the folder has another model's latents, or the disk is full.
+        UserError: the folder has latents of another model or augmentation, or the disk is full.
     """
-    _ensure(dataset, _of_frames(dataset, encoder), dataset.latent_cache, workers, progress)
+    for variant in range(max(1, augment.variants)):
+        _ensure(dataset, _of_frames(dataset, encoder, variant, augment), workers, progress)
     if sound:
-        _ensure(dataset, _of_sound(dataset, encoder), dataset.sound_cache, workers, progress)
+        _ensure(dataset, _of_sound(dataset, encoder), workers, progress)
 
 
-def _of_frames(dataset: PreparedDataset, encoder: Encoder) -> _Kind:
+def _of_frames(dataset: PreparedDataset, encoder: Encoder, variant: int, augment: Augment) -> _Kind:
+    """Variant 0 is a window as it is; another one is changed by `augment`, alike for every run that caches it."""
     vae = encoder.parts.vae
+
+    def read(row: int) -> Tensor:
+        change = partial(augmented, settings=augment, key=fold(0, "variant", variant, row)) if variant else None
+        return dataset.frames(dataset.row(row), change=change)
+
     return _Kind(
-        place=LATENTS,
-        what="latents",
-        source="video tokenizer",
-        fingerprint=latent_fingerprint(vae, dataset),
+        place=latents_place(variant),
+        what=f"latents (variant {variant})" if variant else "latents",
+        source="video tokenizer, another augmentation" if variant else "video tokenizer",
+        fingerprint=latent_fingerprint(vae, dataset, variant, augment),
         dtype=vae.dtype,
         on_cpu=vae.device.type == "cpu",
         rows=range(dataset.rows),
-        read=lambda row: dataset.frames(dataset.row(row)),
+        read=read,
         encode=lambda clips: _encode_by_size(encoder, clips, dataset),
         batch=BATCH if dataset.has_robot else CLIPS,
     )
@@ -141,7 +163,7 @@ def _of_sound(dataset: PreparedDataset, encoder: Encoder) -> _Kind:
     assert tokenizer is not None, "the parts have no sound tokenizer"
     return _Kind(
         place=SOUND_LATENTS,
-        what="latents of sound",
+        what="latents (sound)",
         source="sound tokenizer",
         fingerprint=sound_fingerprint(tokenizer, dataset),
         dtype=tokenizer.dtype,
@@ -153,7 +175,8 @@ def _of_sound(dataset: PreparedDataset, encoder: Encoder) -> _Kind:
     )
 
 
-def _ensure(dataset: PreparedDataset, kind: _Kind, there: LatentCache | None, workers: int, progress: bool) -> None:
+def _ensure(dataset: PreparedDataset, kind: _Kind, workers: int, progress: bool) -> None:
+    there = LatentCache.open(dataset.folder, dataset.rows, kind.place)
     if there is not None:
         if there.fingerprint != kind.fingerprint:
             raise UserError(
@@ -162,17 +185,17 @@ def _ensure(dataset: PreparedDataset, kind: _Kind, there: LatentCache | None, wo
             )
         return
     folder = dataset.folder / kind.place
-    partial = folder.with_name(f"{folder.name}.partial-{kind.fingerprint[:12]}")
+    begun = folder.with_name(f"{folder.name}.partial-{kind.fingerprint[:12]}")
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        _write_shards(dataset, kind, partial, workers, progress and is_first_rank())
+        begun.mkdir(parents=True, exist_ok=True)
+        _write_shards(dataset, kind, begun, workers, progress and is_first_rank())
         card = {"fingerprint": kind.fingerprint, "windows": dataset.rows, "shard": SHARD}
-        (partial / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+        (begun / "card.json").write_text(json.dumps(card, indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        begun.rename(folder)
     except (OSError, SafetensorError) as error:
         # safetensors has an error of its own for a full disk
-        raise UserError(f"{partial}: the latents could not be written ({error}); free some space") from error
+        raise UserError(f"{begun}: the latents could not be written ({error}); free some space") from error
     for stale in folder.parent.glob(f"{folder.name}.partial-*"):
         shutil.rmtree(stale, ignore_errors=True)
 
@@ -182,7 +205,7 @@ def _write_shards(dataset: PreparedDataset, kind: _Kind, folder: Path, workers: 
     shards: dict[int, list[int]] = {}
     for row in kind.rows:
         shards.setdefault(row // SHARD, []).append(row)
-    with tqdm(total=len(kind.rows), desc=f"encode {dataset.name}", unit="window", disable=not progress) as bar:
+    with tqdm(total=len(kind.rows), desc=f"{kind.what} of {dataset.name}", unit="window", disable=not progress) as bar:
         missing: list[list[int]] = []
         for shard, rows in shards.items():
             if (folder / f"{shard:05d}.safetensors").is_file():

@@ -42,6 +42,9 @@ PIXELS_AT_ONCE = 3 * 17 * 256 * 256 * 8
 """Pixel values in one call of the video tokenizer: 8 policy clips of the 256 tier, or one of 33 frames at 480."""
 
 
+PROMPTS_KEPT = 4096
+
+
 class Encoder:
     """Turns samples into token samples; holds upstream's tokenizer, video tokenizer and sound tokenizer.
 
@@ -80,6 +83,8 @@ class Encoder:
     def robot_text(self, instruction: str, embodiment: Embodiment, size: tuple[int, int]) -> Tensor:
         """The ids of a robot's prompt, built once per distinct instruction."""
         key = (instruction, embodiment.name, size)
+        if len(self._prompts) >= PROMPTS_KEPT:  # a log may have as many instructions as episodes
+            self._prompts.clear()
         if key not in self._prompts:
             self._prompts[key] = robot_prompt(self.parts, instruction, embodiment, size)
         return self._prompts[key]

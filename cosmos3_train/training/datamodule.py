@@ -197,7 +197,7 @@ def open_dataset(
         if heard is not None:
             _tell_silence(name, dataset, entry, heard)
         if entry.cache_latents and encoder is not None:
-            ensure_latents(dataset, encoder, data.workers, sound=heard is not None)
+            ensure_latents(dataset, encoder, data.workers, augment=entry.augment, sound=heard is not None)
             dataset = PreparedDataset(prepared, embodiment, source, form)
         if entry.cache_reasoner and encoder is not None and reasoner is not None:
             ensure_reasoner(prepared, run_prompts(loaded, dataset, entry, encoder), reasoner)

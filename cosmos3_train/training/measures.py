@@ -45,10 +45,10 @@ def measure(run: Run) -> dict[str, float]:
     ]
     for name, dataset, entry in robots:
         prefix = "heldout" if len(robots) == 1 else f"heldout/{name}"
-        error = measure_actions(run.backbone, encoder, dataset, entry, run.experiment)
-        if error is not None:
-            found.setdefault("action", {})[name] = asdict(error) | {"error": error.error, "constant": error.constant}
-            metrics |= error.metrics(prefix)
+        for place, error in enumerate(measure_actions(run.backbone, encoder, dataset, entry, run.experiment)):
+            kind = "inverse_dynamics" if place else "action"
+            found.setdefault(kind, {})[name] = asdict(error) | {"error": error.error, "constant": error.constant}
+            metrics |= error.metrics(prefix) if place == 0 else {f"{prefix}/{kind}_error": error.error}
         if border and config.closed_loop_episodes and dataset.embodiment.simulator:
             closed = _closed_loop(run, encoder, dataset, config, step)
             found.setdefault("closed_loop", {})[name] = closed

@@ -22,7 +22,7 @@ from typing import Literal
 import lightning
 import torch
 
-from cosmos3_train.config import Experiment, Loaded, UserError, flatten, read_yaml, to_plain, to_yaml
+from cosmos3_train.config import Experiment, Loaded, UserError, flatten, from_plain, read_yaml, to_plain, to_yaml
 from cosmos3_train.data.conversations import ConversationDataset
 from cosmos3_train.data.files import write_whole
 from cosmos3_train.data.reader import PreparedDataset
@@ -305,7 +305,8 @@ def claim_folder(loaded: Loaded, fresh: bool) -> bool:
         if is_first_rank() and kept.is_file():  # nothing but a run is ever thrown away
             _empty(folder)
     elif kept.is_file():
-        _refuse_changes(read_yaml(kept), experiment, folder)
+        # Read by the schema: a run that was started before a key existed has its default, which is what it did.
+        _refuse_changes(to_plain(from_plain(Experiment, read_yaml(kept), str(kept))), experiment, folder)
         if is_finished(folder):
             logger.info("%s is finished (%d steps); --fresh starts another", folder.name, experiment.training.steps)
             return True

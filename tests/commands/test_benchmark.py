@@ -95,6 +95,21 @@ def test_a_benchmark_measures_the_run_the_bare_step_and_stock(policy, project, t
     assert (project / "runs" / "benchmark_policy256" / "metrics.csv").is_file(), "the run wrote its log"
 
 
+def test_the_loader_alone(policy, project, tmp_path, capsys):
+    assert policy("--loader", "--output", str(tmp_path), "benchmark.loader_seconds=0.2") == 0
+    rates = json.loads((tmp_path / "loader.json").read_text())
+    ways = ["cached latents, read", "cached latents, packed with noise", "decoded to uint8"]
+    assert [rate["way"] for rate in rates] == [*ways, "decoded, cropped, recoloured"]
+    printed = capsys.readouterr().out
+    for rate in rates:
+        assert rate["windows"] > 0 and rate["a_core"] >= 0.9 * rate["a_second"] > 0, "one thread works at a time"
+        assert rate["way"] in printed and f"{rate['a_second']:.1f}" in printed
+    drawn = project / "prepared" / "benchmark_policy256_loader" / "caches" / "latents" / "card.json"
+    assert json.loads(drawn.read_text())["fingerprint"] == "drawn at random", "in a folder that no run reads"
+    assert policy("--loader", "--against", "stock") == 2
+    assert "nothing to measure it against" in capsys.readouterr().err
+
+
 def test_a_second_benchmark_uses_the_log_of_the_first_and_another_geometry_makes_its_own(policy, project):
     assert policy() == 0
     rows = project / "prepared" / "benchmark_policy256" / "card.json"

@@ -14,7 +14,7 @@ from cosmos3_train.data.prepare import prepare
 from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.evaluation.heldout import (
     action_error,
-    action_task,
+    action_tasks,
     band_shares,
     heldout_loss,
     hold_action,
@@ -191,6 +191,6 @@ def test_hold_stays_where_the_robot_is():
 
 
 def test_the_task_whose_actions_are_measured():
-    assert action_task({"forward_dynamics": 1.0, "inverse_dynamics": 1.0}) == "inverse_dynamics"
-    assert action_task({"inverse_dynamics": 1.0, "policy": 0.5}) == "policy"
-    assert action_task({"image_to_video": 1.0, "policy": 0.0}) is None
+    assert action_tasks({"forward_dynamics": 1.0, "inverse_dynamics": 1.0}) == ["inverse_dynamics"]
+    assert action_tasks({"inverse_dynamics": 1.0, "policy": 0.5}) == ["policy", "inverse_dynamics"]
+    assert action_tasks({"image_to_video": 1.0, "policy": 0.0}) == []

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cosmos3_train.config import Dataset, Model, UserError
+from cosmos3_train.config import Augment, Dataset, Model, UserError
 from cosmos3_train.data.mixture import Mixture
 from cosmos3_train.data.prepare import prepare
 from cosmos3_train.data.reader import PreparedDataset
@@ -146,12 +146,41 @@ def test_a_cached_sound_is_the_sound(folder, rows, workers):
     assert not torch.equal(first.sound, again.sound), "every sample draws from the distribution anew"
 
 
+def test_a_changed_window_keeps_its_sound(folder, rows):
+    """Changed anew, its frames differ and its waveform does not; of every cached variant, the sound is the one kept."""
+    encoder, change = encoder_of(folder), Augment(crop=0.5, variants=2)
+    dataset = PreparedDataset(rows, None, sound=encoder.sound_form)
+    plain, changed = (
+        Mixture({"d": (dataset, Dataset(prepared="out", tasks={TASK: 1.0}, augment=augment))}, seed=0).sample(1)
+        for augment in (Augment(), Augment(crop=0.5))
+    )
+    assert plain.key == changed.key and torch.equal(plain.waveform, changed.waveform)
+    assert not torch.equal(plain.frames, changed.frames)
+    ensure_latents(dataset, encoder, progress=False, augment=change, sound=True)
+    assert sorted(path.name for path in (rows / "caches").iterdir()) == [
+        "latents",
+        "latents_variant_1",
+        "rows",
+        "sound",
+    ]
+    cached = PreparedDataset(rows, None)
+    mixture = Mixture(
+        {"d": (cached, Dataset(prepared="out", tasks={TASK: 1.0}, cache_latents=True, augment=change))}, 0
+    )
+    variants = set()
+    for number in range(20):
+        sample, row = mixture.sample(number), cached.row_number("train", mixture.pick(number).index)
+        assert torch.equal(sample.sound, cached.sound_cache.read(row))
+        variants |= {one for one in range(2) if torch.equal(sample.latent, cached.latents(one).read(row))}
+    assert variants == {0, 1}
+
+
 def test_sound_of_another_tokenizer_is_refused(folder, copy, rows):
     encoder = encoder_of(folder)
     ensure_latents(PreparedDataset(rows, None, sound=encoder.sound_form), encoder, progress=False, sound=True)
     shutil.rmtree(copy / "sound_tokenizer")
     other = encoder_of(add_tokenizer(copy, seed=1))
-    with pytest.raises(UserError, match="caches/sound: these latents of sound are of another sound tokenizer or of"):
+    with pytest.raises(UserError, match=r"caches/sound: these latents \(sound\) are of another sound tokenizer or of"):
         ensure_latents(PreparedDataset(rows, None, sound=other.sound_form), other, progress=False, sound=True)
     louder = encoder_of(folder)
     louder.parts.sound_tokenizer.register_to_config(normalize_volume=False)

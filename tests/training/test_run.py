@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from cosmos3_train.config import UserError, load_experiment, to_plain
@@ -149,6 +150,36 @@ def test_a_finished_run_is_reported_and_not_made_again(project, caplog):
         assert train(loaded) == "finished"
     assert "done is finished (4 steps); --fresh starts another" in caplog.text
     assert (loaded.run_folder / "metrics.csv").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("more", [["variants=2"], []], ids=["cached", "online"])
+def test_a_run_that_augments(project, more):
+    """Other losses than without, the same each time it is made; in the cache's folder is a variant of each window."""
+    keys = [f"data.datasets.moves.augment.{key}" for key in ("crop=0.8", "brightness=0.4", *more)]
+    keys += [] if more else ["data.datasets.moves.cache_latents=false"]
+    plain = [] if more else ["data.datasets.moves.cache_latents=false"]
+    losses = {}
+    for name, overrides in (("plain", plain), ("changed", keys), ("again", keys)):
+        loaded = load(project, f"name=augment_{len(more)}_{name}", "training.steps=2", *overrides)
+        assert train(loaded) == "finished"
+        losses[name] = [value for _, key, value in rows(loaded.run_folder) if key == "loss"]
+    assert losses["changed"] == losses["again"] != losses["plain"] and len(losses["plain"]) == 2
+    assert (
+        loaded.root / loaded.experiment.data.datasets["moves"].prepared / "caches/latents_variant_1"
+    ).is_dir() or not more
+
+
+def test_a_run_from_before_a_key_existed_goes_on(project):
+    loaded = load(project, "name=older", "training.steps=2")
+    train(loaded)
+    kept = loaded.run_folder / "experiment.yaml"
+    older = yaml.safe_load(kept.read_text())
+    assert older["data"]["datasets"]["moves"].pop("augment")["crop"] == 1.0
+    kept.write_text(yaml.safe_dump(older))
+    assert train(load(project, "name=older", "training.steps=2")) == "finished"
+    with pytest.raises(UserError, match=r"augment\.crop is 0\.9, but the run there was started with 1\.0"):
+        changed = [f"data.datasets.moves.augment.{key}" for key in ("crop=0.9", "variants=2")]
+        train(load(project, "name=older", "training.steps=2", *changed))
 
 
 def test_a_changed_configuration_is_refused_by_key_and_fresh_starts_over(project):

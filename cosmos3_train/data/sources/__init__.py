@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cosmos3_train.data.card import DatasetCard
+from cosmos3_train.data.sources.camera_tracks import open_camera_tracks
 from cosmos3_train.data.sources.clips import ClipLog
 from cosmos3_train.data.sources.hdf5 import open_hdf5
 from cosmos3_train.data.sources.jsonl_video import open_jsonl
@@ -16,6 +17,7 @@ from cosmos3_train.data.sources.webdataset import open_webdataset
 from cosmos3_train.data.sources.zarr import open_zarr
 
 OPENERS: dict[str, Callable[[DatasetCard, Path], Log]] = {
+    "camera_tracks": open_camera_tracks,
     "hdf5": open_hdf5,
     "lerobot_v2": lambda card, source: open_lerobot_v2(source),
     "lerobot_v3": lambda card, source: open_lerobot(source),

@@ -18,6 +18,7 @@ from typing import Any
 from cosmos3_train.config import UserError, nearest
 from cosmos3_train.data.archives import Member, place_of, read_place
 from cosmos3_train.data.card import DatasetCard
+from cosmos3_train.data.json_lines import JsonLine, read_json_lines
 from cosmos3_train.data.sources.clips import Clip, ClipLog, look_up
 
 MAPPING = ("rows", "video", "group")
@@ -51,30 +52,19 @@ def open_jsonl(card: DatasetCard, source: Path) -> JsonlLog:
         raise UserError(f"{source}: no file of rows ({pattern}) is there; fetch the set, or name one with --source")
     clips: list[Clip] = []
     for file in files:
-        offset = 0
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    clips.append(_clip(card, root, file, number, line, offset, len(clips)))
-                offset += len(line)
+        clips += [_clip(card, root, file, line, len(clips) + place) for place, line in enumerate(read_json_lines(file))]
     if not clips:
         raise UserError(f"{files[0]}: the file has no row")
     return JsonlLog(card, root, clips)
 
 
-def _clip(card: DatasetCard, root: Path, file: Path, number: int, line: bytes, offset: int, index: int) -> Clip:
-    where, key = f"{file}, line {number}", card.mapping.get("video", "vision_path")
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON ({error})") from None
-    if not isinstance(row, Mapping):
-        raise UserError(f"{where}: holds a {type(row).__name__}; a mapping is expected")
+def _clip(card: DatasetCard, root: Path, file: Path, line: JsonLine, index: int) -> Clip:
+    key, row = card.mapping.get("video", "vision_path"), line.row
     path = look_up(row, key)
     if not isinstance(path, str) or not path:
-        raise UserError(f"{where}: no {key!r}, the path of its video.{nearest(key, map(str, row))}")
+        raise UserError(f"{line.where}: no {key!r}, the path of its video.{nearest(key, map(str, row))}")
     place = path if Path(path).is_absolute() else (file.parent.relative_to(root) / path).as_posix()
-    name = str(row.get("uuid") or f"{file.name} line {number}")
+    name = str(row.get("uuid") or f"{file.name} line {line.number}")
     group = look_up(row, str(card.mapping["group"])) if "group" in card.mapping else None
-    text = place_of(file.relative_to(root).as_posix(), Member(f"line {number}", offset, len(line)))
+    text = place_of(file.relative_to(root).as_posix(), Member(f"line {line.number}", line.offset, line.size))
     return Clip(index, name, place if group is None else str(group), place, (text,))

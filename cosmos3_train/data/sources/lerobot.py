@@ -9,6 +9,7 @@ Parquet files is read from there, by the same times.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -59,7 +60,7 @@ class LeRobotLog:
     def width(self, column: str) -> int | None:
         """How many numbers a row of the column holds, as `info.json` declares it (None where it does not)."""
         shape = self.features[column].get("shape")
-        return int(np.prod(shape)) if shape is not None else None
+        return math.prod(shape) if shape is not None else None
 
     def described_by(self) -> list[Path]:
         """See `Log.described_by`: all of `meta/`."""
@@ -181,6 +182,10 @@ def read_info(root: Path, version: str) -> dict[str, Any]:
     for name, feature in info["features"].items():
         if not isinstance(feature, dict):
             raise UserError(f"{path}: features.{name} is {feature!r}; a mapping with dtype and shape is expected")
+        shape = feature.get("shape")
+        whole = isinstance(shape, list) and all(isinstance(size, int) and size > 0 for size in shape)
+        if shape is not None and not whole:
+            raise UserError(f"{path}: features.{name}.shape is {shape!r}; a list of whole numbers is expected")
     if not info["fps"] > 0:
         raise UserError(f"{path}: fps is {info['fps']}; a log's rate is above 0")
     return info
@@ -219,7 +224,10 @@ def fill(template: Any, root: Path, **parts: Any) -> str:
         UserError: it names other parts than its version's.
     """
     try:
-        return template.format(**parts)
+        filled = template.format(**parts)
+        if "\0" in filled:
+            raise ValueError("holds a zero byte")
+        return filled
     except (KeyError, IndexError, ValueError, AttributeError, TypeError):
         known = ", ".join(parts)
         raise UserError(

@@ -6,12 +6,11 @@ and GR00T's modality.json are not needed and may be missing.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from cosmos3_train.config import UserError
+from cosmos3_train.data.json_lines import read_json_lines
 from cosmos3_train.data.sources.lerobot import LeRobotLog, fill, in_order, picture_places, read_info, stored_as
 from cosmos3_train.data.sources.log import Episode, VideoPlace
 
@@ -41,7 +40,7 @@ def open_lerobot_v2(root: str | Path) -> LeRobotLog:
 def _read_tasks(path: Path) -> dict[int, str]:
     """task_index → instruction."""
     tasks = {}
-    for where, row in _rows(path):
+    for where, *_, row in read_json_lines(path):
         number, words = row.get("task_index"), row.get("task")
         if not isinstance(number, int) or not isinstance(words, str):
             raise UserError(f"{where}: needs task_index and task; it has {', '.join(row) or 'nothing'}")
@@ -57,12 +56,14 @@ def _read_episodes(root: Path, info: dict[str, Any]) -> tuple[Episode, ...]:
     videos, pictures = stored_as(info["features"], "video"), stored_as(info["features"], "image")
     path = root / "meta" / "episodes.jsonl"
     episodes: list[Episode] = []
-    for where, row in _rows(path):
+    for where, *_, row in read_json_lines(path):
         index, length, tasks = row.get("episode_index"), row.get("length"), row.get("tasks") or ()
         for key, value in (("episode_index", index), ("length", length)):
             if not isinstance(value, int) or value < 0:
                 raise UserError(f"{where}: {key} is {value!r}; a whole number is expected")
         assert isinstance(index, int) and isinstance(length, int)
+        if not isinstance(tasks, str | list | tuple):
+            raise UserError(f"{where}: tasks is {tasks!r}; a list of instructions is expected")
         place = {"episode_chunk": index // chunk_episodes, "episode_index": index}
         data_file = fill(data_path, root, **place)
         video = picture_places(pictures, data_file, index, float(info["fps"]))
@@ -71,23 +72,3 @@ def _read_episodes(root: Path, info: dict[str, Any]) -> tuple[Episode, ...]:
         words = (tasks,) if isinstance(tasks, str) else tuple(str(task) for task in tasks)
         episodes.append(Episode(index, length, words, data_file, video))
     return in_order(episodes, path)
-
-
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, row) of each line of a JSONL file that is not empty."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # a task's words may hold other line breaks
-    except FileNotFoundError:
-        raise UserError(f"{path}: the file is missing; copy the log's meta folder again") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error}); copy the log's meta folder again") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: not valid JSON ({error}); copy the file again") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: holds a {type(row).__name__}; a mapping is expected")
-        yield f"{path}, line {number}", row

@@ -224,6 +224,13 @@ def test_wrong_version_names_the_format_to_write(tmp_path):
         ("tasks.jsonl", '{"task": "push"}\n', r"line 1: needs task_index and task; it has task"),
         ("info.json", '{"codebase_version": "v2.1", "fps": 10, "features": {"a": 1}}', r"features\.a is 1"),
         ("info.json", '{"codebase_version": "v2.1", "fps": 0, "features": {}}', r"fps is 0"),
+        ("episodes.jsonl", '{"episode_index": 0, "length": 6, "tasks": 3.5}', r"line 1: tasks is 3\.5"),
+        (
+            "info.json",
+            '{"codebase_version": "v2.1", "fps": 9, "features": {}, "data_path": "\\u0000"}',
+            r"path template",
+        ),
+        ("info.json", '{"codebase_version": "v2.1", "fps": 9, "features": {"a": {"shape": "x"}}}', r"a\.shape is 'x'"),
     ],
 )
 def test_damaged_metadata(tmp_path, name, content, message):

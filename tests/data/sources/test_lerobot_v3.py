@@ -115,6 +115,14 @@ def test_truncated_data_file(log):
         list(opened.records(opened.episodes, ["action"]))
 
 
+def test_a_name_that_is_not_text(log):
+    path = log / "data/chunk-000/file-000.parquet"
+    path.write_bytes(path.read_bytes().replace(b"observation.state", b"observ\xeation.state"))
+    opened = open_lerobot(log)
+    with pytest.raises(UserError, match=r"file-000\.parquet: not a readable Parquet file"):
+        list(opened.records(opened.episodes, ["action"]))
+
+
 def test_rows_are_missing(log):
     path = log / "data/chunk-000/file-000.parquet"
     pq.write_table(pq.read_table(path).slice(0, 8), path)

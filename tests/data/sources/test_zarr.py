@@ -314,7 +314,7 @@ def test_workers_and_forks(tmp_path, monkeypatch):
     child = os.fork()
     if child == 0:  # pragma: no cover
         same = np.array_equal(prepared.frames(prepared.row(3)).numpy(), expected)
-        os._exit(0 if same and os.getpid() in {key[0] for key in zarr_v2._open} else 1)
+        os._exit(0 if same and os.getpid() in {key[0] for key in zarr_v2._stores._open} else 1)
     assert os.waitpid(child, 0)[1] == 0
 
 

@@ -1,0 +1,73 @@
+"""cosmos3 check DATASET_CARD --scan, by its command line: what it says and its exit code."""
+
+import numpy as np
+import pytest
+import yaml
+
+from cosmos3_train.config import to_plain
+from tests.data.clips import mp4, row, write_files, write_rows
+from tests.data.logs import default_actions, embodiment, make_log
+
+
+@pytest.fixture
+def card(project):
+    (project / "configs" / "embodiment" / "mover.yaml").write_text(yaml.safe_dump(to_plain(embodiment())))
+    path = project / "scanned.yaml"
+
+    def write(log, **changes):
+        path.write_text(yaml.safe_dump({"name": "moves", "format": "lerobot_v3", "source": str(log), **changes}))
+        return str(path)
+
+    yield write
+    path.unlink()
+
+
+def test_scan(cosmos3, card, tmp_path, capsys):
+    clean = make_log(tmp_path / "clean", [20, 24, 16])
+    line = ["check", card(clean, embodiment="mover"), "--scan", "--model", "cosmos3_pico"]
+    assert cosmos3(*line) == 0
+    said = capsys.readouterr().out
+    assert "scanned 3 episodes, 60 frames, 2 different captions" in said and "nothing wrong was found" in said
+
+    actions = {1: default_actions(1, 24)}
+    actions[1][7, 1] = np.nan
+    log = make_log(tmp_path / "log", [20, 24, 16], actions=actions)
+    line[1] = card(log, constant_caption="very " * 4000 + "long")
+    assert cosmos3(*line, "--embodiment", "mover") == 2
+    said = capsys.readouterr().out
+    assert "NaN or infinite: data/chunk-000/file-000.parquet, episode 1, row 7: action, y is nan" in said
+    assert "caption over the token cap: data/chunk-000/file-000.parquet, episode 0: its prompt has" in said
+    assert "found: 2 × NaN or infinite, 1 × caption over the token cap" in said
+
+
+def test_scan_of_clips(cosmos3, card, tmp_path, capsys):
+    write_files(tmp_path, {f"videos/{name}.mp4": mp4(12, 50 * place) for place, name in enumerate("ab")})
+    write_rows(tmp_path / "rows.jsonl", [row("a", 12, "one"), row("b", 12, "two")])
+    path = card(tmp_path, format="jsonl_video", captions=["caption"], frames=9)
+    assert cosmos3("check", path, "--scan", "--model", "cosmos3_pico") == 0
+    assert "scanned 2 clips, 24 frames, 2 different captions" in capsys.readouterr().out
+    assert cosmos3("check", path, "--scan", "--model", "cosmos3_pico", "--caption-tokens", "10") == 2
+    said = capsys.readouterr().out
+    assert "caption over the token cap: videos/a.mp4, frames 0 to 11: its prompt has" in said
+    (tmp_path / "videos" / "b.mp4").unlink()  # or the file that this process keeps open would be changed
+    (tmp_path / "videos" / "b.mp4").write_bytes(b"no video")
+    assert cosmos3("check", path, "--scan", "--workers", "1") == 2
+    said = capsys.readouterr().out
+    assert "clip whose video cannot be read: videos/b.mp4" in said and "tokens were not counted: hf download" in said
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["data.workers=1"], "--scan looks at a dataset card, which has no overrides"),
+        (["--workers", "0"], "--workers is 0"),
+        (["--embodiment", "movr"], "Did you mean 'mover'"),
+        (["--source", "nowhere"], "no such folder"),
+        (["--source", "card"], "--source card: goes with --scan alone"),
+    ],
+)
+def test_mistakes(cosmos3, card, tmp_path, capsys, more, words):
+    line = ["check", card(tmp_path, embodiment="mover"), *([] if more[-1] == "card" else ["--scan"]), *more]
+    assert cosmos3(*line) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and words in error

@@ -1,0 +1,259 @@
+"""Scanning: a clean log finds nothing; a log made faulty in one way finds that, with file and row, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import h5py
+import numpy as np
+import pytest
+
+from cosmos3_train.config import Channel, Recorded
+from cosmos3_train.data import faults
+from cosmos3_train.data.faults import without_frame
+from cosmos3_train.data.hdf5 import close_all
+from cosmos3_train.data.index import check_log
+from cosmos3_train.data.scan import Scan, scan_clips, scan_log
+from cosmos3_train.data.sources import clips as clip_reasons
+from cosmos3_train.data.sources import open_clips, open_log
+from tests.data.clips import mp4, row, video_card, window, write_files, write_rows, write_tar
+from tests.data.logs import CAMERA, dataset_card, embodiment, make_log, numbered_frame, write_video
+from tests.data.sources.test_hdf5 import make_aloha
+
+LENGTHS = [20, 24, 16, 30, 18]
+STILL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+
+ROBOT = embodiment(
+    action=[
+        Channel("x", unit="px", low=0.0, high=512.0),
+        Channel("y"),
+        *(Channel(f"r{number}", rotation=True) for number in range(6)),
+        Channel("hand", "gripper, 0 closed, 1 open"),
+    ]
+)
+
+
+def clean_actions(episode: int, length: int) -> np.ndarray:
+    """[length, 9]: a place, a turn about z, and a gripper that closes."""
+    rng = np.random.default_rng(episode)
+    angle = np.linspace(0, 1 + 0.1 * episode, length)
+    turn = [np.cos(angle), np.sin(angle), 0 * angle, -np.sin(angle), np.cos(angle), 0 * angle]
+    # The third row of a turn about z never changes, which the card does not promise: tilt it a little.
+    tilt = 0.05 * np.sin(np.arange(length) + episode)
+    turn[0], turn[1], turn[2] = turn[0] * np.cos(tilt), turn[1] * np.cos(tilt), np.sin(tilt)
+    first = np.stack(turn[:3], 1)
+    second = np.stack([-np.sin(angle), np.cos(angle), tilt], 1)
+    second -= first * (first * second).sum(1, keepdims=True)
+    second /= np.linalg.norm(second, axis=1, keepdims=True)
+    hand = np.arange(length) < length // 2
+    place = rng.uniform(100, 400, (length, 2))
+    return np.concatenate([place, first, second, hand[:, None]], axis=1).astype(np.float32)
+
+
+def found(log, robot=ROBOT, **changes):
+    """(kind, file, where) of every finding."""
+    card = dataset_card(**changes)
+    opened = open_log(card, log)
+    check_log(opened, card, robot)
+    scan = Scan()
+    findings = list(scan_log(opened, card, robot, scan))
+    assert scan.items == len(opened.episodes)
+    return [(finding.kind, finding.file, finding.where) for finding in findings]
+
+
+def make(root, change=None, episode=3, **options):
+    """A log of clean actions, but for those of one episode or, with None, of all."""
+    actions = {number: clean_actions(number, length) for number, length in enumerate(LENGTHS)}
+    for number in actions if episode is None else [episode]:
+        if change is not None:
+            change(actions[number])
+    return make_log(root / "log", LENGTHS, actions=actions, **options)
+
+
+FIRST, SECOND = "data/chunk-000/file-000.parquet", "data/chunk-000/file-001.parquet"
+VIDEO = f"videos/{CAMERA}/chunk-000/file-001.mp4"
+
+
+def test_a_clean_log_finds_nothing(tmp_path):
+    assert found(make(tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "kind"),
+    [
+        ((7, 1), np.nan, faults.NOT_FINITE),
+        ((7, 1), -np.inf, faults.NOT_FINITE),
+        ((7, 1), 9000.0, faults.OUT_OF_RANGE),  # far from the others
+        ((7, 0), 513.0, faults.OUT_OF_RANGE),  # outside the card's range
+        ((7, 3), 0.7, faults.ROTATION),
+    ],
+)
+def test_one_wrong_number(tmp_path, at, value, kind):
+    log = make(tmp_path, lambda action: action.__setitem__(at, value))
+    assert set(found(log)) == {(kind, SECOND, "episode 3, row 7")}
+
+
+def test_frozen_channels(tmp_path):
+    def freeze(action):
+        action[:, 1] = 250.0
+
+    log = make(tmp_path / "all", freeze, episode=None)
+    assert found(log) == [(faults.FROZEN, FIRST, "episode 0")]
+    constant = [replace(channel, low=250.0, high=250.0) if channel.name == "y" else channel for channel in ROBOT.action]
+    assert found(log, replace(ROBOT, action=constant)) == [], "its card says that it does not move"
+    actions = {number: clean_actions(number, 8) for number in range(12)}
+    freeze(actions[4])
+    assert found(make_log(tmp_path / "one", [8] * 12, actions=actions)) == [(faults.FROZEN, SECOND, "episode 4")]
+
+
+def test_time_stamps(tmp_path):
+    times = np.arange(30) / 10
+    times[12:] += 0.2
+    log = make(tmp_path / "gap", timestamps={3: times})
+    assert found(log) == [(faults.GAPS, SECOND, "episode 3, row 12")]
+    log = make(tmp_path / "rate", timestamps={1: np.arange(24) / 12})
+    assert found(log)[0] == (faults.RATE, FIRST, "episode 1")
+
+
+def test_videos(tmp_path):
+    log = make(tmp_path / "missing")
+    write_video(log / VIDEO, [numbered_frame(number) for number in range(40)], 10)
+    assert found(log) == [(faults.MISSING, VIDEO, f"episode 4, camera {CAMERA!r}, row 10")]
+    log = make(tmp_path / "rate")
+    write_video(log / VIDEO, [numbered_frame(number) for number in range(96)], 20)
+    assert found(log) == [(faults.RATE, VIDEO, f"episode {episode}, camera {CAMERA!r}") for episode in (3, 4)]
+    log = make(tmp_path / "damaged")
+    content = bytearray((log / VIDEO).read_bytes())
+    start = content.find(b"mdat") + 4
+    middle = start + (len(content) - start) // 4
+    content[middle : middle + 60] = bytes(60)
+    (log / VIDEO).write_bytes(content)
+    kinds = found(log)
+    assert (faults.VIDEO, VIDEO, f"episode 3, camera {CAMERA!r}") in kinds
+    assert {kind for kind, *_ in kinds} <= {faults.VIDEO, faults.MISSING}
+    (log / VIDEO).unlink()
+    assert {kind for kind, *_ in found(log)} == {faults.VIDEO, faults.MISSING}
+
+
+def test_a_gripper_the_wrong_way_round(tmp_path):
+    def swap(action):
+        action[:, 8] = 1 - action[:, 8]
+
+    assert found(make(tmp_path / "swapped", swap, episode=None)) == [(faults.GRIPPER, FIRST, "episode 0, row 0")]
+    signed = [replace(c, meaning="gripper, -1 open, 1 closed") if c.name == "hand" else c for c in ROBOT.action]
+    log = make(tmp_path / "other", swap, episode=None)
+    assert found(log, replace(ROBOT, action=signed)) == [(faults.GRIPPER, FIRST, "episode 0")]
+
+
+def test_duplicate_episodes(tmp_path):
+    actions = {number: clean_actions(number, 20) for number in range(4)}
+    actions[3] = actions[1]
+    assert found(make_log(tmp_path / "log", [20] * 4, actions=actions)) == [(faults.DUPLICATE, SECOND, "episode 3")]
+
+
+def test_recorded_rotations(tmp_path):
+    """An action that is made from poses: a quaternion that is none, and NaN in a column that it is made from."""
+    poses = [np.tile(np.float32([0, 0, 0, 1]), (length, 1)) for length in LENGTHS]
+    places = [
+        np.random.default_rng(n).uniform(0, 1, (length, 3)).astype(np.float32) for n, length in enumerate(LENGTHS)
+    ]
+    poses[2][5] = [0, 0, 0, 2]
+    places[4][3, 1] = np.nan
+    log = make_log(tmp_path / "log", LENGTHS, extra={"place": places, "turn": poses})
+    info = log / "meta" / "info.json"
+    info.write_text(info.read_text().replace('"place": {"dtype": "float32", "shape": [1]}', '"place": {"shape": [3]}'))
+    info.write_text(info.read_text().replace('"turn": {"dtype": "float32", "shape": [1]}', '"turn": {"shape": [4]}'))
+    robot = replace(ROBOT, action=[], recorded=[Recorded("hand", column="place", rotation="turn")], state_key=None)
+    expected = [
+        (faults.ROTATION, FIRST, "episode 2"),
+        (faults.NOT_FINITE, SECOND, "episode 4, row 3"),
+        *((faults.FROZEN, FIRST, "episode 0") for _ in range(6)),  # this hand never turns
+    ]
+    assert found(log, robot) == expected
+
+
+def test_rows_are_the_episodes_own(tmp_path):
+    """An action that is made of two rows has none before a gap; rows behind it keep their numbers."""
+    times = np.arange(30) / 10
+    times[12:] += 0.2
+    places = [
+        np.random.default_rng(n).uniform(0, 1, (length, 1)).astype(np.float32) for n, length in enumerate(LENGTHS)
+    ]
+    places[3][21] = 900.0
+    log = make_log(tmp_path / "log", LENGTHS, extra={"place": places}, timestamps={3: times})
+    follower = Recorded("place", kind="values", column="place[0]", next=True)
+    robot = replace(ROBOT, action=[], recorded=[follower], state_key=None)
+    gap, far = (faults.GAPS, SECOND, "episode 3, row 12"), (faults.OUT_OF_RANGE, SECOND, "episode 3, row 20")
+    assert found(log, robot) == [gap, far]
+
+
+def test_an_unreadable_episode_does_not_hide_the_others(tmp_path):
+    log = make(tmp_path, lambda action: action.__setitem__((7, 1), np.nan))
+    (log / FIRST).write_bytes(b"no Parquet")
+    kinds = found(log)
+    assert kinds[:3] == [(faults.UNREADABLE, FIRST, f"episode {episode}") for episode in range(3)]
+    assert set(kinds[3:]) == {(faults.NOT_FINITE, SECOND, "episode 3, row 7")}
+
+
+def test_pictures_that_are_stored_one_by_one(tmp_path):
+    source = make_aloha(tmp_path / "log", (7, 9))
+    robot = embodiment(cameras=["observation.images.cam_high"])
+    aloha = {"format": "hdf5", "rate_hz": 10.0, "mapping": {"preset": "aloha"}, "constant_caption": "do it"}
+    assert found(source, robot, **aloha) == []
+    close_all()
+    with h5py.File(source / "episode_1.hdf5", "a") as file:
+        file["observations/images/cam_high"][8, :20] = 0
+    where = "episode 1, camera 'observation.images.cam_high', rows from 0"
+    assert found(source, robot, **aloha) == [(faults.VIDEO, "episode_1.hdf5", where)]
+
+
+def test_without_frame():
+    times = np.array([0.0, 0.1, 0.2])
+    assert without_frame(times, np.array([0.0, 0.1, 0.2]), 10).tolist() == [False] * 3
+    assert without_frame(times, np.array([0.1]), 10).tolist() == [True, False, True]
+    assert without_frame(times, np.array([]), 10).tolist() == [True] * 3
+
+
+# ------------------------------------------------------------------------------------------------ clips
+
+
+def found_in_clips(card, source):
+    scan = Scan()
+    findings = list(scan_clips(open_clips(card, source), scan, threads=2))
+    return [(finding.kind, finding.file, finding.where) for finding in findings], scan
+
+
+def test_clips(tmp_path):
+    videos = {f"videos/{name}.mp4": mp4(20, 100 * place) for place, name in enumerate("abcd")}
+    write_files(tmp_path, videos)
+    rows = [row(name, 20, f"clip {name}") for name in "abcd"]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    kinds, scan = found_in_clips(video_card(), tmp_path)
+    assert kinds == [] and scan.items == 4 and scan.frames == 80 and len(scan.captions) == 4
+
+    damaged = bytearray(videos["videos/b.mp4"])
+    at = damaged.find(b"mdat") + 1000
+    damaged[at : at + 40] = bytes(40)
+    write_files(tmp_path, {"videos/b.mp4": bytes(damaged), "videos/c.mp4": videos["videos/a.mp4"]})
+    (tmp_path / "videos" / "d.mp4").unlink()
+    rows += [row("a", 20, None, window(0, 30, "too long")), row("a", 20), rows[0] | {"framerate": 12, "nb_frames": 21}]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    kinds, _ = found_in_clips(video_card(), tmp_path)
+    assert [(kind, file) for kind, file, _ in kinds] == [
+        (faults.VIDEO, "videos/b.mp4"),
+        (faults.DUPLICATE, "videos/c.mp4"),
+        (clip_reasons.NO_VIDEO, "videos/d.mp4"),
+        (faults.MISSING, "videos/a.mp4"),
+        (clip_reasons.NO_CAPTION, "videos/a.mp4"),
+        (faults.MISSING, "videos/a.mp4"),
+        (faults.RATE, "videos/a.mp4"),
+    ]
+
+
+def test_clips_in_shards(tmp_path):
+    members = {"a.mp4": mp4(12), "a.json": {"caption": "a"}, "b.mp4": mp4(12, 50), "b.json": {"caption": "b"}}
+    write_tar(tmp_path / "x.tar", members)
+    write_tar(tmp_path / "y.tar", {"c.mp4": members["a.mp4"], "c.json": {"caption": "again"}})
+    kinds, scan = found_in_clips(video_card(format="webdataset"), tmp_path)
+    assert [kind for kind, *_ in kinds] == [faults.DUPLICATE] and kinds[0][1].startswith("y.tar#c.mp4")
+    assert scan.frames == 36
