@@ -70,7 +70,16 @@ def test_the_report_is_complete_and_stands_alone(tmp_path):
     assert base64.b64decode(addresses[0].split(",")[1]) == (tmp_path / "a.png").read_bytes()
     assert "http" not in text and "url(" not in text and "@import" not in text
     words = "|".join(page.words)
-    for expected in ("A <run>", "|First.|", "|Second.|", "|0.1 cm|", "|0.7 s|", "|1 to 3|", "|2.5|", "|–|"):
+    for expected in (
+        "A <run>",
+        "|First.|",
+        "|Second.|",
+        "|0.1 cm|",
+        f"|{shown(numbers['seconds'])} s|",
+        "|1 to 3|",
+        "|2.5|",
+        "|–|",
+    ):
         assert expected in words
     for meaning in MEANINGS.values():
         assert meaning in words
