@@ -49,7 +49,7 @@ class PackedStep:
 
     def pin_memory(self) -> PackedStep:
         """The loader's hook: from page-locked memory packs move to the GPU without the host waiting for it."""
-        return PackedStep(self.step, [pack.pinned() for pack in self.packs], self.counts)
+        return PackedStep(self.step, [pack.pinned() for pack in self.packs], self.counts, self.samples)
 
 
 @dataclass(frozen=True)

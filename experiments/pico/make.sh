@@ -15,7 +15,7 @@
 set -euo pipefail
 SEEDS=${SEEDS:-0 1 2 3 4}
 EPISODES=${EPISODES:-1000}
-MINUTES=${MINUTES:-7}
+MINUTES=${MINUTES:-6.2}
 CODEC=${CODEC:-}
 TRAIN=${TRAIN:-}
 GPUS=${GPUS:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
