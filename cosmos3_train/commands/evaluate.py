@@ -147,7 +147,8 @@ def _with_dataset(loaded: Loaded, card: DatasetCard, card_path: Path, robot: Emb
         card=str(wanted),
         embodiment=robot.name if robot else None,
     )
-    entry = replace(own[0], cache_latents=False, cache_reasoner=False) if own else entry
+    if own:  # what is measured is never changed, nor cached for one measuring
+        entry = replace(own[0], cache_latents=False, cache_reasoner=False, augment=config.Augment())
     data = replace(experiment.data, datasets={card.name: entry})
     return replace(loaded, experiment=replace(experiment, data=data, embodiments={robot.name: robot} if robot else {}))
 

@@ -280,8 +280,8 @@ def open_anew(path: Path, inside: str) -> InputContainer:
     Raises:
         UserError: it cannot be opened.
     """
-    source = archives.Part(path, *archives.range_of(inside)) if inside else str(path)
     try:
+        source = archives.Part(path, *archives.range_of(inside)) if inside else str(path)
         return av.open(source, mode="r", metadata_errors="replace")  # a title may be in any encoding
     except (av.FFmpegError, OSError) as error:
         reason = " ".join(str(error).split())
@@ -296,7 +296,7 @@ def opened(path: Path, inside: str = "") -> InputContainer:
     """
     try:
         return _files.get(path, inside)
-    except FileNotFoundError:
+    except FileNotFoundError:  # before it is opened: a kept file is known by its inode
         raise UserError(f"{path}: the video is missing; copy the log again") from None
 
 

@@ -22,6 +22,7 @@ MEANINGS: dict[str, str] = {
     "action_error_constant": "The same error of the better of two policies without a model: always the mean action, or "
     "staying where the robot is.",
     "inverse_dynamics_error_before": "Error of the actions inferred from held-out videos, before training.",
+    "inverse_dynamics_error": "Error of the actions inferred from held-out videos, in the robot's own units.",
     "inverse_dynamics_error_after": "The same after training; what needs no model errs as above.",
     "coverage_before": "Mean over episodes of the largest share of the goal that the block covered, before training.",
     "coverage_after": "The same after training, from the same seeds.",

@@ -47,7 +47,10 @@ def test_a_report_that_a_kill_prevented_is_made_by_the_same_command(cosmos3, pro
 
 
 def test_evaluate_measures_a_run_with_the_statistics_it_was_trained_with(cosmos3, project, tiny_model, capsys):
-    line = (*HYBRID, *QUICK, ROWS, f"model.path={tiny_model}", "name=measured", "export=none")
+    entry = "data.datasets.pusht_moves"
+    changed = (f"{entry}.cache_latents=true", f"{entry}.augment.crop=0.9", f"{entry}.augment.variants=2")
+    rows = f"{entry}.prepared=prepared/changed_pusht_moves"
+    line = (HYBRID[0], *QUICK, *changed, rows, f"model.path={tiny_model}", "name=measured", "export=none")
     assert cosmos3("train", *line) == 0
     capsys.readouterr()
     assert cosmos3("evaluate", "measured", "--on", "data/pusht/moves_log.yaml", "--episodes", "0") == 0
