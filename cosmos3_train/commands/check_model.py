@@ -15,7 +15,7 @@ from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.model.base_identity import check_shards
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.fp8 import describe_fp8, require_fp8
-from cosmos3_train.model.loading import forget_understanding, load_parts, make_backbone
+from cosmos3_train.model.loading import DTYPES, forget_understanding, load_parts, make_backbone
 from cosmos3_train.model.packing import Layout
 from cosmos3_train.model.reasoner_cache import Reasoner, missing_prompts, size_in_words
 from cosmos3_train.model.trainable import make_trainable
@@ -57,7 +57,7 @@ def check_model(folder: Path, experiment: Experiment, *, reasoner_cached: bool =
     rows = [("model", f"{name}: {_count(total)} parameters, {stored / 1e9:.2f} GB on disk")]
     if experiment.model.base_precision == "fp8":
         if _uses_gpu(experiment):
-            require_fp8(torch.device("cuda"))
+            require_fp8(torch.device("cuda"), DTYPES[experiment.model.dtype])
         rows.append(("frozen weights", describe_fp8(experiment.model.fp8_copies)))
     if reasoner_cached:
         rows.append(("loaded", f"{_count(loaded)} parameters: the understanding tower's keys and values are cached"))

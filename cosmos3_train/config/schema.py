@@ -627,6 +627,8 @@ class Strategy:
     def __post_init__(self) -> None:
         _require("strategy", self, "at least 1", lambda x: x >= 1, "devices", "collective_timeout_seconds")
         _require("strategy", self, "at least 0", lambda x: x >= 0, "shards")
+        if self.shards and self.name != "hsdp":
+            fail(f"strategy.shards is {self.shards}; hsdp alone reads it, not {self.name!r}: leave it out")
 
 
 @dataclass(frozen=True)

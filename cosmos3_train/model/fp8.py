@@ -36,8 +36,10 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scale).clamp(-LARGEST, LARGEST).to(E4M3), scale
 
 
-def require_fp8(device: torch.device) -> None:
-    """Raise `UserError` where the GPU cannot multiply e4m3."""
+def require_fp8(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise `UserError` where the GPU cannot multiply e4m3 into `dtype`."""
+    if device.type == "cuda" and dtype != torch.bfloat16:
+        raise UserError("model.base_precision is 'fp8', whose products on a GPU are bfloat16: set model.dtype=bfloat16")
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
         name, have = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
         raise UserError(

@@ -109,7 +109,7 @@ def load_backbone(
     """
     folder = model_folder(model) / "transformer"
     if model.base_precision == "fp8":
-        require_fp8(device)
+        require_fp8(device, DTYPES[model.dtype])
         slowly = "" if device.type == "cuda" else "; on this CPU they are multiplied in float32, which is slow"
         logger.info("frozen weights: %s%s", describe_fp8(model.fp8_copies), slowly)
     with init_empty_weights():

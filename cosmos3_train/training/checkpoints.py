@@ -109,7 +109,7 @@ class Saving:
         self.target, self._partial = folder / name, folder / f".{name}.partial"
         self._state = (json.dumps(asdict(checkpoint.position), indent=2) + "\n").encode()
         self._shards, self._written = bool(checkpoint.rows), threading.Event()
-        self._error: UserError | None = None
+        self._error: Exception | None = None
         self._thread: threading.Thread | None = None
         with self._one_line_of_a_full_disk():
             if (self.target / STATE).is_file():
@@ -126,7 +126,7 @@ class Saving:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise the `UserError` that this rank's thread has met, if any."""
+        """Raise what this rank's thread has met, if anything: a full disk's `UserError`, or a mistake of ours."""
         if self._error is not None:
             raise self._error
 
@@ -156,7 +156,7 @@ class Saving:
                 self._written.set()
                 if is_first_rank():
                     self._make_whole(checkpoint.writers)
-        except UserError as error:
+        except Exception as error:  # noqa: BLE001  the run raises it; ended in silence, the other ranks would wait
             self._error = error
         finally:
             self._written.set()
@@ -238,11 +238,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [found[step] for step in sorted((step for step in found if step.isdigit()), key=int)]
 
 
-def load_checkpoint(path: Path, rows: Mapping[str, Rows] | None = None) -> Checkpoint:
+def load_checkpoint(path: Path, rows: Mapping[str, Rows] | None = None, *, alone: bool = False) -> Checkpoint:
     """Read a checkpoint folder.
 
     Args:
         rows: of the parameters of which only some rows are wanted; of all others everything is.
+        alone: whether no other rank reads it too: then this one compares all files with their hashes.
 
     Raises:
         UserError: a file is missing or damaged; names it and says what to do.
@@ -250,7 +251,7 @@ def load_checkpoint(path: Path, rows: Mapping[str, Rows] | None = None) -> Check
     rows = dict(rows or {})
     try:
         position = Position(**json.loads((path / STATE).read_text()))
-        _check_hashes(path)
+        _check_hashes(path, alone)
         trainables, average, optimizer = (dict(_read_part(path, part, rows)) for part in PARTS)
     except (OSError, SafetensorError, json.JSONDecodeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
@@ -260,12 +261,12 @@ def load_checkpoint(path: Path, rows: Mapping[str, Rows] | None = None) -> Check
     return Checkpoint(position, trainables, average, optimizer, rows)
 
 
-def _check_hashes(path: Path) -> None:
-    """Compare the files with their hashes, every rank its share of them."""
+def _check_hashes(path: Path, alone: bool) -> None:
+    """Compare the files with their hashes, every rank its share of them, or this one all where it reads alone."""
     files: dict[str, str] = {}
     for told in sorted(path.glob("files_*.json")):
         files |= json.loads(told.read_text(encoding="utf-8"))
-    for name in sorted(files)[rank() :: world_size()]:
+    for name in sorted(files)[slice(None) if alone else slice(rank(), None, world_size())]:
         if _hash(path / name) != files[name]:
             raise ValueError(f"{name} has changed since it was written")
 

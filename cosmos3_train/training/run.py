@@ -154,6 +154,7 @@ def _carry_out(loaded: Loaded, evaluate: Evaluate | None, deliver: Deliver | Non
         elif loaded.experiment.export != "none":
             del run
             gc.collect()  # units refer to each other in circles
+            torch.cuda.empty_cache()
             run = build(loaded, alone=True)
         deliver(run)
     return "finished"
@@ -254,7 +255,7 @@ def build(loaded: Loaded, *, alone: bool = False) -> Run:
     module = PostTraining(experiment, backbone, trainables, packer)
     logger.info("loaded %s on %s in %.1f s", experiment.model.path, device, time.monotonic() - began)
     run = Run(loaded, device, opened, encoder, backbone, trainables, module)
-    resume(run)
+    resume(run, alone=alone)
     return run
 
 
@@ -269,12 +270,12 @@ def _reasoner_caches(opened: Opened, reasoner: Reasoner) -> list[ReasonerCache]:
     return [cache for cache in found if cache is not None]
 
 
-def resume(run: Run) -> None:
-    """Put the newest whole checkpoint's state in place, if there is one."""
+def resume(run: Run, *, alone: bool = False) -> None:
+    """Put the newest whole checkpoint's state in place, if there is one; `alone`: no other rank reads it too."""
     found = list_checkpoints(run.folder / CHECKPOINTS)
     if not found:
         return
-    checkpoint = load_checkpoint(found[-1], own_rows(run.trainables.parameters))
+    checkpoint = load_checkpoint(found[-1], own_rows(run.trainables.parameters), alone=alone)
     restore(run, checkpoint, found[-1])
     logger.info("resumed at step %d from %s", checkpoint.position.step, found[-1].name)
 
