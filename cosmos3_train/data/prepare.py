@@ -221,7 +221,9 @@ def _filter_settings(card: DatasetCard, root: Path) -> dict[str, Any]:
 def contract_settings(card: DatasetCard, contract: Embodiment | Clips) -> dict[str, Any]:
     """What rows depend on of the embodiment card, or of how video without a robot is cut, framed and captioned."""
     if isinstance(contract, Embodiment):
-        return {"embodiment": embodiment_settings(contract)}
+        # Only `camera_tracks` reads these of a robot's formats; folders made without them stay as they are.
+        said = {key: value for key in ("captions", "caption_template") if (value := getattr(card, key))}
+        return {"embodiment": embodiment_settings(contract), **said}
     return {
         "format": card.format,
         "captions": card.captions,

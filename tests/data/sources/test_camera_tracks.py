@@ -101,6 +101,15 @@ def test_what_is_left_out_is_counted(tmp_path):
     assert len(rows_of(tmp_path / "loose", tmp_path / "out2", card(mapping=mapping))[2]) == 8
 
 
+def test_other_captions_are_another_folder(tmp_path):
+    source = make(tmp_path / "log", [track(0).tolist()])
+    silent = card(constant_caption=None)
+    rows_of(source, tmp_path / "out", silent)
+    assert rows_of(source, tmp_path / "out", silent)[0].reused
+    with pytest.raises(UserError, match=r"prepared with captions None, now \['caption'\]"):
+        rows_of(source, tmp_path / "out", card(constant_caption=None, captions=["caption"]))
+
+
 @pytest.mark.parametrize(
     ("entries", "changes", "words"),
     [
