@@ -7,11 +7,12 @@ import json
 import numpy as np
 import pytest
 
-from cosmos3_train.config import Channel, UserError, from_plain
+from cosmos3_train.config import Channel, Recorded, UserError, from_plain
 from cosmos3_train.data.card import DatasetCard, Filters
-from cosmos3_train.data.filters import FAILED, IDLE, NOT_KEPT
+from cosmos3_train.data.filters import FAILED, IDLE, NOT_KEPT, cut_episode
 from cosmos3_train.data.prepare import prepare
 from cosmos3_train.data.reader import PreparedDataset
+from cosmos3_train.data.sources import open_log
 from tests.data.clips import video_card
 from tests.data.logs import dataset_card, default_actions, embodiment, make_log
 
@@ -87,6 +88,17 @@ def test_idle_rows(tmp_path, relative):
     summary, starts, _ = prepared(tmp_path, robot=robot, actions=actions, idle_rows=4)
     assert starts == {0: [0, 1, 2], 1: list(range(6)), 2: list(range(10))}
     assert summary.dropped[IDLE] == 5
+
+
+def test_an_episode_without_actions(tmp_path):
+    """Of one frame, whose action would be made of two: it gives no window, and the others theirs."""
+    log = make_log(tmp_path / "log", [12, 1, 14])
+    follower = Recorded("place", kind="values", column="observation.state[0]", next=True)
+    opened = open_log(dataset_card(), log)
+    records = opened.records(opened.episodes, ["observation.state"])
+    robot = embodiment(action=[], recorded=[follower], state_key=None)
+    cuts = [cut_episode(one, dataset_card(filters=Filters(idle_rows=2)), robot, 1, None) for one in records]
+    assert [len(cut.starts) for cut in cuts] == [8, 0, 10] and len(cuts[1].rows) == 0
 
 
 def test_nothing_left(tmp_path):
