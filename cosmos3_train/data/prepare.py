@@ -38,13 +38,13 @@ from cosmos3_train.data.filters import read_keep_ranges
 from cosmos3_train.data.index import GAP, SPLITS, check_log
 from cosmos3_train.data.sources import CLIP_OPENERS, OPENERS, open_clips, open_log
 from cosmos3_train.data.sources.clips import ClipLog
-from cosmos3_train.data.sources.log import Log
+from cosmos3_train.data.sources.log import Log, left_out_of
 from cosmos3_train.data.statistics import FILE as STATISTICS_FILE
 from cosmos3_train.data.statistics import Statistics, compute_moments, draw_histograms
 
 CARD_FILE = "card.json"
 LAYOUT_VERSION = 1
-WORK_VERSION = 2
+WORK_VERSION = 3
 """Of the files in a work folder: one that an older version left unfinished is begun anew."""
 TAIL, MANY = 65536, 10_000
 """Bytes at a file's end that count for a log's fingerprint, unless it has more files than MANY."""
@@ -298,6 +298,9 @@ def _finish(plan: Plan, log: Log | ClipLog, settings: dict[str, Any], fingerprin
     dropped = {SHORT: short, GAP: 0} if robot else {}
     silent: dict[str, int] = {}
     examples: dict[str, str] = {}
+    if not isinstance(log, ClipLog):
+        for reason, (count, example) in left_out_of(log).items():
+            dropped[reason], examples[reason] = count, example
     for report in reports:
         examples = report["examples"] | examples
         for totals, key in ((dropped, "dropped"), (silent, "silent")):

@@ -23,7 +23,7 @@ from cosmos3_train.data.card import DatasetCard
 from cosmos3_train.data.faults import Fault, Place, Whole
 from cosmos3_train.data.index import actions_of, columns_to_read, instructions, usable_rows
 from cosmos3_train.data.sources.clips import ClipLog, ClipRecord, Unusable
-from cosmos3_train.data.sources.log import Episode, EpisodeRecord, Log
+from cosmos3_train.data.sources.log import Episode, EpisodeRecord, Log, left_out_of
 from cosmos3_train.data.video import Decoded, decode_whole, frames_at
 
 AT_ONCE = 64
@@ -32,7 +32,9 @@ AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Finding:
-    """kind: one of `faults`, or a reason of the source;  file: of the log;  where: in it;  words: what is so"""
+    """kind: one of `faults`, or a reason of the source;  file: of the log, or its folder;  where: in it
+    words: what is so
+    """
 
     kind: str
     file: str
@@ -67,6 +69,8 @@ def scan_log(
         threads: that decode.
         progress: told of every episode that was looked at.
     """
+    for reason, (count, example) in left_out_of(log).items():
+        yield Finding(reason, str(log.root), "", f"{example}; {count:,} in all")
     whole, columns = Whole(embodiment), columns_to_read(card, embodiment)
     with ThreadPoolExecutor(threads) as pool:
         decoded: dict[str, Future[Decoded]] = {}

@@ -40,7 +40,7 @@ UNEVEN = "row of a clip that has more poses than frames, or fewer"
 
 @dataclass(frozen=True)
 class TrackLog:
-    """A `Log`. left_out: reason → (how many clips are no episodes, an example)."""
+    """A `Log`. left_out: of clips, see `left_out_of`."""
 
     card: DatasetCard
     clips: ShardLog
@@ -93,7 +93,7 @@ class TrackLog:
             track = _poses(_track(documents, self.card), self.card, f"{self.root / clip.place}: camera track")
             times, _ = video_times(self.root, clip.place)
             length = min(len(track), len(times))
-            faults = dict(self.left_out) if episode is self.episodes[0] else {}
+            faults = {}
             if len(track) != len(times):
                 example = f"{clip.name}: {len(track)} poses, {len(times)} frames"
                 faults[UNEVEN] = (max(len(track), len(times)) - length, example)

@@ -10,8 +10,10 @@ import pytest
 from cosmos3_train.config import Recorded, UserError, load_embodiment
 from cosmos3_train.data import poses
 from cosmos3_train.data.card import DatasetCard, load_card
-from cosmos3_train.data.prepare import prepare
+from cosmos3_train.data.prepare import SHORT, prepare
 from cosmos3_train.data.reader import PreparedDataset
+from cosmos3_train.data.scan import Scan, scan_log
+from cosmos3_train.data.sources import open_log
 from cosmos3_train.data.sources.camera_tracks import COLUMN, NO_TRACK, UNEVEN
 from cosmos3_train.data.sources.clips import NO_CAPTION
 from tests.commands.tiny import ROOT
@@ -100,6 +102,16 @@ def test_what_is_left_out_is_counted(tmp_path):
     write_files(tmp_path / "loose", loose)
     mapping = {"videos": "video/*.mp4", "captions": "meta/*.json"}
     assert len(rows_of(tmp_path / "loose", tmp_path / "out2", card(mapping=mapping))[2]) == 8
+
+
+def test_left_out_though_the_first_episode_is_short(tmp_path):
+    """What opening leaves out is of the log, not of an episode; preparing and scanning tell it once."""
+    source = make(tmp_path / "log", [track(0, 3).tolist(), None, track(2).tolist(), track(3).tolist()])
+    summary, _, rows = rows_of(source, tmp_path / "out", card())
+    assert summary.dropped[NO_TRACK] == 1 and summary.dropped[SHORT] == 1 and len(rows) == 16
+    opened = open_log(card(), source)
+    found = [finding for finding in scan_log(opened, card(), ROBOT, Scan()) if finding.kind == NO_TRACK]
+    assert len(found) == 1 and "0001-ab.mp4: no list" in found[0].words
 
 
 def test_words_are_as_of_clips(tmp_path):
