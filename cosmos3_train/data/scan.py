@@ -44,11 +44,12 @@ class Finding:
 
 @dataclass
 class Scan:
-    """What a scan has seen so far: items (episodes or clips), frames, and captions with the place of each."""
+    """What a scan has seen so far: items (episodes or clips), frames, and captions, each with what is said of its sound
+    ("": nothing), and its place."""
 
     items: int = 0
     frames: int = 0
-    captions: dict[str, tuple[str, str]] = field(default_factory=dict)
+    captions: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
 
 
 Progress = Callable[[int], object]
@@ -120,7 +121,7 @@ def _numbers(
     for reason, (count, example) in record.faults.items():
         yield Finding(reason, episode.data_file, f"episode {episode.index}", f"{example}; {count:,} in all")
     for words in dict.fromkeys(instructions(record, card)):
-        scan.captions.setdefault(words, (episode.data_file, f"episode {episode.index}"))
+        scan.captions.setdefault((words, ""), (episode.data_file, f"episode {episode.index}"))
     yield from map(tell, faults.wrong_times(record.timestamps, robot.control_hz))
     finite = True
     for name, values in record.columns.items():
@@ -220,6 +221,8 @@ def scan_clips(log: ClipLog, scan: Scan, threads: int = 1, progress: Progress = 
                     yield Finding(
                         reason, record.clip.place, "", f"{example}; {count:,} in all" if count > 1 else example
                     )
+                if record.silence:
+                    yield Finding(faults.SOUND, record.clip.place, "", record.silence)
                 if (place := record.clip.place) in decoded:
                     video = decoded[place].result()
                     scan.frames += len(video.times)
@@ -229,7 +232,8 @@ def scan_clips(log: ClipLog, scan: Scan, threads: int = 1, progress: Progress = 
                         yield Finding(faults.DUPLICATE, place, "", f"the same bytes as {earlier}")
                     for segment in record.segments:
                         where = f"frames {segment.first} to {segment.last}"
-                        scan.captions.setdefault(segment.caption, (record.clip.place, where))
+                        said = (segment.caption, segment.sound_caption)
+                        scan.captions.setdefault(said, (record.clip.place, where))
                 scan.items += 1
                 progress(1)
 
