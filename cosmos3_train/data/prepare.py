@@ -306,13 +306,15 @@ def _finish(plan: Plan, log: Log | ClipLog, settings: dict[str, Any], fingerprin
         for totals, key in ((dropped, "dropped"), (silent, "silent")):
             for reason, count in report[key].items():
                 totals[reason] = totals.get(reason, 0) + count
+    why = "; ".join(f"{n:,} × {reason} ({examples.get(reason, '')})" for reason, n in dropped.items() if n)
     if counts["windows"]["train"] == 0:
-        why = "; ".join(f"{n:,} × {reason} ({examples.get(reason, '')})" for reason, n in dropped.items() if n)
         raise UserError(f"dataset {plan.card.name!r}: no window to train on; left out: {why or 'nothing'}")
     if isinstance(log, ClipLog) and settings["heldout_fraction"] and not counts["windows"]["heldout"]:
         moved = hold_one_out(plan, log, settings["heldout_fraction"], settings["seed"])
         for key, count in zip(("windows", "episodes"), moved, strict=True):
             counts[key] = {"train": counts[key]["train"] - count, "heldout": count}
+    if robot is not None and plan.card.filters != Filters() and not counts["windows"]["heldout"]:
+        _check_held_out(plan, settings["heldout_fraction"], why)
     folder = plan.work / "finished"
     heard = {} if robot else {"sounding": count_sounding(folder), "silent": silent}
     if robot is not None:
@@ -330,6 +332,18 @@ def _finish(plan: Plan, log: Log | ClipLog, settings: dict[str, Any], fingerprin
     }
     write_whole(folder / CARD_FILE, (json.dumps(content, indent=1) + "\n").encode())
     return content
+
+
+def _check_held_out(plan: Plan, heldout_fraction: float, why: str) -> None:
+    """Raise `UserError` where episodes were to be held out, of which the filters left no window."""
+    lost = sum(split == "heldout" for split in plan.splits.values())
+    if not lost:
+        return
+    keys = [key for key in ("success", "keep_ranges", "idle_rows") if getattr(plan.card.filters, key) is not None]
+    raise UserError(
+        f"dataset {plan.card.name!r}: filters ({', '.join(keys)}) leave no window of {lost:,} episodes to hold out; "
+        f"make heldout_fraction {heldout_fraction:g} larger, or 0 to hold out nothing, or loosen them; left out: {why}"
+    )
 
 
 def _statistics(plan: Plan, embodiment: Embodiment, fingerprint: str, folder: Path) -> Statistics:
