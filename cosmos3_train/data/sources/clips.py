@@ -158,10 +158,10 @@ class ClipLog:
         return Segment(first, last, interval, caption, heard)
 
     def caption(self, clip: Clip, documents: Sequence[Mapping[str, Any]]) -> str:
-        """What is said of a clip, as the dataset card says.
+        """The words of a clip, from where the dataset card says they are.
 
         Raises:
-            Unusable: nothing.
+            Unusable: there are none.
         """
         card = self.card
         if card.constant_caption is not None:
