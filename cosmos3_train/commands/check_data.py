@@ -253,25 +253,31 @@ def _log(loaded: Loaded, name: str, entry: Dataset, card: DatasetCard, robot: Em
         check_actions(parts[-1], robot, where)
         starts += len(cut.starts)
         left_out.update(cut.left_out)
+    trained = sum(split == "train" for split in plan.splits.values())
     if not starts:
-        reasons = "; ".join(f"{count:,} × {reason}" for reason, count in left_out.items())
-        raise UserError(f"dataset {card.name!r}: no window in {len(records)} episodes; left out: {reasons}")
+        seen = f"no window in {len(records):,} of {trained:,} episodes to train on"
+        if len(records) == trained:
+            reasons = "; ".join(f"{count:,} × {reason}" for reason, count in left_out.items())
+            raise UserError(f"dataset {card.name!r}: {seen}; left out: {reasons}")
+        ranges = (f"ranges {name}", f"{seen} that were looked at; `cosmos3 prepare` looks at all of them")
+    else:
+        actions = np.concatenate(parts)
+        statistics = Statistics(card.name, robot.name, "", compute_moments([actions], robot.width))
+        ranges = _ranges(name, Normaliser(robot, statistics), actions, robot)
     possible, total = (
         sum(max(0, -(-(length - robot.chunk) // stride)) for length in lengths)
         for lengths in ([record.length for record in records], [episode.length for episode in log.episodes])
     )
     windows = round(total * starts / possible)
+    about = f": about {windows:,} windows" if starts else ""
     size = _frame_size(log, records[0], robot)
-    actions = np.concatenate(parts)
-    statistics = Statistics(card.name, robot.name, "", compute_moments([actions], robot.width))
     words = max({word for record in records for word in instructions(record, card)}, key=len)
-    counts = {split: sum(s == split for s in plan.splits.values()) for split in ("train", "heldout")}
     too_short = f", {short} too short" if short else ""
     table = [
-        (f"data {name}", f"log readable, prepared at the first run: about {windows:,} windows"),
-        (f"episodes {name}", f"{counts['train']:,} to train on, {counts['heldout']:,} held out{too_short}"),
+        (f"data {name}", f"log readable, prepared at the first run{about}"),
+        (f"episodes {name}", f"{trained:,} to train on, {len(plan.splits) - trained:,} held out{too_short}"),
         *_contract(robot, size),
-        _ranges(name, Normaliser(robot, statistics), actions, robot),
+        ranges,
         *(
             (f"left out {name}", f"{count:,} × {reason}, of {len(records):,} episodes")
             for reason, count in left_out.items()

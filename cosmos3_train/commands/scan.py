@@ -95,11 +95,11 @@ def _captions(scan: Scan, contract: Embodiment | Clips, model: str, most: int, r
 
 
 def _long(scan: Scan, contract: Embodiment | Clips, encoder: Encoder, most: int) -> Iterator[Finding]:
-    robot = isinstance(contract, Embodiment)
+    task = "policy" if isinstance(contract, Embodiment) else "text_to_video_sound"  # says all that others say, and more
     fps = contract.control_hz if isinstance(contract, Embodiment) else 24.0
     size = (contract.resolution_tier, contract.resolution_tier)  # it stands in the prompt, in as many tokens as another
-    for caption, (file, where) in scan.captions.items():
-        prompt = encoder.text("policy" if robot else "text_to_video", caption, contract, size, contract.frames, fps)
+    for (caption, heard), (file, where) in scan.captions.items():
+        prompt = encoder.text(task, caption, contract, size, contract.frames, fps, heard)
         if len(prompt) > most:
             words = f"its prompt has {len(prompt):,} tokens, {most:,} are allowed: {caption[:60]!r} …"
             yield Finding(LONG, file, where, words)

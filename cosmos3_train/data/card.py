@@ -56,8 +56,9 @@ class DatasetCard:
     embodiment:       the embodiment card that it was recorded with
     caption_column:   column of the log with the instruction; None takes LeRobot's own task
     constant_caption: one instruction for every window, above both
-    captions:         where video without a robot has its caption, in order of preference: dotted keys of its caption
-                      window, row or JSON file. A value that is a mapping becomes one line of JSON
+    captions:         where video without a robot, or a clip with a camera track, has its caption, in order of
+                      preference: dotted keys of its caption window, row or JSON file. A value that is a mapping
+                      becomes one line of JSON
     sound_captions:   where it has words of what is heard, as `captions`; they join the caption in tasks with sound
     caption_template: what to say where none of these is there: "{a} in {b.c}", dotted keys in braces
     frames, least_frames, stride, resolution_tier: how such video is cut and framed, see `config.Clips`

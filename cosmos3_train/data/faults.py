@@ -30,6 +30,7 @@ GRIPPER = "gripper the wrong way round"
 ROTATION = "rotation that is none"
 MISSING = "missing frame"
 VIDEO = "undecodable video"
+SOUND = "unreadable sound"
 DUPLICATE = "duplicate"
 LONG = "caption over the token cap"
 UNREADABLE = "unreadable"
@@ -183,6 +184,7 @@ class Whole:
         robot = self.embodiment
         statistics = Statistics("", robot.name, "", compute_moments([values], robot.width))
         kinds = dict.fromkeys((robot.normaliser, "quantile"))  # one far value alone stretches what minmax divides by
+        kinds.pop("none", None)  # FAR is of normalised values, not of raw units
         normalisers = [Normaliser(replace(robot, normaliser=kind), statistics) for kind in kinds]
         for place, first in zip(self.places, starts, strict=False):
             mine = np.array(values[first : first + len(place.rows)])

@@ -52,6 +52,8 @@ def cut_episode(
         return Cut(starts, rows, left_out)
     if card.filters.success and not _succeeds(record, card):
         return Cut([], rows[:0], {FAILED: 1})
+    if not starts:  # there may be no row with an action
+        return Cut([], rows[:0], left_out)
     if keep is not None:
         starts = _counted(starts, _kept(starts, embodiment, keep.get(record.index, ())), NOT_KEPT, left_out)
     if card.filters.idle_rows:

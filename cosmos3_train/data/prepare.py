@@ -38,13 +38,13 @@ from cosmos3_train.data.filters import read_keep_ranges
 from cosmos3_train.data.index import GAP, SPLITS, check_log
 from cosmos3_train.data.sources import CLIP_OPENERS, OPENERS, open_clips, open_log
 from cosmos3_train.data.sources.clips import ClipLog
-from cosmos3_train.data.sources.log import Log
+from cosmos3_train.data.sources.log import Log, left_out_of
 from cosmos3_train.data.statistics import FILE as STATISTICS_FILE
 from cosmos3_train.data.statistics import Statistics, compute_moments, draw_histograms
 
 CARD_FILE = "card.json"
 LAYOUT_VERSION = 1
-WORK_VERSION = 2
+WORK_VERSION = 3
 """Of the files in a work folder: one that an older version left unfinished is begun anew."""
 TAIL, MANY = 65536, 10_000
 """Bytes at a file's end that count for a log's fingerprint, unless it has more files than MANY."""
@@ -221,7 +221,9 @@ def _filter_settings(card: DatasetCard, root: Path) -> dict[str, Any]:
 def contract_settings(card: DatasetCard, contract: Embodiment | Clips) -> dict[str, Any]:
     """What rows depend on of the embodiment card, or of how video without a robot is cut, framed and captioned."""
     if isinstance(contract, Embodiment):
-        return {"embodiment": embodiment_settings(contract)}
+        # Only `camera_tracks` reads these of a robot's formats; folders made without them stay as they are.
+        said = {key: value for key in ("captions", "caption_template") if (value := getattr(card, key))}
+        return {"embodiment": embodiment_settings(contract), **said}
     return {
         "format": card.format,
         "captions": card.captions,
@@ -296,18 +298,23 @@ def _finish(plan: Plan, log: Log | ClipLog, settings: dict[str, Any], fingerprin
     dropped = {SHORT: short, GAP: 0} if robot else {}
     silent: dict[str, int] = {}
     examples: dict[str, str] = {}
+    if not isinstance(log, ClipLog):
+        for reason, (count, example) in left_out_of(log).items():
+            dropped[reason], examples[reason] = count, example
     for report in reports:
         examples = report["examples"] | examples
         for totals, key in ((dropped, "dropped"), (silent, "silent")):
             for reason, count in report[key].items():
                 totals[reason] = totals.get(reason, 0) + count
+    why = "; ".join(f"{n:,} × {reason} ({examples.get(reason, '')})" for reason, n in dropped.items() if n)
     if counts["windows"]["train"] == 0:
-        why = "; ".join(f"{n:,} × {reason} ({examples.get(reason, '')})" for reason, n in dropped.items() if n)
         raise UserError(f"dataset {plan.card.name!r}: no window to train on; left out: {why or 'nothing'}")
     if isinstance(log, ClipLog) and settings["heldout_fraction"] and not counts["windows"]["heldout"]:
         moved = hold_one_out(plan, log, settings["heldout_fraction"], settings["seed"])
         for key, count in zip(("windows", "episodes"), moved, strict=True):
             counts[key] = {"train": counts[key]["train"] - count, "heldout": count}
+    if robot is not None and plan.card.filters != Filters() and not counts["windows"]["heldout"]:
+        _check_held_out(plan, settings["heldout_fraction"], why)
     folder = plan.work / "finished"
     heard = {} if robot else {"sounding": count_sounding(folder), "silent": silent}
     if robot is not None:
@@ -325,6 +332,18 @@ def _finish(plan: Plan, log: Log | ClipLog, settings: dict[str, Any], fingerprin
     }
     write_whole(folder / CARD_FILE, (json.dumps(content, indent=1) + "\n").encode())
     return content
+
+
+def _check_held_out(plan: Plan, heldout_fraction: float, why: str) -> None:
+    """Raise `UserError` where episodes were to be held out, of which the filters left no window."""
+    lost = sum(split == "heldout" for split in plan.splits.values())
+    if not lost:
+        return
+    keys = [key for key in ("success", "keep_ranges", "idle_rows") if getattr(plan.card.filters, key) is not None]
+    raise UserError(
+        f"dataset {plan.card.name!r}: filters ({', '.join(keys)}) leave no window of {lost:,} episodes to hold out; "
+        f"make heldout_fraction {heldout_fraction:g} larger, or 0 to hold out nothing, or loosen them; left out: {why}"
+    )
 
 
 def _statistics(plan: Plan, embodiment: Embodiment, fingerprint: str, folder: Path) -> Statistics:

@@ -23,7 +23,7 @@ from cosmos3_train.data.card import DatasetCard
 from cosmos3_train.data.faults import Fault, Place, Whole
 from cosmos3_train.data.index import actions_of, columns_to_read, instructions, usable_rows
 from cosmos3_train.data.sources.clips import ClipLog, ClipRecord, Unusable
-from cosmos3_train.data.sources.log import Episode, EpisodeRecord, Log
+from cosmos3_train.data.sources.log import Episode, EpisodeRecord, Log, left_out_of
 from cosmos3_train.data.video import Decoded, decode_whole, frames_at
 
 AT_ONCE = 64
@@ -32,7 +32,9 @@ AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Finding:
-    """kind: one of `faults`, or a reason of the source;  file: of the log;  where: in it;  words: what is so"""
+    """kind: one of `faults`, or a reason of the source;  file: of the log, or its folder;  where: in it
+    words: what is so
+    """
 
     kind: str
     file: str
@@ -42,11 +44,12 @@ class Finding:
 
 @dataclass
 class Scan:
-    """What a scan has seen so far: items (episodes or clips), frames, and captions with the place of each."""
+    """What a scan has seen so far: items (episodes or clips), frames, and captions, each with what is said of its sound
+    ("": nothing), and its place."""
 
     items: int = 0
     frames: int = 0
-    captions: dict[str, tuple[str, str]] = field(default_factory=dict)
+    captions: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
 
 
 Progress = Callable[[int], object]
@@ -67,6 +70,8 @@ def scan_log(
         threads: that decode.
         progress: told of every episode that was looked at.
     """
+    for reason, (count, example) in left_out_of(log).items():
+        yield Finding(reason, str(log.root), "", f"{example}; {count:,} in all")
     whole, columns = Whole(embodiment), columns_to_read(card, embodiment)
     with ThreadPoolExecutor(threads) as pool:
         decoded: dict[str, Future[Decoded]] = {}
@@ -116,7 +121,7 @@ def _numbers(
     for reason, (count, example) in record.faults.items():
         yield Finding(reason, episode.data_file, f"episode {episode.index}", f"{example}; {count:,} in all")
     for words in dict.fromkeys(instructions(record, card)):
-        scan.captions.setdefault(words, (episode.data_file, f"episode {episode.index}"))
+        scan.captions.setdefault((words, ""), (episode.data_file, f"episode {episode.index}"))
     yield from map(tell, faults.wrong_times(record.timestamps, robot.control_hz))
     finite = True
     for name, values in record.columns.items():
@@ -216,6 +221,8 @@ def scan_clips(log: ClipLog, scan: Scan, threads: int = 1, progress: Progress = 
                     yield Finding(
                         reason, record.clip.place, "", f"{example}; {count:,} in all" if count > 1 else example
                     )
+                if record.silence:
+                    yield Finding(faults.SOUND, record.clip.place, "", record.silence)
                 if (place := record.clip.place) in decoded:
                     video = decoded[place].result()
                     scan.frames += len(video.times)
@@ -225,7 +232,8 @@ def scan_clips(log: ClipLog, scan: Scan, threads: int = 1, progress: Progress = 
                         yield Finding(faults.DUPLICATE, place, "", f"the same bytes as {earlier}")
                     for segment in record.segments:
                         where = f"frames {segment.first} to {segment.last}"
-                        scan.captions.setdefault(segment.caption, (record.clip.place, where))
+                        said = (segment.caption, segment.sound_caption)
+                        scan.captions.setdefault(said, (record.clip.place, where))
                 scan.items += 1
                 progress(1)
 

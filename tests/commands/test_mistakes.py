@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+from cosmos3_train.commands import check_data
 from cosmos3_train.commands.check import Findings, _check_disk
 from cosmos3_train.commands.check_model import CheckedModel
 from cosmos3_train.commands.prepare import _check_tasks
 from cosmos3_train.config import Loaded, UserError, load_experiment
+from cosmos3_train.data.index import assign_splits
 from cosmos3_train.model.packing import Layout
 from tests.data.logs import CAMERA, default_actions, make_log
 from tests.disk import small_files
@@ -141,6 +143,30 @@ def test_episodes_shorter_than_a_chunk_are_left_out_and_counted(root, cosmos3, c
     make_log(root / "log", [4, 3, 2], cameras={CAMERA: (32, 48)})
     assert cosmos3(*PREPARE[:-3], "none") == 2
     assert "none of 3 episodes has the 5 frames of a window" in capsys.readouterr().err
+
+
+def test_a_sparse_filter_is_refused_only_where_all_episodes_were_read(root, cosmos3, refused, capsys, monkeypatch):
+    """The one episode that succeeds is none of those that `check` reads of a long log."""
+    shutil.rmtree(root / "log")
+    success = [np.zeros((12, 1), np.float32) for _ in range(8)]
+    splits = assign_splits("moves", range(8), 0.2, 0)
+    trained = [number for number, split in splits.items() if split == "train"]
+    success[trained[1]][:] = 1
+    make_log(root / "log", [12] * 8, cameras={CAMERA: (32, 48)}, extra={"next.success": success})
+    with (root / "cards" / "moves.yaml").open("a") as card:
+        card.write("filters: {success: next.success}\n")
+    line = (*TRAIN[1:], "data.heldout_fraction=0.2")
+    assert cosmos3("check", *line) == 0
+    assert "windows" in capsys.readouterr().out
+    monkeypatch.setattr(check_data, "FRAMES", 12 * len(trained) // 2)
+    assert cosmos3("check", *line) == 0
+    said = capsys.readouterr().out
+    assert f"of {len(trained)} episodes to train on that were looked at" in said
+    monkeypatch.setattr(check_data, "FRAMES", 10_000)
+    (root / "log" / "keep.json").write_text("{}")
+    text = (root / "cards" / "moves.yaml").read_text()
+    (root / "cards" / "moves.yaml").write_text(text.replace("success: next.success", "keep_ranges: keep.json"))
+    refused(("check", *line), f"no window in {len(trained)} of {len(trained)} episodes", "outside the ranges to keep")
 
 
 # ------------------------------------------------------------------------------------------------ cards and keys

@@ -7,6 +7,7 @@ import yaml
 from cosmos3_train.config import to_plain
 from tests.data.clips import mp4, row, write_files, write_rows
 from tests.data.logs import default_actions, embodiment, make_log
+from tests.data.sounds import sounding
 
 
 @pytest.fixture
@@ -54,6 +55,21 @@ def test_scan_of_clips(cosmos3, card, tmp_path, capsys):
     assert cosmos3("check", path, "--scan", "--workers", "1") == 2
     said = capsys.readouterr().out
     assert "clip whose video cannot be read: videos/b.mp4" in said and "tokens were not counted: hf download" in said
+
+
+def test_scan_of_clips_with_sound(cosmos3, card, tmp_path, capsys):
+    """Words of sound count, though a clip before it has the same caption; a track that cannot be read is told."""
+    unknown = sounding(12).replace(b"mp4a", b"xxxx").replace(b"esds", b"xxxx")  # both names of its codec
+    write_files(tmp_path, {"videos/a.mp4": mp4(12), "videos/b.mp4": sounding(12), "videos/c.mp4": unknown})
+    rows = [row(name, 12, "one") for name in "abc"]
+    write_rows(tmp_path / "rows.jsonl", [rows[0], rows[1] | {"heard": "very " * 2000 + "loud"}, rows[2]])
+    path = card(tmp_path, format="jsonl_video", captions=["caption"], sound_captions=["heard"], frames=9)
+    assert cosmos3("check", path, "--scan", "--model", "cosmos3_pico") == 2
+    said = capsys.readouterr().out
+    assert "scanned 3 clips, 36 frames, 2 different captions" in said
+    assert "unreadable sound: videos/c.mp4: " in said and "the sound's codec is not known" in said
+    assert "caption over the token cap: videos/b.mp4, frames 0 to 11: its prompt has" in said
+    assert "found: 1 × unreadable sound, 1 × caption over the token cap" in said
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ import json
 import numpy as np
 import pytest
 
-from cosmos3_train.config import Channel, UserError, from_plain
+from cosmos3_train.config import Channel, Recorded, UserError, from_plain
 from cosmos3_train.data.card import DatasetCard, Filters
-from cosmos3_train.data.filters import FAILED, IDLE, NOT_KEPT
+from cosmos3_train.data.filters import FAILED, IDLE, NOT_KEPT, cut_episode
+from cosmos3_train.data.index import assign_splits
 from cosmos3_train.data.prepare import prepare
 from cosmos3_train.data.reader import PreparedDataset
+from cosmos3_train.data.sources import open_log
 from tests.data.clips import video_card
 from tests.data.logs import dataset_card, default_actions, embodiment, make_log
 
@@ -89,11 +91,43 @@ def test_idle_rows(tmp_path, relative):
     assert summary.dropped[IDLE] == 5
 
 
+def test_an_episode_without_actions(tmp_path):
+    """Of one frame, whose action would be made of two: it gives no window, and the others theirs."""
+    log = make_log(tmp_path / "log", [12, 1, 14])
+    follower = Recorded("place", kind="values", column="observation.state[0]", next=True)
+    opened = open_log(dataset_card(), log)
+    records = opened.records(opened.episodes, ["observation.state"])
+    robot = embodiment(action=[], recorded=[follower], state_key=None)
+    cuts = [cut_episode(one, dataset_card(filters=Filters(idle_rows=2)), robot, 1, None) for one in records]
+    assert [len(cut.starts) for cut in cuts] == [8, 0, 10] and len(cuts[1].rows) == 0
+
+
 def test_nothing_left(tmp_path):
     with pytest.raises(
         UserError, match=r"no window to train on; left out: .* × window that begins where nothing moves"
     ):
         prepared(tmp_path, idle_rows=1, idle_below=1000.0)
+
+
+def test_nothing_left_to_hold_out(tmp_path):
+    """What is held out is chosen before it is read: filters that leave none of it are told."""
+    splits = assign_splits("moves", range(8), 0.2, 0)
+    lost = [number for number, split in splits.items() if split == "heldout"]
+    success = [np.full((8, 1), number not in lost, np.float32) for number in range(8)]
+    log = make_log(tmp_path / "log", [8] * 8, extra={"next.success": success})
+    card = dataset_card(filters=Filters(success="next.success"))
+
+    def windows(fraction):
+        return prepare(card, embodiment(), log, tmp_path / "out", heldout_fraction=fraction, progress=False).windows
+
+    with pytest.raises(
+        UserError,
+        match=rf"filters \(success\) leave no window of {len(lost)} episodes to hold out; make heldout_fraction 0.2 "
+        rf"larger, or 0 .*; left out: {len(lost)} × episode without success \(episode {lost[0]}\)",
+    ):
+        windows(0.2)
+    assert not (tmp_path / "out").exists()
+    assert windows(0) == {"train": 4 * (8 - len(lost)), "heldout": 0}
 
 
 def test_cards():

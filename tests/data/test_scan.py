@@ -93,6 +93,14 @@ def test_one_wrong_number(tmp_path, at, value, kind):
     assert set(found(log)) == {(kind, SECOND, "episode 3, row 7")}
 
 
+def test_raw_units_are_not_far(tmp_path):
+    """Without a normaliser values are in their own unit, in which hundreds are ordinary."""
+    robot = replace(ROBOT, normaliser="none")
+    assert found(make(tmp_path / "clean"), robot) == []
+    log = make(tmp_path / "far", lambda action: action.__setitem__((7, 1), 9000.0))
+    assert found(log, robot) == [(faults.OUT_OF_RANGE, SECOND, "episode 3, row 7")]
+
+
 def test_frozen_channels(tmp_path):
     def freeze(action):
         action[:, 1] = 250.0

@@ -15,6 +15,7 @@ rows, for `recorded` of the embodiment card (`form: transform`; its `tool` and `
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +40,7 @@ UNEVEN = "row of a clip that has more poses than frames, or fewer"
 
 @dataclass(frozen=True)
 class TrackLog:
-    """A `Log`. left_out: reason → (how many clips are no episodes, an example)."""
+    """A `Log`. left_out: of clips, see `left_out_of`."""
 
     card: DatasetCard
     clips: ShardLog
@@ -86,20 +87,21 @@ class TrackLog:
             clip = self.clips.clips[episode.index]
             try:
                 documents = self.clips.documents(clip)
+                words = _caption(self.clips, clip, documents)
             except Unusable as fault:
                 raise UserError(f"{self.root / clip.place}: {fault.args[1]}") from None
             track = _poses(_track(documents, self.card), self.card, f"{self.root / clip.place}: camera track")
             times, _ = video_times(self.root, clip.place)
             length = min(len(track), len(times))
-            faults = dict(self.left_out) if episode is self.episodes[0] else {}
+            faults = {}
             if len(track) != len(times):
-                words = f"{clip.name}: {len(track)} poses, {len(times)} frames"
-                faults[UNEVEN] = (max(len(track), len(times)) - length, words)
+                example = f"{clip.name}: {len(track)} poses, {len(times)} frames"
+                faults[UNEVEN] = (max(len(track), len(times)) - length, example)
             yield EpisodeRecord(
                 index=episode.index,
                 length=length,
                 timestamps=times[:length] - times[0],
-                tasks=(_caption(documents, self.card),) * length,
+                tasks=(words,) * length,
                 columns={COLUMN: track[:length].reshape(length, 16).astype(np.float32)},
                 video={CAMERA: VideoPlace(clip.place, float(times[0]))},
                 faults=faults,
@@ -110,7 +112,7 @@ def open_camera_tracks(card: DatasetCard, source: Path) -> TrackLog:
     """Open a folder of clips with camera tracks.
 
     Raises:
-        UserError: the card says no rate or no track, no clip is there, or none has a track.
+        UserError: the card says no rate or no track, no clip is there, or none can be used.
     """
     where = f"dataset {card.name!r}"
     for key in card.mapping:
@@ -122,31 +124,38 @@ def open_camera_tracks(card: DatasetCard, source: Path) -> TrackLog:
         raise UserError(f"{where}: mapping.track has no value; it is the key of the list with a pose a frame")
     shards = replace(card, mapping={key: value for key, value in card.mapping.items() if key in MAPPING})
     clips = open_webdataset(shards, source)
-    episodes, lost = [], []
+    episodes, lost, examples = [], Counter[str](), {}
     for clip in clips.clips:
-        length, problem = _length(clips, clip, card)
-        if problem:
-            lost.append(f"{clip.name}: {problem}")
+        try:
+            documents = clips.documents(clip)
+            length = _length(documents, card)
+            _caption(clips, clip, documents)
+        except Unusable as fault:
+            reason, example = fault.args
+            lost[reason] += 1
+            examples.setdefault(reason, f"{clip.name}: {example}")
             continue
         place = {CAMERA: VideoPlace(clip.place, 0.0)}
         episodes.append(Episode(clip.index, length, (), clip.text[0], place))
+    left_out = {reason: (count, examples[reason]) for reason, count in lost.items()}
     if not episodes:
-        raise UserError(f"{where}: none of {len(clips.clips)} clips has a camera track; {lost[0]}")
-    return TrackLog(card, clips, tuple(episodes), {NO_TRACK: (len(lost), lost[0])} if lost else {})
+        why = "; ".join(f"{count:,} × {reason} ({example})" for reason, (count, example) in left_out.items())
+        raise UserError(f"{where}: none of {len(clips.clips)} clips can be used: {why}")
+    return TrackLog(card, clips, tuple(episodes), left_out)
 
 
-def _length(clips: ShardLog, clip: Clip, card: DatasetCard) -> tuple[int, str]:
-    """How many poses a clip has, and in words why it has none."""
-    try:
-        documents = clips.documents(clip)
-    except Unusable as fault:
-        return 0, fault.args[1]
+def _length(documents: Sequence[Mapping[str, Any]], card: DatasetCard) -> int:
+    """How many poses a clip has.
+
+    Raises:
+        Unusable: none.
+    """
     found = _track(documents, card)
     if isinstance(found, list) and found:
-        return len(found), ""
+        return len(found)
     keys = list(dict.fromkeys(key for document in documents for key in document))
     hint = nearest(str(card.mapping["track"]), keys) if keys else ""
-    return 0, f"no list {card.mapping['track']!r} in {', '.join(keys) or 'no JSON at all'}.{hint}"
+    raise Unusable(NO_TRACK, f"no list {card.mapping['track']!r} in {', '.join(keys) or 'no JSON at all'}.{hint}")
 
 
 def _track(documents: Sequence[Mapping[str, Any]], card: DatasetCard) -> Any:
@@ -180,6 +189,12 @@ def _poses(entries: Sequence[Any], card: DatasetCard, where: str) -> np.ndarray:
     return poses.inverse(places) if card.mapping.get("world_to_camera") else places
 
 
-def _caption(documents: Sequence[Mapping[str, Any]], card: DatasetCard) -> str:
-    found = (look_up(document, key) for key in card.captions for document in documents)
-    return next((words for words in found if isinstance(words, str) and words), "")
+def _caption(clips: ShardLog, clip: Clip, documents: Sequence[Mapping[str, Any]]) -> str:
+    """Its words, "" where the dataset card asks for none: dynamics can be learnt without.
+
+    Raises:
+        Unusable: the card asks for some, and there are none.
+    """
+    card = clips.card
+    asked = card.constant_caption is not None or card.captions or card.caption_template is not None
+    return clips.caption(clip, documents) if asked else ""

@@ -118,7 +118,7 @@ class ClipLog:
     def _record(self, clip: Clip) -> ClipRecord:
         documents = self.documents(clip)
         if not documents:
-            self._caption(clip, documents)  # raises unless the card says it itself: of some nothing is said
+            self.caption(clip, documents)  # raises unless the card says it itself: of some nothing is said
         if not (self.root / clip.place.partition("#")[0]).is_file():
             raise Unusable(NO_VIDEO, f"{self.root / clip.place} is missing")
         try:
@@ -145,7 +145,7 @@ class ClipLog:
         self, clip: Clip, window: Mapping[str, Any], documents: Sequence[Mapping[str, Any]], frames: int
     ) -> Segment:
         said = [window, *documents] if window else documents
-        caption = self._caption(clip, said)
+        caption = self.caption(clip, said)
         heard = _first_words(self.card.sound_captions, said)
         try:
             first = int(window.get("start_frame", 0))
@@ -157,7 +157,12 @@ class ClipLog:
             raise Unusable(OUTSIDE, f"frames {first} to {window.get('end_frame', last)} of {frames}")
         return Segment(first, last, interval, caption, heard)
 
-    def _caption(self, clip: Clip, documents: Sequence[Mapping[str, Any]]) -> str:
+    def caption(self, clip: Clip, documents: Sequence[Mapping[str, Any]]) -> str:
+        """The words of a clip, from where the dataset card says they are.
+
+        Raises:
+            Unusable: there are none.
+        """
         card = self.card
         if card.constant_caption is not None:
             return card.constant_caption

@@ -105,3 +105,9 @@ class Log(Protocol):
     def described_by(self) -> Iterable[Path]:
         """The small files that say what the log holds: the prepared rows depend on every byte of them."""
         ...
+
+
+def left_out_of(log: Log) -> dict[str, tuple[int, str]]:
+    """What is no episode of a log: reason → (how many, an example). It is the attribute `left_out`, which a `Log` has
+    where its opening leaves something out."""
+    return getattr(log, "left_out", {})

@@ -10,9 +10,12 @@ import pytest
 from cosmos3_train.config import Recorded, UserError, load_embodiment
 from cosmos3_train.data import poses
 from cosmos3_train.data.card import DatasetCard, load_card
-from cosmos3_train.data.prepare import prepare
+from cosmos3_train.data.prepare import SHORT, prepare
 from cosmos3_train.data.reader import PreparedDataset
+from cosmos3_train.data.scan import Scan, scan_log
+from cosmos3_train.data.sources import open_log
 from cosmos3_train.data.sources.camera_tracks import COLUMN, NO_TRACK, UNEVEN
+from cosmos3_train.data.sources.clips import NO_CAPTION
 from tests.commands.tiny import ROOT
 from tests.data.clips import mp4, numbers, write_files, write_tar
 from tests.data.logs import embodiment
@@ -101,10 +104,51 @@ def test_what_is_left_out_is_counted(tmp_path):
     assert len(rows_of(tmp_path / "loose", tmp_path / "out2", card(mapping=mapping))[2]) == 8
 
 
+def test_left_out_though_the_first_episode_is_short(tmp_path):
+    """What opening leaves out is of the log, not of an episode; preparing and scanning tell it once."""
+    source = make(tmp_path / "log", [track(0, 3).tolist(), None, track(2).tolist(), track(3).tolist()])
+    summary, _, rows = rows_of(source, tmp_path / "out", card())
+    assert summary.dropped[NO_TRACK] == 1 and summary.dropped[SHORT] == 1 and len(rows) == 16
+    opened = open_log(card(), source)
+    found = [finding for finding in scan_log(opened, card(), ROBOT, Scan()) if finding.kind == NO_TRACK]
+    assert len(found) == 1 and "0001-ab.mp4: no list" in found[0].words
+
+
+def test_words_are_as_of_clips(tmp_path):
+    """A mapping is one line of JSON, a template is filled, and a clip without what is asked for is counted."""
+    source = make(tmp_path / "log", [track(0).tolist(), track(1).tolist()])
+
+    def words(name, **changes):
+        summary, _, rows = rows_of(source, tmp_path / name, card(constant_caption=None, **changes))
+        return summary, {row["instruction"] for row in rows}
+
+    for number, more in enumerate([{"place": {"kind": "old_hall"}}, {}]):
+        entry = {"camera": {"frames": track(number).tolist()}, **more}
+        write_files(source, {f"loose/{number:04x}-cd.mp4": mp4(12, fps=10), f"loose/{number:04x}-cd.json": entry})
+    loose = {"videos": "loose/*.mp4", "captions": "loose/*.json", "text": "*.json"}
+    summary, found = words("json", captions=["place"], mapping=loose)
+    assert found == {'{"kind": "old_hall"}'} and summary.dropped[NO_CAPTION] == 1
+    assert "0001-cd.mp4: asked for place; it has camera" in summary.examples[NO_CAPTION]
+    summary, found = words("template", caption_template="through an {place.kind}", mapping=loose)
+    assert found == {"through an old hall"} and summary.dropped[NO_CAPTION] == 1
+    assert words("nothing")[1] == {""}
+    with pytest.raises(UserError, match="none of 2 clips can be used: 2 × clip or caption window without a caption"):
+        words("none", captions=["captoin"])
+
+
+def test_other_captions_are_another_folder(tmp_path):
+    source = make(tmp_path / "log", [track(0).tolist()])
+    silent = card(constant_caption=None)
+    rows_of(source, tmp_path / "out", silent)
+    assert rows_of(source, tmp_path / "out", silent)[0].reused
+    with pytest.raises(UserError, match=r"prepared with captions None, now \['caption'\]"):
+        rows_of(source, tmp_path / "out", card(constant_caption=None, captions=["caption"]))
+
+
 @pytest.mark.parametrize(
     ("entries", "changes", "words"),
     [
-        ([None], {}, "none of 1 clips has a camera track; .*no JSON at all"),
+        ([None], {}, "none of 1 clips can be used: 1 × clip without a camera track .*no JSON at all"),
         ([track(0).tolist()], {"mapping": {"track": "camera.frame"}}, "no list 'camera.frame' in camera, caption"),
         ([track(0).tolist()], {"mapping": {"track": None}}, "mapping.track has no value"),
         ([track(0).tolist()], {"mapping": {"tracks": "x"}}, "mapping.tracks is not known here. Did you mean 'track'"),
