@@ -120,6 +120,8 @@ class RunLoop(lightning.Callback):
             self._saving.wait_alone()
         if isinstance(exception, PeerLost):
             exception.asked_to_stop = self._asked_to_stop
+            # Until its teardown is over Lightning answers SIGTERM with a broadcast, which the lost rank cannot hear.
+            signal.signal(signal.SIGTERM, lambda number, frame: setattr(exception, "asked_to_stop", True))
 
     # -------------------------------------------------------------------------------------------- details
 

@@ -12,9 +12,11 @@ import time
 
 import pytest
 
-from cosmos3_train.commands import train
+from cosmos3_train.commands import evaluate, train
+from cosmos3_train.config import load_experiment
 from cosmos3_train.data import blocks
 from cosmos3_train.data import prepare as prepare_rows
+from cosmos3_train.data.card import load_card
 from tests.commands.tiny import QUICK
 
 HYBRID = ("experiments/nano_policy_hybrid.yaml", "data.datasets.pusht_moves.cache_latents=false")
@@ -47,10 +49,7 @@ def test_a_report_that_a_kill_prevented_is_made_by_the_same_command(cosmos3, pro
 
 
 def test_evaluate_measures_a_run_with_the_statistics_it_was_trained_with(cosmos3, project, tiny_model, capsys):
-    entry = "data.datasets.pusht_moves"
-    changed = (f"{entry}.cache_latents=true", f"{entry}.augment.crop=0.9", f"{entry}.augment.variants=2")
-    rows = f"{entry}.prepared=prepared/changed_pusht_moves"
-    line = (HYBRID[0], *QUICK, *changed, rows, f"model.path={tiny_model}", "name=measured", "export=none")
+    line = (*HYBRID, *QUICK, ROWS, f"model.path={tiny_model}", "name=measured", "export=none")
     assert cosmos3("train", *line) == 0
     capsys.readouterr()
     assert cosmos3("evaluate", "measured", "--on", "data/pusht/moves_log.yaml", "--episodes", "0") == 0
@@ -59,6 +58,16 @@ def test_evaluate_measures_a_run_with_the_statistics_it_was_trained_with(cosmos3
     found, report = (json.loads((path / "report.json").read_text()) for path in (folder, project / "runs" / "measured"))
     assert found["action_error_model"] == pytest.approx(report["action_error_after"], rel=1e-6)
     assert found["facts"]["normalised by"] == "the statistics it was trained with"
+
+
+def test_what_is_measured_of_a_run_with_cached_variants_is_not_changed(project):
+    entry = "data.datasets.pusht_moves"
+    changed = [f"{entry}.cache_latents=true", f"{entry}.augment.crop=0.9", f"{entry}.augment.variants=2"]
+    loaded = load_experiment(HYBRID[0], changed)
+    card = project / "data" / "pusht" / "moves_log.yaml"
+    measured = evaluate._with_dataset(loaded, load_card(card), card, loaded.experiment.embodiments["pusht_moves"])
+    (found,) = measured.experiment.data.datasets.values()
+    assert not found.augment.changes and not found.augment.variants and not found.cache_latents
 
 
 def test_a_command_may_be_given_from_another_folder(cosmos3, project, tmp_path, monkeypatch, capsys):
