@@ -78,19 +78,25 @@ def read_part(path: Path, offset: int, size: int) -> bytes:
     return content
 
 
+def split_place(root: Path, place: str) -> tuple[Path, str]:
+    """The file of a place of a log, and what inside of it the place is: "" for the whole file."""
+    file, _, inside = place.partition("#")
+    return root / file, inside
+
+
 def read_place(root: Path, place: str) -> bytes:
     """What stands at a place: a file, or a part of one.
 
     Raises:
         UserError: as `read_part`.
     """
-    file, _, inside = place.partition("#")
+    path, inside = split_place(root, place)
     if inside:
-        return read_part(root / file, *range_of(inside))
+        return read_part(path, *range_of(inside))
     try:
-        return (root / file).read_bytes()
+        return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{root / file}: cannot be read ({error.strerror}); fetch it again") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); fetch it again") from None
 
 
 class Part(io.RawIOBase):

@@ -296,13 +296,23 @@ class LatentCache:
             raise UserError(f"{path}: latents of {cache.windows} windows, but there are {rows}; delete {folder}")
         return cache
 
+    @staticmethod
+    def shard_file(folder: Path, shard: int) -> Path:
+        """The file of rows [shard · rows a shard, (shard + 1) · rows a shard), each under its number."""
+        return folder / f"{shard:05d}.safetensors"
+
+    def write_card(self) -> None:
+        """Say what the folder holds, which `open` reads."""
+        card = {"fingerprint": self.fingerprint, "windows": self.windows, "shard": self.shard}
+        (self.folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+
     def read(self, row: int) -> Tensor:
         """float32 [C, t, h, w] of a row of the whole table; of sound [2, C, S].
 
         Raises:
             UserError: the shard is missing or corrupt.
         """
-        path = self.folder / f"{row // self.shard:05d}.safetensors"
+        path = self.shard_file(self.folder, row // self.shard)
         try:
             return _shards.get(path).get_tensor(str(row)).float()
         except (FileNotFoundError, SafetensorError) as error:

@@ -18,13 +18,13 @@ import numpy as np
 
 from cosmos3_train.config import Embodiment, UserError
 from cosmos3_train.data import faults
-from cosmos3_train.data.archives import SUFFIX, range_of
+from cosmos3_train.data.archives import range_of, split_place
 from cosmos3_train.data.card import DatasetCard
 from cosmos3_train.data.faults import Fault, Place, Whole
 from cosmos3_train.data.index import actions_of, columns_to_read, instructions, usable_rows
 from cosmos3_train.data.sources.clips import ClipLog, ClipRecord, Unusable
 from cosmos3_train.data.sources.log import Episode, EpisodeRecord, Log, left_out_of
-from cosmos3_train.data.video import Decoded, decode_whole, frames_at
+from cosmos3_train.data.video import Decoded, decode_whole, frames_at, is_video
 
 AT_ONCE = 64
 """Episodes or clips whose videos are decoded ahead; and pictures of one call."""
@@ -81,7 +81,7 @@ def scan_log(
             decoded = {  # what neighbours share is decoded once
                 place: decoded.get(place) or pool.submit(decode_whole, log.root, place)
                 for place in sorted(places)
-                if _is_video(place)
+                if is_video(place)
             }
             for episode, record in _records(log, some, columns):
                 if isinstance(record, UserError):
@@ -188,11 +188,6 @@ def _pictures(root: Path, place: str, times: np.ndarray, where: str, scan: Scan)
             yield Finding(faults.VIDEO, place.partition("#")[0], f"{where}, rows from {start}", str(error))
 
 
-def _is_video(place: str) -> bool:
-    file, _, inside = place.partition("#")
-    return not inside or file.endswith(SUFFIX)
-
-
 def _placed(place: Place, fault: Fault) -> Finding:
     """A fault of some rows of an episode, by the episode's own numbers."""
     row = None if fault.row is None else int(place.rows[fault.row])
@@ -272,10 +267,10 @@ def _numbers_of(document: Mapping[str, Any], *keys: str) -> list[float]:
 
 def _digest(root: Path, place: str) -> bytes:
     """Of a video's bytes."""
-    file, _, inside = place.partition("#")
+    path, inside = split_place(root, place)
     digest = hashlib.blake2b(digest_size=16)
-    with (root / file).open("rb") as content:
-        offset, left = range_of(inside) if inside else (0, (root / file).stat().st_size)
+    with path.open("rb") as content:
+        offset, left = range_of(inside) if inside else (0, path.stat().st_size)
         content.seek(offset)
         while left > 0 and (part := content.read(min(left, 1 << 20))):
             digest.update(part)

@@ -24,6 +24,7 @@ from av.container import InputContainer
 from torch import Tensor
 
 from cosmos3_train.config import UserError
+from cosmos3_train.data.archives import split_place
 from cosmos3_train.data.video import close, corrupt, named, open_anew, opened
 
 MARGIN_SECONDS = 0.05
@@ -69,7 +70,7 @@ def track_of(root: Path, place: str) -> Track | None:
     Raises:
         UserError: the file is missing or corrupt, or its sound is of a kind that FFmpeg does not know.
     """
-    path, inside = _file(root, place)
+    path, inside = split_place(root, place)
     container = opened(path, inside)
     stream = _stream(container)
     if stream is None:
@@ -105,7 +106,7 @@ def sound_at(root: Path, place: str, start: float, samples: int, form: SoundForm
     Raises:
         UserError: the file is missing or corrupt, or has no sound anywhere in the stretch.
     """
-    path, inside = _file(root, place)
+    path, inside = split_place(root, place)
     stop, seek_to = start + samples / form.rate, start - MARGIN_SECONDS - PREROLL_SECONDS
     found = _decoded(path, inside, start, stop, seek_to)
     if seek_to > 0 and (found is None or found.first > start):  # it begins late, or seeks only to a later place
@@ -203,8 +204,3 @@ def _resampled(values: np.ndarray, before: int, after: int) -> np.ndarray:
 
 def _stream(container: InputContainer) -> AudioStream | None:
     return cast("AudioStream | None", container.streams.best("audio"))
-
-
-def _file(root: Path, place: str) -> tuple[Path, str]:
-    file, _, inside = place.partition("#")
-    return root / file, inside

@@ -52,10 +52,16 @@ def frames_at(
             that are stored one by one (`pictures.read_pictures`).
         size: (H, W) that videos are resized to; None leaves them as they are.
     """
-    file, _, inside = place.partition("#")
-    if inside and not file.endswith(archives.SUFFIX):
-        return read_pictures(root / file, inside, timestamps)
-    return decode_frames(root / file, timestamps, inside, size)
+    path, inside = archives.split_place(root, place)
+    if not is_video(place):
+        return read_pictures(path, inside, timestamps)
+    return decode_frames(path, timestamps, inside, size)
+
+
+def is_video(place: str) -> bool:
+    """Whether a place of a log is a video, of its own or in an archive; else its pictures are stored one by one."""
+    path, inside = archives.split_place(Path(), place)
+    return not inside or path.suffix == archives.SUFFIX
 
 
 def reading_size(size: tuple[int, int], tier: int) -> tuple[int, int]:
@@ -75,8 +81,7 @@ def video_times(root: Path, place: str) -> VideoTimes:
     Raises:
         UserError: it is missing or corrupt, or has no frames.
     """
-    file, _, inside = place.partition("#")
-    path = root / file
+    path, inside = archives.split_place(root, place)
     container = opened(path, inside)
     stream = container.streams.video[0]
     try:
@@ -101,15 +106,15 @@ def video_times(root: Path, place: str) -> VideoTimes:
 
 def decode_whole(root: Path, place: str) -> Decoded:
     """Decode every frame of a video and keep none: what cannot be decoded is told, not raised. From any thread."""
-    file, _, inside = place.partition("#")
+    path, inside = archives.split_place(root, place)
     times: list[float] = []
     wrong: list[tuple[float, str]] = []
     try:
-        container = _open(root / file, inside)
+        container = _open(path, inside)
     except UserError as error:
         return Decoded(np.zeros(0), 0.0, [(math.nan, str(error))])
     except FileNotFoundError:
-        return Decoded(np.zeros(0), 0.0, [(math.nan, f"{root / file}: the video is missing")])
+        return Decoded(np.zeros(0), 0.0, [(math.nan, f"{path}: the video is missing")])
     with container:
         stream = container.streams.video[0]
         fps = float(stream.average_rate or stream.guessed_rate or 0)

@@ -78,21 +78,33 @@ def check_shards(part: Path) -> int:
     return sum(shard.stat().st_size for shard in shard_files(part))
 
 
+def read_index(folder: Path) -> dict[str, str] | None:
+    """Which file of a sharded folder holds each tensor, by its index; None where it has none.
+
+    Raises:
+        UserError: the index cannot be read.
+    """
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if not indexes:
+        return None
+    try:
+        content = json.loads(indexes[0].read_text(encoding="utf-8"))
+        return {name: str(file) for name, file in content["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{indexes[0]}: not a readable index of shards; fetch it again") from None
+
+
 def shard_files(transformer: Path) -> list[Path]:
     """The safetensors files that hold the transformer: those of its index, or the single one.
 
     Raises:
         UserError: there is none, the index cannot be read, or it names a file that is missing.
     """
-    indexes = sorted(transformer.glob("*.safetensors.index.json"))
-    if indexes:
-        try:
-            names = sorted(set(json.loads(indexes[0].read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{indexes[0]}: not a readable index of shards; fetch it again") from None
-        files = [transformer / name for name in names]
-    else:
+    index = read_index(transformer)
+    if index is None:
         files = sorted(transformer.glob("*.safetensors"))
+    else:
+        files = [transformer / name for name in sorted(set(index.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
         raise UserError(f"{transformer}: {missing[0] if missing else 'safetensors files'} missing; fetch it again")

@@ -189,8 +189,7 @@ def _ensure(dataset: PreparedDataset, kind: _Kind, workers: int, progress: bool)
     try:
         begun.mkdir(parents=True, exist_ok=True)
         _write_shards(dataset, kind, begun, workers, progress and is_first_rank())
-        card = {"fingerprint": kind.fingerprint, "windows": dataset.rows, "shard": SHARD}
-        (begun / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+        LatentCache(begun, kind.fingerprint, dataset.rows, SHARD).write_card()
         shutil.rmtree(folder, ignore_errors=True)
         begun.rename(folder)
     except (OSError, SafetensorError) as error:
@@ -208,7 +207,7 @@ def _write_shards(dataset: PreparedDataset, kind: _Kind, folder: Path, workers: 
     with tqdm(total=len(kind.rows), desc=f"{kind.what} of {dataset.name}", unit="window", disable=not progress) as bar:
         missing: list[list[int]] = []
         for shard, rows in shards.items():
-            if (folder / f"{shard:05d}.safetensors").is_file():
+            if LatentCache.shard_file(folder, shard).is_file():
                 bar.update(len(rows))
             else:
                 missing += [rows[place : place + batch] for place in range(0, len(rows), batch)]
@@ -226,7 +225,7 @@ def _write_shards(dataset: PreparedDataset, kind: _Kind, folder: Path, workers: 
             bar.update(len(rows))
             shard = rows[-1] // SHARD
             if rows[-1] == shards[shard][-1]:
-                file = folder / f"{shard:05d}.safetensors"
+                file = LatentCache.shard_file(folder, shard)
                 beside = file.with_suffix(".partial")
                 save_file(tensors, beside)
                 beside.rename(file)

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 
 from cosmos3_train.config import Model, UserError, nearest
 from cosmos3_train.model.attention import choose_backend
-from cosmos3_train.model.base_identity import shard_files
+from cosmos3_train.model.base_identity import read_index, shard_files
 from cosmos3_train.model.compiling import choose_compiler
 from cosmos3_train.model.fp8 import Fp8Linear, describe_fp8, require_fp8, use_fp8
 from cosmos3_train.model.omni import Cosmos3PackedTransformer, is_understanding
@@ -362,13 +362,9 @@ def _published(name: str) -> str:
 
 def tensor_files(folder: Path) -> dict[str, Path]:
     """Which file of a part holds each tensor, from the index of a sharded folder or from the single file."""
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if indexes:
-        try:
-            weight_map = json.loads(indexes[0].read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError) as error:
-            raise UserError(f"{indexes[0]}: not a readable index of shards; fetch it again") from error
-        return {name: folder / file for name, file in weight_map.items()}
+    index = read_index(folder)
+    if index is not None:
+        return {name: folder / file for name, file in index.items()}
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"{folder}: no safetensors file in it; fetch the checkpoint again")

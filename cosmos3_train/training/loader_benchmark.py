@@ -6,7 +6,6 @@ reading them costs the same. Everything runs on one thread, as in the loader's w
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +16,7 @@ from safetensors.torch import save_file
 
 from cosmos3_train.config import Augment, Loaded
 from cosmos3_train.data.mixture import Mixture
-from cosmos3_train.data.reader import LATENTS, PreparedDataset
+from cosmos3_train.data.reader import LATENTS, LatentCache, PreparedDataset
 from cosmos3_train.model.caches import SHARD
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.loading import load_parts, make_backbone, model_folder
@@ -122,6 +121,5 @@ def _draw_latents(dataset: PreparedDataset, channels: int) -> None:
     for first in range(0, dataset.rows, SHARD):
         rows = range(first, min(first + SHARD, dataset.rows))
         latents = {str(number): torch.randn(shape, dtype=torch.bfloat16) for number in rows}
-        save_file(latents, folder / f"{first // SHARD:05d}.safetensors")
-    card = {"fingerprint": "drawn at random", "windows": dataset.rows, "shard": SHARD}
-    (folder / "card.json").write_text(json.dumps(card) + "\n")
+        save_file(latents, LatentCache.shard_file(folder, first // SHARD))
+    LatentCache(folder, "drawn at random", dataset.rows, SHARD).write_card()

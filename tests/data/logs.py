@@ -16,6 +16,8 @@ import pyarrow.parquet as pq
 
 from cosmos3_train.config import Channel, Embodiment
 from cosmos3_train.data.card import DatasetCard
+from cosmos3_train.data.prepare import prepare
+from cosmos3_train.data.reader import PreparedDataset
 
 CAMERA = "observation.image"
 BITS = 12
@@ -30,6 +32,16 @@ def numbered_frame(number: int, height: int = 96, width: int = 96) -> np.ndarray
             top, left = row * height // 3, column * width // 4
             frame[top : top + height // 3, left : left + width // 4] = 255
     return frame
+
+
+def prepared_logs(root: Path, lengths: dict[str, list[int]]) -> dict[str, PreparedDataset]:
+    """Logs of episodes of these lengths, prepared below `root`, by name."""
+    found = {}
+    for name, episodes in lengths.items():
+        log = make_log(root / name / "log", episodes)
+        prepare(dataset_card(name=name), embodiment(), log, root / name / "out", progress=False)
+        found[name] = PreparedDataset(root / name / "out", None)
+    return found
 
 
 def frame_number(frame: np.ndarray) -> int:

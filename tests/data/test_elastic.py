@@ -20,7 +20,7 @@ from cosmos3_train.data.mixture import Mixture, StepDataset
 from cosmos3_train.data.prepare import prepare
 from cosmos3_train.data.reader import LATENTS, PreparedDataset
 from tests.data.clips import mp4, row, video_card, write_files, write_rows
-from tests.data.logs import dataset_card, embodiment, make_log
+from tests.data.logs import prepared_logs
 
 ENTRY = Dataset(prepared="x", tasks={"policy": 1.0})
 
@@ -28,11 +28,7 @@ ENTRY = Dataset(prepared="x", tasks={"policy": 1.0})
 @pytest.fixture(scope="module")
 def robot(tmp_path_factory):
     root = tmp_path_factory.mktemp("elastic")
-    found = {}
-    for name, lengths in (("large", [20, 20, 17]), ("small", [9, 8])):
-        log = make_log(root / name / "log", lengths)
-        prepare(dataset_card(name=name), embodiment(), log, root / name / "out", progress=False)
-        found[name] = PreparedDataset(root / name / "out", None)
+    found = prepared_logs(root, {"large": [20, 20, 17], "small": [9, 8]})
     return found
 
 

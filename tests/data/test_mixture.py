@@ -11,19 +11,13 @@ from torch.utils.data import DataLoader
 from cosmos3_train.config import Dataset, UserError
 from cosmos3_train.data.conversations import ConversationDataset
 from cosmos3_train.data.mixture import ROUND, Mixture, StepDataset, permute
-from cosmos3_train.data.prepare import prepare
-from cosmos3_train.data.reader import PreparedDataset
-from tests.data.logs import dataset_card, embodiment, make_log
+from tests.data.logs import prepared_logs
 
 
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory):
     root = tmp_path_factory.mktemp("mixture")
-    found = {}
-    for name, lengths in (("large", [20, 20, 17]), ("small", [9, 8])):
-        log = make_log(root / name / "log", lengths)
-        prepare(dataset_card(name=name), embodiment(), log, root / name / "out", progress=False)
-        found[name] = PreparedDataset(root / name / "out", None)
+    found = prepared_logs(root, {"large": [20, 20, 17], "small": [9, 8]})
     talk = root / "talk.jsonl"
     turns = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "that."}]
     talk.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(5)))
