@@ -4,6 +4,9 @@ Text never attends to the generation stream: what the tower leaves behind of a p
 alone. A cache keeps it once for each distinct prompt of a prepared folder, in the run's dtype. It grows by shards that
 are whole or not there, so whatever a kill or a new task leaves missing is added later. It is keyed by a fingerprint of
 the understanding tower; one of another fingerprint is refused by name, never used.
+
+The tower that makes it runs once and then leaves the device, so nothing of it is ever rounded (`model.base_precision`):
+runs on an exact and on a rounded base share a cache.
 """
 
 from __future__ import annotations
@@ -63,24 +66,19 @@ class Reasoner:
     they are first asked for, they themselves."""
 
     def __init__(self, model: Model, device: torch.device) -> None:
-        self.model, self.device = model, device
+        self.model, self.device = replace(model, base_precision="dtype"), device
         self._tower: Cosmos3PackedTransformer | None = None
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of everything that they depend on: the tower's weights, the configuration, the dtype, and any rounding."""
+        """Of everything that they depend on: the tower's weights, the configuration and the dtype."""
         if self.model.random:  # drawn on the device, by its kind's own generator
             weights: Any = [dict(self.model.random), self.device.type]
         else:
             found = identify_base(model_folder(self.model), only=_makes_keys)
             weights = [found.config, found.weights]
-        content = json.dumps([FORMAT, self.precision, weights], sort_keys=True)
+        content = json.dumps([FORMAT, self.model.dtype, weights], sort_keys=True)
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
-
-    @property
-    def precision(self) -> str:
-        """What the tower computes in, in words."""
-        return self.model.dtype if self.model.base_precision == "dtype" else f"{self.model.dtype} with weights in fp8"
 
     @cached_property
     def bytes_a_token(self) -> int:
@@ -153,7 +151,7 @@ class ReasonerCache:
         if fingerprint != reasoner.fingerprint:
             raise UserError(
                 f"{folder}: these keys and values are of {made_of} (fingerprint {fingerprint[:12]}), not of "
-                f"{reasoner.model.path!r} in {reasoner.precision} ({reasoner.fingerprint[:12]}); delete the folder, "
+                f"{reasoner.model.path!r} in {reasoner.model.dtype} ({reasoner.fingerprint[:12]}); delete the folder, "
                 f"or set cache_reasoner to false"
             )
         places: dict[str, Path] = {}
@@ -229,7 +227,7 @@ def ensure_reasoner(prepared: Path, prompts: Sequence[Tensor], reasoner: Reasone
             "set cache_reasoner to false"
         )
     logger.info("%s: %s, %s", folder, words, size_in_words(needed))
-    description = {"fingerprint": reasoner.fingerprint, "model": reasoner.model.path, "dtype": reasoner.precision}
+    description = {"fingerprint": reasoner.fingerprint, "model": reasoner.model.path, "dtype": reasoner.model.dtype}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / CARD, (json.dumps(description, indent=2) + "\n").encode())

@@ -227,6 +227,7 @@ def build(loaded: Loaded, *, alone: bool = False) -> Run:
             if tokenizer is not None:
                 tokenizer.to("cpu")
     talks = any(isinstance(dataset, ConversationDataset) for dataset, _ in opened.values())
+    caches = [] if reasoner is None else _reasoner_caches(opened, reasoner)
     backbone = load_backbone(
         loaded.model,
         device,
@@ -235,7 +236,7 @@ def build(loaded: Loaded, *, alone: bool = False) -> Run:
         large=not sharded,
     )
     if reasoner is not None:
-        remember(backbone, _reasoner_caches(opened, reasoner))
+        remember(backbone, caches)
     robots = list(experiment.embodiments.values())
     trainables = make_trainable(backbone, experiment.tuning, robots, experiment.training.seed)
     if sharded:
@@ -260,7 +261,8 @@ def build(loaded: Loaded, *, alone: bool = False) -> Run:
 
 
 def _reasoner_caches(opened: Opened, reasoner: Reasoner) -> list[ReasonerCache]:
-    """Every dataset's cache, which `open_datasets` has just completed. The tower that made them leaves the device."""
+    """Every dataset's cache, which `open_datasets` has just completed. The tower that made them leaves the device, before
+    anything else is loaded there."""
     reasoner.release()
     found = [
         ReasonerCache.open(dataset.folder, reasoner)

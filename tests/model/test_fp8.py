@@ -14,7 +14,7 @@ from cosmos3_train.model import fp8
 from cosmos3_train.model.fp8 import E4M3, Fp8Linear, round_rows
 from cosmos3_train.model.loading import load_backbone
 from cosmos3_train.model.omni import Cosmos3PackedTransformer, is_understanding
-from cosmos3_train.model.packing import Layout, pack
+from cosmos3_train.model.packing import Layout, pack, prompt_key
 from cosmos3_train.model.projections import FusedLora
 from cosmos3_train.model.reasoner_cache import Reasoner, ReasonerCache, ensure_reasoner
 from cosmos3_train.model.trainable import arrange_frozen, make_trainable
@@ -180,11 +180,11 @@ def test_what_cannot_be_is_refused_in_one_line(changes, message):
     assert "\n" not in str(told.value)
 
 
-def test_a_cache_of_exact_keys_is_not_taken_for_a_rounded_towers(tmp_path):
-    model = Model(path=str(PICO), base_precision="fp8")
-    exact = Reasoner(replace(model, base_precision="dtype"), CPU)
-    ensure_reasoner(tmp_path, [torch.arange(5)], exact)
+def test_one_cache_of_exact_keys_serves_an_exact_and_a_rounded_base(tmp_path):
+    rounded = Model(path=str(PICO), base_precision="fp8")
+    exact, prompt = Reasoner(replace(rounded, base_precision="dtype"), CPU), torch.arange(5)
+    ensure_reasoner(tmp_path, [prompt], Reasoner(rounded, CPU))
     card = json.loads((tmp_path / "caches" / "reasoner" / "card.json").read_text())
-    assert card["dtype"] == "bfloat16"
-    with pytest.raises(UserError, match=r"are of .* in bfloat16 .*, not of .* in bfloat16 with weights in fp8"):
-        ReasonerCache.open(tmp_path, Reasoner(model, CPU))
+    assert card["dtype"] == "bfloat16" and card["fingerprint"] == exact.fingerprint
+    cache = ReasonerCache.open(tmp_path, exact)
+    assert cache is not None and torch.equal(cache.read(prompt_key(prompt)), exact.keys_values([prompt])[0])
