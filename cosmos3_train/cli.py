@@ -1,5 +1,5 @@
 """The command line. It alone, with its commands, chains the floors: new-embodiment, prepare, check, train, evaluate,
-export, show, benchmark.
+export, show, benchmark, plan.
 
 Exit codes: 0 finished, 2 the user's mistake (one line on standard error), 75 interrupted and to be run again, 130
 stopped by Ctrl-C or a closed pipe (nothing is said), 1 else.
@@ -117,6 +117,13 @@ def _benchmark(options: argparse.Namespace) -> int:
     return benchmark.run(loaded, against=options.against, output=options.output)
 
 
+def _plan(options: argparse.Namespace) -> int:
+    loaded = _load(options)
+    from cosmos3_train.commands import plan
+
+    return plan.run(loaded, gpu=options.gpu, gpus=options.gpus)
+
+
 def _export(options: argparse.Namespace) -> int:
     from cosmos3_train.commands import export
 
@@ -177,6 +184,7 @@ def _add_experiments(commands: argparse._SubParsersAction) -> None:
         ("check", _check, "look for mistakes in config, data, model and disk, in seconds and without a GPU"),
         ("show", _show, "print every resolved value and the layer that set it"),
         ("benchmark", _benchmark, "measure how fast an experiment trains on this machine"),
+        ("plan", _plan, "predict memory and time on a GPU, in seconds and without one"),
     ):
         command = commands.add_parser(name, help=words, description=words)
         command.add_argument("experiment", type=Path, metavar="EXPERIMENT", help="a file under experiments/")
@@ -194,6 +202,16 @@ def _add_experiments(commands: argparse._SubParsersAction) -> None:
             )
             command.add_argument("--loader", action="store_true", help="time reading and packing alone, without a GPU")
             command.add_argument("--output", type=Path, metavar="DIR", help="folder of the result (runs/NAME)")
+        if name == "plan":
+            command.add_argument("--gpu", required=True, metavar="NAME", help="such as h100-80g; a wrong one lists all")
+            command.add_argument("--gpus", type=_at_least_one, metavar="N", help="of one machine (strategy.devices)")
+
+
+def _at_least_one(words: str) -> int:
+    number = int(words)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{words}; at least 1")
+    return number
 
 
 def _add_scan(check: argparse.ArgumentParser) -> None:

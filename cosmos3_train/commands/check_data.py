@@ -140,7 +140,7 @@ def _prepared(name: str, entry: Dataset, dataset: PreparedDataset) -> CheckedDat
         _ranges(name, dataset.normaliser, actions, dataset.embodiment),
         *_caches(name, entry, dataset),
     ]
-    return CheckedData(table, dataset.rows, latent, _samples(entry, dataset.embodiment, words, size))
+    return CheckedData(table, dataset.rows, latent, robot_samples(entry, dataset.embodiment, words, size))
 
 
 def _caches(name: str, entry: Dataset, dataset: PreparedDataset) -> list[tuple[str, str]]:
@@ -283,7 +283,7 @@ def _log(loaded: Loaded, name: str, entry: Dataset, card: DatasetCard, robot: Em
             for reason, count in left_out.items()
         ),
     ]
-    return CheckedData(table, windows, latent_shape(robot, size), _samples(entry, robot, words, size))
+    return CheckedData(table, windows, latent_shape(robot, size), robot_samples(entry, robot, words, size))
 
 
 def _check_files(log: Log, robot: Embodiment) -> None:
@@ -337,7 +337,7 @@ def latent_shape(robot: Embodiment, size: tuple[int, int]) -> tuple[int, int, in
     return 1 + robot.chunk // TEMPORAL, max(1, size[0] // SPATIAL), max(1, size[1] // SPATIAL)
 
 
-def _samples(entry: Dataset, robot: Embodiment, words: str, size: tuple[int, int]) -> list[Sample]:
+def robot_samples(entry: Dataset, robot: Embodiment, words: str, size: tuple[int, int]) -> list[Sample]:
     """One sample of each task with the longest instruction, its latent all zero: enough to count tokens."""
     t, h, w = latent_shape(robot, size)
     found = []

@@ -142,12 +142,19 @@ def _flash2(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal
         {"window_size": (-1, 0) if causal else (-1, -1)} if "window_size" in known else {"is_causal": causal}
     )
     if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in known:
-            options["enable_gqa"] = True
-        else:
+        if repeats_heads("flash2"):
             repeats = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        else:
+            options["enable_gqa"] = True
     return attn(q, k, v, queries.offsets, keys.offsets, queries.longest, keys.longest, **options)
+
+
+def repeats_heads(backend: Backend) -> bool:
+    """Whether keys and values are repeated for all query heads before the kernel, and kept so for the backward."""
+    from torch.nn.attention import varlen
+
+    return backend == "sdpa" or (backend == "flash2" and "enable_gqa" not in _parameters(varlen.varlen_attn))
 
 
 @cache

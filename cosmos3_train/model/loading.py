@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan, Cosmos3OmniPipeline, Cosmos3OmniTransformer, UniPCMultistepScheduler
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -87,6 +87,25 @@ def fetched_folder(model: Model) -> Path | None:
     sound, _ = index.get(SOUND, (None, None))
     parts = ("transformer", "vae", *([SOUND] if sound is not None else []))
     return folder if all((folder / part / "config.json").is_file() for part in parts) else None
+
+
+def config_folder(model: Model) -> Path:
+    """The checkpoint's folder where it is on this disk; else one with the transformer's config.json alone, fetched.
+
+    Raises:
+        UserError: there is neither.
+    """
+    folder = fetched_folder(model)
+    if folder is not None:
+        return folder
+    try:
+        return Path(hf_hub_download(model.path, "transformer/config.json", revision=model.revision)).parents[1]
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.path is {model.path!r}: the Hub could not be read ({reason}), and of the checkpoint its "
+            f"transformer/config.json is needed; parts.model=nano_random plans for Nano's sizes without"
+        ) from error
 
 
 Towers = Literal["both", "generation", "understanding"]
@@ -238,13 +257,9 @@ def make_backbone(folder: Path, model: Model) -> Cosmos3PackedTransformer:
         UserError: config.json cannot be read, a key of `model.random` is none of upstream's, or a size is none that it
             takes.
     """
-    try:
-        config: Any = Cosmos3PackedTransformer.load_config(folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{folder}/config.json cannot be read ({reason}); fetch it again") from error
+    config = read_config(folder)
     if model.random:
-        known = set(inspect.signature(Cosmos3OmniTransformer.__init__).parameters) - {"self"}
+        known = set(_sizes())
         for key in model.random:
             if key not in known:
                 raise UserError(f"model.random: {key!r} is no size of the transformer.{nearest(key, known)}")
@@ -259,6 +274,32 @@ def make_backbone(folder: Path, model: Model) -> Cosmos3PackedTransformer:
     if model.base_precision == "fp8":
         use_fp8(made.layers)
     return made
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The sizes that a transformer's config.json gives, as `Model.random` takes them.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        config: Any = Cosmos3PackedTransformer.load_config(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}/config.json cannot be read ({reason}); fetch it again") from error
+    known = _sizes()
+    return {key: value for key, value in config.items() if key in known}
+
+
+def layer_count(sizes: Mapping[str, Any]) -> int:
+    """Decoder layers of these sizes, upstream's own number where they do not say."""
+    return sizes.get("num_hidden_layers", _sizes()["num_hidden_layers"].default)
+
+
+def _sizes() -> Mapping[str, inspect.Parameter]:
+    parameters = dict(inspect.signature(Cosmos3OmniTransformer.__init__).parameters)
+    parameters.pop("self")
+    return parameters
 
 
 def fill_at_random(

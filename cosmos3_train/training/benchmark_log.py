@@ -60,14 +60,19 @@ def ensure_benchmark_data(loaded: Loaded) -> None:
 
 def _require_own(prepared: Path) -> None:
     """Raise `UserError` where the prepared folder holds rows of a log that no benchmark made: they would be lost."""
-    if not (prepared / CARD_FILE).is_file():
-        return
-    log = Path(read_card(prepared)["source"])
-    if not log.name.startswith(f"{prepared.name}_log_"):
+    if not is_own(prepared):
+        log = read_card(prepared)["source"]
         raise UserError(
             f"{prepared}: holds the rows of {log}, and a benchmark would put its own in their place; name another "
             "prepared folder"
         )
+
+
+def is_own(prepared: Path) -> bool:
+    """Whether there is nothing in the prepared folder, or the rows of a log that a benchmark made."""
+    if not (prepared / CARD_FILE).is_file():
+        return True
+    return Path(read_card(prepared)["source"]).name.startswith(f"{prepared.name}_log_")
 
 
 def only_dataset(experiment: Experiment) -> Dataset:

@@ -102,17 +102,30 @@ class Arithmetic:
             text, generation: tokens of each sample in the two streams.
             labelled: text tokens whose next token is predicted.
         """
+        head = 2 * self.hidden * self.vocabulary * PASSES[self.understanding] * labelled
+        return self.linear_flops(text, generation) + self.attention_flops(text, generation) + head
+
+    def linear_flops(self, text: Sequence[int], generation: Sequence[int]) -> int:
+        """Of these, the products by the layers' projections and MLPs."""
         understanding, generating = PASSES[self.understanding], PASSES[self.generation]
-        linear = 2 * self.tower_weights * (understanding * sum(text) + generating * sum(generation))
+        return 2 * self.tower_weights * (understanding * sum(text) + generating * sum(generation))
+
+    def attention_flops(self, text: Sequence[int], generation: Sequence[int]) -> int:
+        """Of these, the attention."""
         # q·k and the sum over v: 2 FLOPs each a pair and channel. A text token sees half of its sample's text.
         causal = 2 * self.queries * sum(t * t for t in text)
         joint = 4 * self.queries * sum(g * (t + g) for t, g in zip(text, generation, strict=True))
         attention = causal * ATTENTION_PASSES[self.understanding] + joint * ATTENTION_PASSES[self.generation]
-        return linear + self.layers * attention + 2 * self.hidden * self.vocabulary * understanding * labelled
+        return self.layers * attention
 
     def step_flops(self, packs: Iterable[PackedSequence]) -> int:
         """The same of a step's packs."""
         return sum(self.flops(p.text_spans.lengths, p.generation_lengths, p.labels.numel()) for p in packs)
+
+
+def gradients_pass(arithmetic: Arithmetic) -> bool:
+    """Whether they pass through the understanding tower."""
+    return arithmetic.understanding in ("adapted", "trained")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,120 @@
+"""cosmos3 plan EXPERIMENT --gpu KEY: memory, time and what would make it fit, before a run and without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from cosmos3_train.commands.console import FINISHED, say, say_table
+from cosmos3_train.commands.plan_data import read_kinds
+from cosmos3_train.config import Loaded
+from cosmos3_train.model.encoders import Encoder
+from cosmos3_train.model.loading import DTYPES, config_folder, load_parts
+from cosmos3_train.training.gpus import Gpu, gpu_called
+from cosmos3_train.training.measured import MEASURED
+from cosmos3_train.training.plan import GIB, Plan, Workload, predict, remedies
+from cosmos3_train.training.plan_memory import read_architecture
+
+NANO_TOKENIZER = 705_000_000
+"""Weights of the published checkpoints' video tokenizer, about, where the folder is not on this disk."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A workload, and what the table says of its data."""
+
+    workload: Workload
+    rows: list[tuple[str, str]]
+
+
+def run(loaded: Loaded, *, gpu: str, gpus: int | None) -> int:
+    """Print what the run would take.
+
+    Args:
+        gpu: a key of the table of GPUs;  gpus: how many of them; None takes the experiment's.
+
+    Raises:
+        UserError: there is no such GPU, or a run would refuse the settings too.
+    """
+    opened = open_workload(loaded, gpu_called(gpu), gpus or loaded.experiment.strategy.devices)
+    workload, plan = opened.workload, predict(opened.workload)
+    say(f"{loaded.experiment.name} on {workload.gpus} × {workload.gpu.key}: nothing is loaded, all is predicted")
+    say()
+    say_table([*opened.rows, ("a step", _step(workload))])
+    say()
+    say_table([(item.what, f"{item.bytes / GIB:6.2f} GiB") for item in plan.memory.items])
+    room = workload.gpu.gb * 1e9
+    word = "fits" if plan.fits else "DOES NOT FIT"
+    say_table([(f"{word}: of {room / GIB:.1f} GiB a GPU", f"{plan.memory.peak / GIB:6.2f} GiB")], widest=80)
+    if plan.memory.making > sum(item.bytes for item in plan.memory.items):
+        say("that is the understanding tower while it makes the reasoner cache; the run itself takes the sum above")
+    say()
+    seconds = plan.seconds
+    parts = {"products": seconds.linear, "attention": seconds.attention, "element-wise": seconds.elementwise}
+    if workload.gpus > 1:
+        parts["between GPUs"] = seconds.told
+    say_table([(what, f"{number:8.3f} s") for what, number in parts.items()])
+    say(f"{_rate(plan)}, {plan.mfu:.0%} MFU by the yardstick's count; compilation and waiting for data not counted")
+    others = remedies(workload)
+    if others:
+        say()
+        say_table(_others(plan, {remedy.words: remedy.plan for remedy in others}), widest=100)
+    say()
+    for note in _notes(workload.gpu, workload.gpus, any("--gpus" in remedy.words for remedy in others)):
+        say(note)
+    return FINISHED
+
+
+def open_workload(loaded: Loaded, gpu: Gpu, gpus: int) -> Opened:
+    """Everything that a prediction is made of.
+
+    Raises:
+        UserError: a run would refuse the settings too, or the data cannot be read.
+    """
+    model, experiment = loaded.model, loaded.experiment
+    folder = config_folder(model)
+    whole = all((folder / part).is_dir() for part in ("text_tokenizer", "vae"))
+    parts = load_parts(model, torch.device("cpu"), vae_weights=False) if whole else None
+    architecture = read_architecture(folder / "transformer", experiment, model)
+    encoder = None if parts is None else Encoder(parts, experiment.embodiments)
+    data = read_kinds(loaded, architecture.layout, encoder)
+    tokenizer = NANO_TOKENIZER if parts is None else sum(p.numel() for p in parts.vae.parameters())
+    workload = Workload(
+        experiment=experiment,
+        gpu=gpu,
+        gpus=gpus,
+        kinds=data.kinds,
+        one_prompt=data.one_prompt,
+        tokenizer_bytes=tokenizer * DTYPES[model.vae_dtype].itemsize,
+        architecture=architecture,
+    )
+    return Opened(workload, data.rows)
+
+
+def _step(workload: Workload) -> str:
+    training = workload.experiment.training
+    return f"{training.samples_per_step} samples, micro-batches of up to {training.tokens_per_micro_batch:,} tokens"
+
+
+def _rate(plan: Plan) -> str:
+    return f"{plan.seconds.total:.3g} s a step, {plan.samples_per_second:.3g} samples/s"
+
+
+def _others(plan: Plan, others: Mapping[str, Plan]) -> list[tuple[str, ...]]:
+    rows = [("instead", "GiB", "samples/s", "fits")]
+    for words, other in {"as it is": plan, **others}.items():
+        numbers = (f"{other.memory.peak / GIB:.1f}", f"{other.samples_per_second:.3g}", "yes" if other.fits else "no")
+        rows.append((words, *numbers))
+    return rows
+
+
+def _notes(gpu: Gpu, gpus: int, several: bool) -> list[str]:
+    measured = sorted({row.gpu for row in MEASURED})
+    found = []
+    if gpu.key not in measured:
+        found.append(f"times: rates were measured on {', '.join(measured)}; here the same shares of {gpu.key}'s peaks")
+    if gpus > 1 or several:
+        found.append("times of several GPUs are estimates that have not been measured")
+    return found

@@ -1,0 +1,62 @@
+"""The small measured table behind `cosmos3 plan`: what kernels reach of a GPU's peaks, and runs to hold it against.
+
+Rates were measured on one H100 80GB; on another GPU they are the same shares of its own peaks, which nobody has
+measured. A new run goes into `MEASURED` as it stands in the ledger; the plan is tested against every row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+LINEAR, LINEAR_FP8 = 0.71, 0.67
+"""Of the peak, by products of thousands of tokens with a decoder layer's matrices: 700 and 1330 TFLOP/s."""
+
+BANDWIDTH = 0.74
+"""Of the peak, by element-wise work and by LoRA's thin products: what `benchmark_policy256` leaves for them beside the
+products and the attention."""
+
+ATTENTION = 0.60
+"""Of the bf16 peak, by attention forward and backward of long samples: FlashAttention-4 on Hopper (550 to 630
+TFLOP/s), FlashAttention-2 on the GPUs that it was written for."""
+
+FLASH2_TFLOPS = 310.0
+"""FlashAttention-2 is no faster than this on newer GPUs either: it does not use their instructions."""
+
+HALF_RATE_TOKENS = 530
+"""Generation tokens of a sample at which attention runs at half of its rate."""
+
+LINK = 0.6
+"""Of what a link carries one way, by collectives of many megabytes. Not measured."""
+
+UNCOMPILED = 2.0
+"""Times as much element-wise traffic as compiled layers have. Not measured."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A run of `cosmos3 benchmark`.
+
+    experiment, overrides: as typed;  gpu: its key
+    torch: whose FlashAttention-2 was used, since that of 2.11 wants keys repeated for all heads
+    peak_gib: largest memory that was allocated
+    """
+
+    experiment: str
+    overrides: tuple[str, ...]
+    gpu: str
+    torch: Literal["2.11"]
+    samples_per_second: float
+    mfu: float | None
+    peak_gib: float
+
+
+FP8 = "model.base_precision=fp8"
+NO_CACHE = "data.datasets.made.cache_reasoner=false"
+
+MEASURED: tuple[Measured, ...] = (
+    Measured("benchmark_policy256", (), "h100-80g", "2.11", 46.4, 0.571, 43.9),
+    Measured("benchmark_policy256", (NO_CACHE,), "h100-80g", "2.11", 38.4, 0.472, 58.3),
+    Measured("benchmark_policy256", (FP8,), "h100-80g", "2.11", 60.9, 0.749, 43.9),
+    Measured("benchmark_policy256", (FP8, NO_CACHE), "h100-80g", "2.11", 48.8, None, 51.8),
+)

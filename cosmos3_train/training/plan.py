@@ -1,0 +1,277 @@
+"""What a run would take, before it: memory of each GPU, seconds of a step, and which settings would change them.
+
+Nothing is loaded: sizes come from the checkpoint's config.json, tokens from the settings, rates from a small measured
+table. Predictions for several GPUs add an estimate of what these tell each other, which has not been measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cosmos3_train.config import Experiment, UserError, fail
+from cosmos3_train.model.attention import Backend, repeats_heads
+from cosmos3_train.training.gpus import Gpu
+from cosmos3_train.training.plan_memory import Architecture, Memory, Pack, predict_memory
+from cosmos3_train.training.plan_time import Kind, Seconds, predict_seconds
+from cosmos3_train.training.throughput import Arithmetic, gradients_pass
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run trains on, and on what.
+
+    kinds:      samples of the mixture, by expected share
+    one_prompt: all samples have the same prompt
+    tokenizer_bytes: of the video and sound tokenizer
+    """
+
+    experiment: Experiment
+    gpu: Gpu
+    gpus: int
+    kinds: Sequence[Kind]
+    one_prompt: bool
+    tokenizer_bytes: int
+    architecture: Architecture
+
+    def __post_init__(self) -> None:
+        dtype = self.experiment.model.dtype
+        if dtype != "bfloat16":
+            fail(f"model.dtype is {dtype!r}; the plan's rates are of bfloat16, so plan with model.dtype=bfloat16")
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """Of the model, nothing cached."""
+        return self.architecture.arithmetic
+
+    @property
+    def talks(self) -> bool:
+        """Whether the mixture has conversations."""
+        return any(kind.labelled for kind in self.kinds)
+
+    @property
+    def encodes(self) -> bool:
+        """Whether the tokenizers stay on the device."""
+        datasets, episodes = self.experiment.data.datasets, self.experiment.evaluation.closed_loop_episodes
+        return episodes > 0 or not all(entry.cache_latents for entry in datasets.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """memory: of each GPU;  seconds: of a step;  samples_per_second: over all GPUs;  mfu: by the yardstick's count"""
+
+    memory: Memory
+    seconds: Seconds
+    samples_per_second: float
+    mfu: float
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """What changes, as it is typed, and what the run takes then."""
+
+    words: str
+    plan: Plan
+
+
+def caches_reasoner(experiment: Experiment) -> bool:
+    """Whether every dataset asks for it; `datamodule.caches_reasoner` refuses the rest."""
+    return bool(experiment.data.datasets) and all(e.cache_reasoner for e in experiment.data.datasets.values())
+
+
+def predict(workload: Workload, repeated: bool | None = None) -> Plan:
+    """What the run takes.
+
+    Args:
+        repeated: whether the attention kernel wants keys repeated for all heads; None asks the torch that is here.
+
+    Raises:
+        UserError: a sample alone is larger than a micro-batch, or there are more GPUs than samples.
+    """
+    experiment, gpu, ranks = workload.experiment, workload.gpu, workload.gpus
+    training, model = experiment.training, experiment.model
+    if training.samples_per_step < ranks:
+        raise UserError(
+            f"training.samples_per_step is {training.samples_per_step}, fewer than the {ranks} GPUs; every GPU needs a "
+            "sample"
+        )
+    if model.base_precision == "fp8" and gpu.fp8 is None:
+        raise UserError(f"model.base_precision is 'fp8', but {gpu.key} has no FP8; use 'dtype'")
+    shards = _shards(experiment, ranks)
+    cached = caches_reasoner(experiment)
+    done = workload.arithmetic.cached() if cached else workload.arithmetic
+    samples = math.ceil(training.samples_per_step / ranks)
+    packs = [_fullest(kind, samples, training.tokens_per_micro_batch) for kind in workload.kinds]
+    shares = sum(kind.share / count for kind, count in zip(workload.kinds, packs, strict=True))
+    micro_batches = max(1, math.ceil(samples * shares))
+    text_logits = workload.talks or experiment.tuning.method == "full"
+    backend: Backend = "flash2" if model.attention == "auto" else model.attention
+    repeated = repeats_heads(backend) if repeated is None else repeated
+    found = [
+        predict_memory(
+            experiment,
+            workload.architecture.weights,
+            workload.arithmetic,
+            Pack(
+                count * kind.text,
+                count * kind.generation,
+                count * kind.labelled,
+                kind.text if workload.one_prompt else None,
+                micro_batches == 1,
+            ),
+            cached=cached,
+            text_logits=text_logits,
+            shards=shards,
+            ranks=ranks,
+            compiled=model.compile is not False,
+            repeated=repeated,
+            tokenizer_bytes=workload.tokenizer_bytes if workload.encodes else 0,
+        )
+        for kind, count in zip(workload.kinds, packs, strict=True)
+    ]
+    memory = max(found, key=lambda one: one.peak)
+    large = sum(w.numbers for w in workload.architecture.weights if w.large and not (cached and w.understanding))
+    seconds = predict_seconds(
+        experiment,
+        done,
+        gpu,
+        workload.kinds,
+        backend=backend,
+        compiled=model.compile is not False,
+        trained=sum(w.numbers for w in workload.architecture.weights if w.trains),
+        samples=samples,
+        packs=micro_batches,
+        gathered=2.0 * large if shards > 1 else 0.0,
+        summed=4.0 * sum(w.numbers for w in workload.architecture.weights if w.trains),
+        ranks=ranks,
+    )
+    must = sum(
+        kind.share * samples * workload.arithmetic.flops([kind.text], [kind.generation], kind.labelled)
+        for kind in workload.kinds
+    )
+    return Plan(
+        memory=memory,
+        seconds=seconds,
+        samples_per_second=training.samples_per_step / seconds.total,
+        mfu=must / seconds.total / (gpu.bfloat16 * 1e12),
+        fits=memory.peak <= gpu.gb * 1e9,
+    )
+
+
+def _shards(experiment: Experiment, gpus: int) -> int:
+    """Processes that share one copy of the large weights."""
+    strategy = experiment.strategy
+    if strategy.name == "single" and gpus > 1:
+        raise UserError(f"strategy.name is 'single', but the plan is for {gpus} GPUs; use strategy.name=ddp")
+    if strategy.name == "hsdp":
+        shards = strategy.shards or gpus
+        if gpus % shards:
+            raise UserError(f"strategy.shards is {shards}, which does not divide the {gpus} GPUs of the plan")
+        return shards
+    return gpus if strategy.name == "fsdp2" else 1
+
+
+def _fullest(kind: Kind, samples: int, budget: int) -> int:
+    """How many samples of a kind a micro-batch has at most."""
+    tokens = kind.text + kind.generation
+    if tokens > budget:
+        raise UserError(
+            f"a sample has {tokens:,} tokens, over training.tokens_per_micro_batch = {budget}; raise it to at least "
+            f"{tokens}"
+        )
+    return max(1, min(samples, budget // tokens))
+
+
+# ------------------------------------------------------------------------------------------------ what else
+
+
+Change = Callable[[Workload], Workload | None]
+"""The workload with a setting changed, None where that is so already or cannot be."""
+
+
+def remedies(workload: Workload, repeated: bool | None = None) -> list[Remedy]:
+    """What each setting that saves memory would change, one at a time; and, where none alone makes the run fit, several
+    together, in their order, until it does."""
+    found = [
+        Remedy(words, predict(changed, repeated))
+        for _, words, change in _changes(workload)
+        if (changed := change(workload)) is not None
+    ]
+    if any(plan.fits for plan in [predict(workload, repeated), *(remedy.plan for remedy in found)]):
+        return found
+    together: dict[str, str] = {}
+    for setting, words, change in _changes(workload):
+        changed = change(workload)
+        if changed is None:
+            continue
+        workload, together[setting] = changed, words
+        if setting == "gpus":
+            together.pop("fp8", None)
+        plan = predict(workload, repeated)
+        if plan.fits:
+            return [*found, Remedy(" ".join(together.values()), plan)]
+    return found
+
+
+def _changes(workload: Workload) -> Iterator[tuple[str, str, Change]]:
+    """(setting, words, change), the dearest last."""
+    names = list(workload.experiment.data.datasets)
+    yield "reasoner", " ".join(f"data.datasets.{name}.cache_reasoner=true" for name in names), _cache_reasoner
+    yield "fp8", "model.base_precision=fp8 model.fp8_copies=1", _fp8
+    longest = max(kind.text + kind.generation for kind in workload.kinds)
+    yield "budget", f"training.tokens_per_micro_batch={longest}", lambda w: _budget(w, longest)
+    for how in ("but_attention", "true"):
+        words = f"model.checkpoint_activations={how}"
+        yield "checkpoint", words, lambda w, how=how: _checkpoint(w, True if how == "true" else how)
+    for gpus in (2, 4, 8):
+        yield "gpus", f"--gpus {gpus} strategy.name=fsdp2", lambda w, gpus=gpus: _spread(w, gpus)
+
+
+def _cache_reasoner(w: Workload) -> Workload | None:
+    if w.talks or gradients_pass(w.arithmetic) or caches_reasoner(w.experiment):
+        return None
+    data = w.experiment.data
+    datasets = {name: replace(entry, cache_reasoner=True) for name, entry in data.datasets.items()}
+    return replace(w, experiment=replace(w.experiment, data=replace(data, datasets=datasets)))
+
+
+def _checkpoint(w: Workload, how: Any) -> Workload | None:
+    order = [False, "but_attention", True]
+    if order.index(how) <= order.index(w.experiment.model.checkpoint_activations):
+        return None
+    return _with_model(w, checkpoint_activations=how)
+
+
+def _budget(w: Workload, tokens: int) -> Workload | None:
+    if w.experiment.training.tokens_per_micro_batch <= tokens or w.experiment.training.samples_per_step <= w.gpus:
+        return None
+    training = replace(w.experiment.training, tokens_per_micro_batch=tokens)
+    return replace(w, experiment=replace(w.experiment, training=training))
+
+
+def _fp8(w: Workload) -> Workload | None:
+    experiment, model = w.experiment, w.experiment.model
+    refused = experiment.tuning.method in ("tower", "full") or experiment.tuning.dora or w.gpu.fp8 is None
+    if refused or experiment.strategy.name in ("fsdp2", "hsdp"):
+        return None
+    if model.base_precision == "fp8" and model.fp8_copies == 1:
+        return None
+    return _with_model(w, base_precision="fp8", fp8_copies=1)
+
+
+def _spread(w: Workload, gpus: int) -> Workload | None:
+    if gpus <= w.gpus or w.experiment.training.samples_per_step < gpus:
+        return None
+    # FP8 weights are not sharded.
+    strategy = replace(w.experiment.strategy, name="fsdp2", shards=0)
+    model = replace(w.experiment.model, base_precision="dtype")
+    return replace(w, gpus=gpus, experiment=replace(w.experiment, strategy=strategy, model=model))
+
+
+def _with_model(w: Workload, **changes: Any) -> Workload:
+    return replace(w, experiment=replace(w.experiment, model=replace(w.experiment.model, **changes)))
