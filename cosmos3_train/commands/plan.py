@@ -44,12 +44,13 @@ def run(loaded: Loaded, *, gpu: str, gpus: int | None) -> int:
     say()
     say_table([*opened.rows, ("a step", _step(workload))])
     say()
-    say_table([(item.what, f"{item.bytes / GIB:6.2f} GiB") for item in plan.memory.items])
-    room = workload.gpu.gb * 1e9
-    word = "fits" if plan.fits else "DOES NOT FIT"
-    say_table([(f"{word}: of {room / GIB:.1f} GiB a GPU", f"{plan.memory.peak / GIB:6.2f} GiB")], widest=80)
-    if plan.memory.making > sum(item.bytes for item in plan.memory.items):
-        say("that is the understanding tower while it makes the reasoner cache; the run itself takes the sum above")
+    memory = [(item.what, item.bytes) for item in plan.memory.items]
+    memory.append(("the run, on each GPU", sum(size for _, size in memory)))
+    if plan.memory.making:
+        memory.append(("before it, the tower that makes the reasoner cache", plan.memory.making))
+    say_table([(what, f"{size / GIB:7.2f} GiB") for what, size in memory])
+    word = "it fits" if plan.fits else "IT DOES NOT FIT"
+    say(f"{word}: {plan.memory.peak / GIB:.1f} of {workload.gpu.gb * 1e9 / GIB:.1f} GiB")
     say()
     seconds = plan.seconds
     parts = {"products": seconds.linear, "attention": seconds.attention, "element-wise": seconds.elementwise}
@@ -95,7 +96,8 @@ def open_workload(loaded: Loaded, gpu: Gpu, gpus: int) -> Opened:
 
 def _step(workload: Workload) -> str:
     training = workload.experiment.training
-    return f"{training.samples_per_step} samples, micro-batches of up to {training.tokens_per_micro_batch:,} tokens"
+    count, budget = training.samples_per_step, training.tokens_per_micro_batch
+    return f"{count} {'sample' if count == 1 else 'samples'}, micro-batches of up to {budget:,} tokens"
 
 
 def _rate(plan: Plan) -> str:
@@ -112,9 +114,13 @@ def _others(plan: Plan, others: Mapping[str, Plan]) -> list[tuple[str, ...]]:
 
 def _notes(gpu: Gpu, gpus: int, several: bool) -> list[str]:
     measured = sorted({row.gpu for row in MEASURED})
-    found = []
+    found = [
+        "memory: not counted are the CUDA context, what the allocator keeps beyond that, and measuring between steps"
+    ]
     if gpu.key not in measured:
-        found.append(f"times: rates were measured on {', '.join(measured)}; here the same shares of {gpu.key}'s peaks")
+        found.append(
+            f"times: rates were measured on {', '.join(measured)}; these are the same shares of {gpu.key}'s peaks"
+        )
     if gpus > 1 or several:
-        found.append("times of several GPUs are estimates that have not been measured")
+        found.append("times: of several GPUs they are estimates, which have not been measured")
     return found

@@ -63,7 +63,8 @@ def read_kinds(loaded: Loaded, layout: Layout, encoder: Encoder | None) -> Plann
             text, labelled = _text(loaded, task, alike, counts)
             generation = sum(_generation(loaded, layout, sample) for sample in alike) // len(alike)
             kinds.append(Kind(share * entry.weight / total, text, generation, labelled))
-            rows.append((f"data {name}", f"{task}: {generation:,} generation and {text:,} text tokens ({seen})"))
+            words = "the mean" if task == CONVERSATION and counts else seen
+            rows.append((f"data {name}", f"{task}: {generation:,} generation and {text:,} text tokens ({words})"))
     own = len(datasets) == 1 and all(_benchmarks(loaded, entry) for entry in datasets.values())
     return PlannedData(kinds, own, rows)
 

@@ -674,7 +674,8 @@ class Benchmark:
 
     first_step:    the median is over this step and all later ones; those before it warm up (compilation, loader)
     height, width: of the log's frames, pixels
-    text_tokens:   of every prompt, whose instruction is filled up with words
+    text_tokens:   of every prompt, whose instruction is filled up with words; `cosmos3 plan` takes it for prompts that
+                   it cannot count
     windows:       of the log
     loader_seconds: how long each way of reading is measured, with --loader
     """

@@ -190,19 +190,27 @@ def _fullest(kind: Kind, samples: int, budget: int) -> int:
 # ------------------------------------------------------------------------------------------------ what else
 
 
+CHECKPOINTS = (False, "but_attention", True)
+"""Of `model.checkpoint_activations`, by what they save."""
+
 Change = Callable[[Workload], Workload | None]
 """The workload with a setting changed, None where that is so already or cannot be."""
 
 
 def remedies(workload: Workload, repeated: bool | None = None) -> list[Remedy]:
-    """What each setting that saves memory would change, one at a time; and, where none alone makes the run fit, several
-    together, in their order, until it does."""
+    """What each setting that saves memory would change, one at a time. Where the run does not fit and none alone makes
+    it, several together, in their order, until it does; where it fits, also those that spend memory for speed."""
     found = [
         Remedy(words, predict(changed, repeated))
         for _, words, change in _changes(workload)
         if (changed := change(workload)) is not None
     ]
-    if any(plan.fits for plan in [predict(workload, repeated), *(remedy.plan for remedy in found)]):
+    if predict(workload, repeated).fits:
+        for words, changes in _SPEED.items():
+            if (changed := _speed(workload, changes)) is not None:
+                found.append(Remedy(words, predict(changed, repeated)))
+        return found
+    if any(remedy.plan.fits for remedy in found):
         return found
     together: dict[str, str] = {}
     for setting, words, change in _changes(workload):
@@ -241,8 +249,7 @@ def _cache_reasoner(w: Workload) -> Workload | None:
 
 
 def _checkpoint(w: Workload, how: Any) -> Workload | None:
-    order = [False, "but_attention", True]
-    if order.index(how) <= order.index(w.experiment.model.checkpoint_activations):
+    if CHECKPOINTS.index(how) <= CHECKPOINTS.index(w.experiment.model.checkpoint_activations):
         return None
     return _with_model(w, checkpoint_activations=how)
 
@@ -255,13 +262,17 @@ def _budget(w: Workload, tokens: int) -> Workload | None:
 
 
 def _fp8(w: Workload) -> Workload | None:
-    experiment, model = w.experiment, w.experiment.model
-    refused = experiment.tuning.method in ("tower", "full") or experiment.tuning.dora or w.gpu.fp8 is None
-    if refused or experiment.strategy.name in ("fsdp2", "hsdp"):
-        return None
-    if model.base_precision == "fp8" and model.fp8_copies == 1:
+    model = w.experiment.model
+    if not _takes_fp8(w) or (model.base_precision, model.fp8_copies) == ("fp8", 1):
         return None
     return _with_model(w, base_precision="fp8", fp8_copies=1)
+
+
+def _takes_fp8(w: Workload) -> bool:
+    """Whether the schema lets the run round its frozen weights, and the GPU multiplies such."""
+    tuning = w.experiment.tuning
+    lora = tuning.method in ("lora", "hybrid") and not tuning.dora
+    return lora and w.gpu.fp8 is not None and w.experiment.strategy.name not in ("fsdp2", "hsdp")
 
 
 def _spread(w: Workload, gpus: int) -> Workload | None:
@@ -271,6 +282,23 @@ def _spread(w: Workload, gpus: int) -> Workload | None:
     strategy = replace(w.experiment.strategy, name="fsdp2", shards=0)
     model = replace(w.experiment.model, base_precision="dtype")
     return replace(w, gpus=gpus, experiment=replace(w.experiment, strategy=strategy, model=model))
+
+
+_SPEED: dict[str, dict[str, Any]] = {
+    "model.checkpoint_activations=but_attention": {"checkpoint_activations": "but_attention"},
+    "model.checkpoint_activations=false": {"checkpoint_activations": False},
+    "model.base_precision=fp8 model.fp8_copies=2": {"base_precision": "fp8", "fp8_copies": 2},
+}
+
+
+def _speed(w: Workload, changes: dict[str, Any]) -> Workload | None:
+    model = w.experiment.model
+    if "fp8_copies" in changes:
+        if not _takes_fp8(w) or (model.base_precision, model.fp8_copies) == ("fp8", 2):
+            return None
+    elif CHECKPOINTS.index(changes["checkpoint_activations"]) >= CHECKPOINTS.index(model.checkpoint_activations):
+        return None
+    return _with_model(w, **changes)
 
 
 def _with_model(w: Workload, **changes: Any) -> Workload:

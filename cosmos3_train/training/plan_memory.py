@@ -222,10 +222,14 @@ def predict_memory(
         Item("keys and values of prompts", _prompts(arithmetic, itemsize, pack, cached)),
         Item("video and sound tokenizer", tokenizer_bytes),
     ]
-    gradients = trained * MASTER
+    adapted, gradients = experiment.tuning.method in ("lora", "hybrid"), trained * MASTER
     activations, work = _activations(experiment, arithmetic, pack, itemsize, compiled, repeated)
     backward = [Item("gradients", gradients), Item("activations kept for backward", activations)]
-    backward.append(Item("one layer's work", work + _copies(weights, experiment, itemsize)))
+    if not (experiment.model.checkpoint_activations or (shards > 1 and not adapted)):
+        # A layer keeps the copies that it multiplies by. Sharded, they are what is gathered; recomputed, one layer's.
+        copies = sum(w.numbers for w in loaded if w.trains and w.layer)
+        backward.append(Item("copies of what trains, in the model's dtype", copies * itemsize))
+    backward.append(Item("one layer's work", work))
     if shards > 1:
         layers = sum(w.numbers for w in loaded if w.layer and w.large) / arithmetic.layers
         root = sum(w.numbers for w in loaded if w.large and not w.layer)
@@ -267,17 +271,9 @@ def _activations(
     tokens = sum(tokens for tokens, _ in streams)
     how = experiment.model.checkpoint_activations
     # The stream's gradient, and those of gate, up and their product.
-    work = (
-        max((own for own, _ in streams), default=0) * itemsize * (2 * arithmetic.hidden + 3 * arithmetic.intermediate)
-    )
+    gradients = itemsize * (2 * arithmetic.hidden + 3 * arithmetic.intermediate)
+    work = max((length for length, _ in streams), default=0) * gradients
     if not how:
         return arithmetic.layers * layer, work
     kept = arithmetic.hidden + (arithmetic.queries if how == "but_attention" else 0)
     return arithmetic.layers * tokens * kept * itemsize, work + layer
-
-
-def _copies(weights: Sequence[Weight], experiment: Experiment, itemsize: int) -> float:
-    """Copies of the masters in the model's dtype, which a layer's backward reads: of all layers, or of the one that is
-    recomputed."""
-    masters = sum(w.numbers for w in weights if w.trains and w.layer)
-    return 0.0 if experiment.model.checkpoint_activations else masters * itemsize

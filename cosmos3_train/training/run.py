@@ -261,8 +261,8 @@ def build(loaded: Loaded, *, alone: bool = False) -> Run:
 
 
 def _reasoner_caches(opened: Opened, reasoner: Reasoner) -> list[ReasonerCache]:
-    """Every dataset's cache, which `open_datasets` has just completed. The tower that made them leaves the device, before
-    anything else is loaded there."""
+    """Every dataset's cache, which `open_datasets` has just completed. The tower that made them leaves the device, for
+    the backbone to take its place."""
     reasoner.release()
     found = [
         ReasonerCache.open(dataset.folder, reasoner)

@@ -116,7 +116,7 @@ def test_the_readme_has_command_lines_for_every_command():
     words = {
         word for line in shell_lines((ROOT / "README.md").read_text()) for word in re.findall(r"cosmos3 ([\w-]+)", line)
     }
-    assert words == {"train", "evaluate", "export", "new-embodiment", "prepare", "check", "show", "benchmark"}
+    assert words == {"train", "evaluate", "export", "new-embodiment", "prepare", "check", "show", "benchmark", "plan"}
 
 
 def test_the_readmes_tree_names_real_files():

@@ -1,0 +1,63 @@
+"""`cosmos3 plan` by the command line: what it prints, for which data, and how it refuses."""
+
+from __future__ import annotations
+
+import pytest
+
+NANO = ("parts.model=nano_random", "export=none")
+
+
+@pytest.fixture
+def plan(cosmos3, capsys):
+    def run(experiment: str, *words: str) -> tuple[int, str, str]:
+        code = cosmos3("plan", f"experiments/{experiment}.yaml", *words)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+def test_a_run_that_does_not_fit_is_told_what_would_make_it_fit(plan):
+    code, out, _ = plan("benchmark_policy256", "--gpu", "rtx4090-24g")
+    assert code == 0 and "IT DOES NOT FIT: " in out and "of 22.4 GiB" in out
+    assert "policy: 336 generation and 180 text tokens (a benchmark's own)" in out
+    for item in ("generation tower's layers, bf16", "Adam's two moments", "gradients", "activations kept for backward"):
+        assert item in out
+    assert "understanding tower's layers" not in out, "its keys and values are cached"
+    rows = {line.split("  ")[0]: line.split() for line in out.splitlines()}
+    assert rows["as it is"][-1] == "no"
+    assert rows["model.checkpoint_activations=true"][-1] == "yes"
+    assert rows["training.tokens_per_micro_batch=516"][-1] == "yes"
+    assert "rates were measured on h100-80g; these are the same shares of rtx4090-24g's peaks" in out
+    assert "of several GPUs they are estimates, which have not been measured" in out
+
+
+def test_a_robots_log_is_looked_at_and_a_set_that_is_not_here_fills_the_canvas(plan):
+    code, out, _ = plan("nano_policy_lora", "--gpu", "h100-80g", *NANO)
+    assert code == 0 and "it fits: " in out
+    assert "policy: 62 generation and 46 text tokens (its longest)" in out, "5 × 3 × 3 video and 17 action tokens"
+    assert "understanding tower's layers, bf16" in out and "model.checkpoint_activations=false" in out
+    code, out, _ = plan("nano_video_warehouse_operations_scenes", "--gpu", "h100-80g", "--gpus", "2", *NANO)
+    assert code == 0 and "between GPUs" in out
+    assert "6,240 generation and 180 text tokens (not on this disk: frames of 16:9)" in out
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("--gpu", "h100"), "error: --gpu h100: not in the table of GPUs. Did you mean 'h100-80g'?"),
+        (("--gpu", "tpu"), "error: --gpu tpu: not in the table of GPUs. Known: a100-40g, a100-80g, a6000-48g"),
+        (("--gpu", "h100-80g", "--gpus", "17"), "error: training.samples_per_step is 16, fewer than the 17 GPUs"),
+        (
+            ("--gpu", "a100-80g", "model.base_precision=fp8"),
+            "error: model.base_precision is 'fp8', but a100-80g has no",
+        ),
+        (("--gpu", "h100-80g", "model.random.hidden=8"), "error: model.random: 'hidden' is no size of the transformer"),
+        (("--gpu", "h100-80g", "--gpus", "0"), "argument --gpus: 0; at least 1"),
+        ((), "the following arguments are required: --gpu"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(plan, words, message):
+    code, out, err = plan("benchmark_policy256", *words)
+    assert code == 2 and message in err and not out
+    assert err.splitlines()[-1].count("error: ") == 1
