@@ -203,15 +203,8 @@ def _add_experiments(commands: argparse._SubParsersAction) -> None:
             command.add_argument("--loader", action="store_true", help="time reading and packing alone, without a GPU")
             command.add_argument("--output", type=Path, metavar="DIR", help="folder of the result (runs/NAME)")
         if name == "plan":
-            command.add_argument("--gpu", required=True, metavar="NAME", help="such as h100-80g; a wrong one lists all")
-            command.add_argument("--gpus", type=_at_least_one, metavar="N", help="of one machine (strategy.devices)")
-
-
-def _at_least_one(words: str) -> int:
-    number = int(words)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{words}; at least 1")
-    return number
+            command.add_argument("--gpu", required=True, metavar="NAME", help="its short name, such as h100-80g")
+            command.add_argument("--gpus", type=int, metavar="N", help="of one machine (strategy.devices)")
 
 
 def _add_scan(check: argparse.ArgumentParser) -> None:

@@ -9,9 +9,10 @@ import torch
 
 from cosmos3_train.commands.console import FINISHED, say, say_table
 from cosmos3_train.commands.plan_data import read_kinds
-from cosmos3_train.config import Loaded
+from cosmos3_train.config import Loaded, UserError
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.loading import DTYPES, config_folder, load_parts
+from cosmos3_train.training.datamodule import caches_reasoner
 from cosmos3_train.training.gpus import Gpu, gpu_called
 from cosmos3_train.training.measured import MEASURED
 from cosmos3_train.training.plan import GIB, Plan, Workload, predict, remedies
@@ -38,6 +39,8 @@ def run(loaded: Loaded, *, gpu: str, gpus: int | None) -> int:
     Raises:
         UserError: there is no such GPU, or a run would refuse the settings too.
     """
+    if gpus is not None and gpus < 1:
+        raise UserError(f"--gpus {gpus}: a run has at least 1")
     opened = open_workload(loaded, gpu_called(gpu), gpus or loaded.experiment.strategy.devices)
     workload, plan = opened.workload, predict(opened.workload)
     say(f"{loaded.experiment.name} on {workload.gpus} × {workload.gpu.key}: nothing is loaded, all is predicted")
@@ -88,6 +91,7 @@ def open_workload(loaded: Loaded, gpu: Gpu, gpus: int) -> Opened:
         gpus=gpus,
         kinds=data.kinds,
         one_prompt=data.one_prompt,
+        cached=caches_reasoner(loaded),
         tokenizer_bytes=tokenizer * DTYPES[model.vae_dtype].itemsize,
         architecture=architecture,
     )

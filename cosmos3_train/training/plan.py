@@ -14,9 +14,9 @@ from typing import Any
 from cosmos3_train.config import Experiment, UserError, fail
 from cosmos3_train.model.attention import Backend, repeats_heads
 from cosmos3_train.training.gpus import Gpu
-from cosmos3_train.training.plan_memory import Architecture, Memory, Pack, predict_memory
+from cosmos3_train.training.plan_memory import MASTER, Architecture, Memory, Pack, predict_memory
 from cosmos3_train.training.plan_time import Kind, Seconds, predict_seconds
-from cosmos3_train.training.throughput import Arithmetic, gradients_pass
+from cosmos3_train.training.throughput import Arithmetic
 
 GIB = 2**30
 
@@ -27,7 +27,8 @@ class Workload:
 
     kinds:      samples of the mixture, by expected share
     one_prompt: all samples have the same prompt
-    tokenizer_bytes: of the video and sound tokenizer
+    cached:     the understanding tower's keys and values are, so a run does not load it
+    tokenizer_bytes: of the video tokenizer
     """
 
     experiment: Experiment
@@ -35,6 +36,7 @@ class Workload:
     gpus: int
     kinds: Sequence[Kind]
     one_prompt: bool
+    cached: bool
     tokenizer_bytes: int
     architecture: Architecture
 
@@ -79,11 +81,6 @@ class Remedy:
     plan: Plan
 
 
-def caches_reasoner(experiment: Experiment) -> bool:
-    """Whether every dataset asks for it; `datamodule.caches_reasoner` refuses the rest."""
-    return bool(experiment.data.datasets) and all(e.cache_reasoner for e in experiment.data.datasets.values())
-
-
 def predict(workload: Workload, repeated: bool | None = None) -> Plan:
     """What the run takes.
 
@@ -103,19 +100,23 @@ def predict(workload: Workload, repeated: bool | None = None) -> Plan:
     if model.base_precision == "fp8" and gpu.fp8 is None:
         raise UserError(f"model.base_precision is 'fp8', but {gpu.key} has no FP8; use 'dtype'")
     shards = _shards(experiment, ranks)
-    cached = caches_reasoner(experiment)
-    done = workload.arithmetic.cached() if cached else workload.arithmetic
+    done = workload.arithmetic.cached() if workload.cached else workload.arithmetic
     samples = math.ceil(training.samples_per_step / ranks)
     packs = [_fullest(kind, samples, training.tokens_per_micro_batch) for kind in workload.kinds]
     shares = sum(kind.share / count for kind, count in zip(workload.kinds, packs, strict=True))
     micro_batches = max(1, math.ceil(samples * shares))
-    text_logits = workload.talks or experiment.tuning.method == "full"
+    everything, loads_head = workload.architecture.weights, workload.talks or experiment.tuning.method == "full"
+    tower = [w for w in everything if w.understanding and not w.output_layer]
+    tokenizer = workload.tokenizer_bytes if workload.encodes else 0
+    weights = [
+        w for w in everything if not (workload.cached and w.understanding) and (loads_head or not w.output_layer)
+    ]
     backend: Backend = "flash2" if model.attention == "auto" else model.attention
     repeated = repeats_heads(backend) if repeated is None else repeated
     found = [
         predict_memory(
             experiment,
-            workload.architecture.weights,
+            weights,
             workload.arithmetic,
             Pack(
                 count * kind.text,
@@ -124,18 +125,18 @@ def predict(workload: Workload, repeated: bool | None = None) -> Plan:
                 kind.text if workload.one_prompt else None,
                 micro_batches == 1,
             ),
-            cached=cached,
-            text_logits=text_logits,
+            cached=workload.cached,
             shards=shards,
             ranks=ranks,
             compiled=model.compile is not False,
             repeated=repeated,
-            tokenizer_bytes=workload.tokenizer_bytes if workload.encodes else 0,
+            tokenizer_bytes=tokenizer,
+            making=2 * sum(w.numbers for w in tower) + tokenizer if workload.cached else 0,
         )
         for kind, count in zip(workload.kinds, packs, strict=True)
     ]
     memory = max(found, key=lambda one: one.peak)
-    large = sum(w.numbers for w in workload.architecture.weights if w.large and not (cached and w.understanding))
+    trained = sum(w.numbers for w in weights if w.trains)
     seconds = predict_seconds(
         experiment,
         done,
@@ -143,11 +144,11 @@ def predict(workload: Workload, repeated: bool | None = None) -> Plan:
         workload.kinds,
         backend=backend,
         compiled=model.compile is not False,
-        trained=sum(w.numbers for w in workload.architecture.weights if w.trains),
+        trained=trained,
         samples=samples,
         packs=micro_batches,
-        gathered=2.0 * large if shards > 1 else 0.0,
-        summed=4.0 * sum(w.numbers for w in workload.architecture.weights if w.trains),
+        gathered=2 * sum(w.numbers for w in weights if w.large) if shards > 1 else 0,
+        summed=MASTER * trained,
         ranks=ranks,
     )
     must = sum(
@@ -236,16 +237,17 @@ def _changes(workload: Workload) -> Iterator[tuple[str, str, Change]]:
     for how in ("but_attention", "true"):
         words = f"model.checkpoint_activations={how}"
         yield "checkpoint", words, lambda w, how=how: _checkpoint(w, True if how == "true" else how)
+    spread = "strategy.name=fsdp2"
+    if workload.experiment.strategy.shards:
+        spread += " strategy.shards=0"
+    if workload.experiment.model.base_precision == "fp8":
+        spread += " model.base_precision=dtype"
     for gpus in (2, 4, 8):
-        yield "gpus", f"--gpus {gpus} strategy.name=fsdp2", lambda w, gpus=gpus: _spread(w, gpus)
+        yield "gpus", f"--gpus {gpus} {spread}", lambda w, gpus=gpus: _spread(w, gpus)
 
 
 def _cache_reasoner(w: Workload) -> Workload | None:
-    if w.talks or gradients_pass(w.arithmetic) or caches_reasoner(w.experiment):
-        return None
-    data = w.experiment.data
-    datasets = {name: replace(entry, cache_reasoner=True) for name, entry in data.datasets.items()}
-    return replace(w, experiment=replace(w.experiment, data=replace(data, datasets=datasets)))
+    return None if w.cached or w.talks or w.arithmetic.understanding_learns else replace(w, cached=True)
 
 
 def _checkpoint(w: Workload, how: Any) -> Workload | None:

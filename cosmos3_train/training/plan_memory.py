@@ -2,7 +2,8 @@
 
 Activations are those that autograd saves for backward in the decoder layers as they are written (`model.omni`), fused
 LoRA and all; `tests/training/test_plan.py` counts them in a real forward. Not counted: the CUDA context, what the
-allocator holds beyond what is used, the video tokenizer's working memory, and what evaluation takes.
+allocator holds beyond what is used, a sound tokenizer, the video tokenizer's working memory, and what evaluation takes;
+nor what PEFT's own LoRA keeps beyond ours (`tuning.dropout`, `tuning.dora`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from cosmos3_train.model.omni import is_understanding
 from cosmos3_train.model.packing import Layout
 from cosmos3_train.model.reasoner_cache import DEVICE_BYTES
 from cosmos3_train.model.trainable import ADAPTER, make_trainable
-from cosmos3_train.training.throughput import Arithmetic, gradients_pass
+from cosmos3_train.training.throughput import Arithmetic
 
 MASTER = 4
 """Bytes of a number that trains, of its gradient, of each of its two moments and of its average."""
@@ -169,49 +170,45 @@ def predict_memory(
     pack: Pack,
     *,
     cached: bool,
-    text_logits: bool,
     shards: int,
     ranks: int,
     compiled: bool,
     repeated: bool,
     tokenizer_bytes: int,
+    making: float,
 ) -> Memory:
     """Memory of each of `ranks` processes.
 
     Args:
-        cached: the understanding tower's keys and values are, so it is not loaded.
-        text_logits: the language model's output layer is loaded.
+        weights: those that are loaded.
+        cached: the understanding tower's keys and values are.
         shards: processes that share one copy of the large weights; 1 where each holds them all.
-        tokenizer_bytes: of tokenizers that stay on the device.
+        tokenizer_bytes: of the video tokenizer, where it stays on the device.
+        making: of `Memory`.
     """
     model, itemsize = experiment.model, DTYPES[experiment.model.dtype].itemsize
-    loaded = [
-        weight
-        for weight in weights
-        if not (cached and weight.understanding) and (text_logits or not weight.output_layer)
-    ]
 
     def size(weight: Weight, rounded: bool) -> float:
         """Bytes of a frozen weight."""
         share = shards if weight.large else 1
         if rounded and weight.matrix:
-            passed = not weight.understanding or gradients_pass(arithmetic)
+            passed = not weight.understanding or arithmetic.understanding_learns
             return weight.numbers * (model.fp8_copies if passed else 1) + 4 * weight.outputs
         return weight.numbers * (4 if weight.float32 else itemsize) / share
 
     def total(tower: str, rounded: bool = model.base_precision == "fp8") -> float:
         return sum(
             size(weight, rounded)
-            for weight in loaded
+            for weight in weights
             if not weight.trains
             and (("understanding" if weight.understanding else "generation") if weight.layer else "rest") == tower
         )
 
     form = "bf16" if itemsize == 2 else "fp32"
     both = f"fp8 in {model.fp8_copies} {'copies' if model.fp8_copies > 1 else 'copy'}"
-    one = both if gradients_pass(arithmetic) else "fp8 in 1 copy"
+    one = both if arithmetic.understanding_learns else "fp8 in 1 copy"
     fp8 = model.base_precision == "fp8"
-    trained = sum(w.numbers / (shards if w.large else 1) for w in loaded if w.trains)
+    trained = sum(w.numbers / (shards if w.large else 1) for w in weights if w.trains)
     moments = f"{'average and ' if experiment.training.ema_decay else ''}Adam's two moments"
     static = [
         Item(f"generation tower's layers, {both if fp8 else form}", total("generation")),
@@ -220,21 +217,21 @@ def predict_memory(
         Item("what trains, float32", trained * MASTER),
         Item(moments, trained * MASTER * (2 + bool(experiment.training.ema_decay))),
         Item("keys and values of prompts", _prompts(arithmetic, itemsize, pack, cached)),
-        Item("video and sound tokenizer", tokenizer_bytes),
+        Item("video tokenizer", tokenizer_bytes),
     ]
     adapted, gradients = experiment.tuning.method in ("lora", "hybrid"), trained * MASTER
     activations, work = _activations(experiment, arithmetic, pack, itemsize, compiled, repeated)
     backward = [Item("gradients", gradients), Item("activations kept for backward", activations)]
     if not (experiment.model.checkpoint_activations or (shards > 1 and not adapted)):
         # A layer keeps the copies that it multiplies by. Sharded, they are what is gathered; recomputed, one layer's.
-        copies = sum(w.numbers for w in loaded if w.trains and w.layer)
+        copies = sum(w.numbers for w in weights if w.trains and w.layer)
         backward.append(Item("copies of what trains, in the model's dtype", copies * itemsize))
     backward.append(Item("one layer's work", work))
     if shards > 1:
-        layers = sum(w.numbers for w in loaded if w.layer and w.large) / arithmetic.layers
-        root = sum(w.numbers for w in loaded if w.large and not w.layer)
+        layers = sum(w.numbers for w in weights if w.layer and w.large) / arithmetic.layers
+        root = sum(w.numbers for w in weights if w.large and not w.layer)
         backward.append(Item("layers gathered from other GPUs", (GATHERED_LAYERS * layers + root) * itemsize))
-        whole = sum(w.numbers for w in loaded if w.large and w.trains)
+        whole = sum(w.numbers for w in weights if w.large and w.trains)
         if whole and not pack.alone:  # gradients of all but a step's last micro-batch are not summed yet
             backward.append(Item("gradients not summed over GPUs yet", whole * MASTER))
     if pack.labelled:
@@ -243,11 +240,9 @@ def predict_memory(
         backward.append(Item("logits", chunk * arithmetic.vocabulary * 2 * (itemsize + 4)))
     step = [Item("gradients", gradients)]
     if ranks > 1:
-        flat = sum(w.numbers for w in loaded if w.trains and not (shards > 1 and w.large))
+        flat = sum(w.numbers for w in weights if w.trains and not (shards > 1 and w.large))
         step.append(Item("gradients in one piece, to be summed", flat * MASTER))
     largest = max(backward, step, key=lambda items: sum(item.bytes for item in items))
-    tower = sum(w.numbers * itemsize for w in weights if w.understanding and not w.output_layer)
-    making = tower + tokenizer_bytes if cached else 0
     return Memory([item for item in (*static, *largest) if item.bytes > 0], making)
 
 
@@ -265,7 +260,7 @@ def _activations(
     adapted = experiment.tuning.method in ("lora", "hybrid")
     own, joint = activation_bytes(arithmetic, itemsize, compiled=compiled, adapted=adapted, repeated=repeated)
     streams = [(pack.generation, pack.generation + pack.text)] if pack.generation else []
-    if gradients_pass(arithmetic):
+    if arithmetic.understanding_learns:
         streams.append((pack.text, pack.text))
     layer = sum(tokens * own + keys * joint for tokens, keys in streams)
     tokens = sum(tokens for tokens, _ in streams)

@@ -22,7 +22,7 @@ from cosmos3_train.training.measured import (
     LINK,
     UNCOMPILED,
 )
-from cosmos3_train.training.throughput import PASSES, Arithmetic, gradients_pass
+from cosmos3_train.training.throughput import PASSES, Arithmetic
 
 OPTIMIZER_BYTES = 40
 """AdamW reads a number that trains, its gradient and two moments and writes three; the norm and clipping read the
@@ -110,7 +110,7 @@ def _operations(experiment: Experiment, arithmetic: Arithmetic, kind: Kind) -> t
     products, attended = a.linear_flops(text, generation), a.attention_flops(text, generation)
     how = experiment.model.checkpoint_activations
     if how:  # a forward again of the towers that gradients pass through
-        again = replace(a, understanding="frozen" if gradients_pass(a) else "cached", generation="frozen")
+        again = replace(a, understanding="frozen" if a.understanding_learns else "cached", generation="frozen")
         products += again.linear_flops(text, generation)
         attended += again.attention_flops(text, generation) if how is True else 0
     # Logits are made once more in backward.

@@ -90,6 +90,11 @@ class Arithmetic:
         return replace(self, understanding="cached")
 
     @property
+    def understanding_learns(self) -> bool:
+        """Whether gradients pass through the understanding tower."""
+        return self.understanding in ("adapted", "trained")
+
+    @property
     def tower_weights(self) -> int:
         """Weights of the projections and MLPs of one tower."""
         attention = 2 * self.hidden * (self.queries + self.keys)
@@ -121,11 +126,6 @@ class Arithmetic:
     def step_flops(self, packs: Iterable[PackedSequence]) -> int:
         """The same of a step's packs."""
         return sum(self.flops(p.text_spans.lengths, p.generation_lengths, p.labels.numel()) for p in packs)
-
-
-def gradients_pass(arithmetic: Arithmetic) -> bool:
-    """Whether they pass through the understanding tower."""
-    return arithmetic.understanding in ("adapted", "trained")
 
 
 @dataclass(frozen=True)

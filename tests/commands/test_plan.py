@@ -53,7 +53,11 @@ def test_a_robots_log_is_looked_at_and_a_set_that_is_not_here_fills_the_canvas(p
             "error: model.base_precision is 'fp8', but a100-80g has no",
         ),
         (("--gpu", "h100-80g", "model.random.hidden=8"), "error: model.random: 'hidden' is no size of the transformer"),
-        (("--gpu", "h100-80g", "--gpus", "0"), "argument --gpus: 0; at least 1"),
+        (("--gpu", "h100-80g", "--gpus", "0"), "error: --gpus 0: a run has at least 1"),
+        (
+            ("--gpu", "h100-80g", "tuning.towers=[understanding]"),
+            "cache_reasoner is true, but tuning.towers with 'understanding' trains the tower",
+        ),
         ((), "the following arguments are required: --gpu"),
     ],
 )
