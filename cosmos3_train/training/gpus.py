@@ -47,26 +47,8 @@ GPUS: tuple[Gpu, ...] = (
     Gpu("l40s-48g", r"\bL40S\b", 48, 362.0, 733.0, 0.864, 32.0, "NVIDIA L40S data sheet"),
     Gpu("rtx6000ada-48g", r"\bRTX 6000 Ada\b", 48, 364.2, 728.5, 0.96, 32.0, "Ada architecture, RTX 6000"),
     Gpu("a6000-48g", r"\bRTX A6000\b", 48, 154.8, None, 0.768, 32.0, "NVIDIA RTX A6000 data sheet"),
-    Gpu(
-        "rtx5090-32g",
-        r"\bRTX 5090\b(?! (Laptop|D))",
-        32,
-        209.5,
-        419.0,
-        1.792,
-        64.0,
-        "RTX Blackwell architecture",
-    ),
-    Gpu(
-        "rtx4090-24g",
-        r"\bRTX 4090\b(?! (Laptop|D))",
-        24,
-        165.2,
-        330.3,
-        1.008,
-        32.0,
-        "Ada architecture, RTX 4090",
-    ),
+    Gpu("rtx5090-32g", r"\bRTX 5090\b(?! (Laptop|D))", 32, 209.5, 419.0, 1.792, 64.0, "RTX Blackwell architecture"),
+    Gpu("rtx4090-24g", r"\bRTX 4090\b(?! (Laptop|D))", 24, 165.2, 330.3, 1.008, 32.0, "Ada architecture, RTX 4090"),
     Gpu("l4-24g", r"\bL4\b", 24, 121.0, 242.5, 0.3, 32.0, "NVIDIA L4 data sheet"),
 )
 """The first whose pattern is found in a name is the one, so narrower patterns stand above wider ones."""
