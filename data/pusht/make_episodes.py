@@ -43,6 +43,8 @@ LEAST_SECONDS = 1.7
 """A shorter recording between two knocks holds no window of 17 frames at 10 Hz and is dropped."""
 KNOCK_EVERY_SECONDS = (1.8, 6.0)
 KNOCK_SECONDS = (0.2, 0.6)
+EPISODES_AHEAD = 128
+"""Stored episodes drawn at a time: 1.4 MB each."""
 KNOCK_PX = 45.0
 """Standard deviation, per axis, of where a knock pulls the agent from where it is."""
 
@@ -236,9 +238,10 @@ def stored_episodes(contract: str, files: list[Path], workers: int) -> Iterator[
     """Episodes of states files, in their order, drawn by `workers` processes."""
     episodes = [episode for file in files for episode in read_states(contract, file)]
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        pictures = pool.imap(draw, episodes, chunksize=8)
-        for pair in zip(episodes, pictures, strict=True):
-            yield [pair]
+        for first in range(0, len(episodes), EPISODES_AHEAD):  # drawn faster than written: without an end memory fills
+            some = episodes[first : first + EPISODES_AHEAD]
+            for pair in zip(some, pool.map(draw, some, chunksize=8), strict=True):
+                yield [pair]
 
 
 def save_states(contract: str, episodes: list[Episode], file: Path) -> None:

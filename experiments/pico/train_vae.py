@@ -7,12 +7,13 @@ Without torchrun it is one process, on one GPU or the CPU.
 Notable choices. Most clips are drawn beforehand by the simulator's own camera (pusht_bank.py), the others on the
 training device as they are needed, in other looks and sizes (pusht_scenes.py). Sizes are set by
 encoding on a CPU: 16 channels where the picture is large, 64 where it is small, bf16 weights. The two mid-block
-attentions are held at zero, so the codec is local: the latent of the content does not depend on the canvas around
-it, and training may use a smaller canvas than the pipeline's 256 x 256. Single frames first, then clips: a step on
-stills costs a tenth of one on clips, and most of what is to be learnt is in them. Decoding sees the cropped latent
-only, as in deployment. A small head that is thrown away reads agent and block off the latent: what a policy has to
-find there is then easy to find. The absolute error gives way to the squared one, which PSNR is made of, towards the
-end. The schedule runs on the clock: a run is reproducible in its data, not in its number of steps.
+attentions are held at zero, so that nothing looks at the whole canvas, and most of the training uses a smaller one
+than the pipeline's 256 x 256. Its last part does not: told to say where things are, the codec looks at edges, up to
+more than 96 px away. Single frames first, then clips: a step on stills costs a tenth of one on clips, and most of what
+is to be learnt is in them. Decoding sees the cropped latent only, as in deployment. A linear head that is thrown away
+reads agent and block off every cell of the latent: what a policy has to find there is then easy to find. The absolute
+error gives way to the squared one, which PSNR is made of, towards the end. The schedule runs on the clock: a run is
+reproducible in its data, not in its number of steps.
 Writes DIR/vae (diffusers layout, bf16), DIR/vae_report.json and DIR/vae_reconstructions.png.
 """
 
@@ -61,8 +62,8 @@ SPATIAL, TEMPORAL, CHANNELS = 16, 4, 48
 CLIP_FRAMES = (1, 5, 17)
 STILL_SHARE = 0.3  # of the time, spent on single frames before clips come in
 CLIPS_AFTERWARDS = (0.3, 0.2, 0.5)  # shares of the lengths from then on
-MARGIN, WHOLE_MARGIN = 32, 96  # px of canvas around the content: in most of the run, and in its last part
-WHOLE_MARGIN_FROM = 0.85  # of the time: the codec reaches 96 px, so a smaller canvas shows in the last cells
+MARGIN, WHOLE_MARGIN = 32, 160  # px of canvas beside the content: in most of the run, and in its last part (256 - 96)
+WHOLE_MARGIN_FROM = 0.85  # of the time
 CONTENT_SIZES = (
     (96, 96),
     (96, 128),
@@ -71,7 +72,7 @@ CONTENT_SIZES = (
     (144, 144),
 )  # height, width; the first is PushT's own
 KL_WEIGHT = 1e-5
-PLACE_WEIGHT = 0.25
+PLACE_WEIGHT = 2.0
 SQUARES_FROM = 0.6  # of the time: from here to the end the absolute error fades out
 BANK = 0.9  # share of the steps on clips that a camera drew
 OTHER_LOOKS = 0.4  # of them, share seen by one of the other cameras
@@ -102,6 +103,13 @@ def build_vae() -> AutoencoderKLWan:
             parameter.requires_grad_(False)
             if ".proj." in name:
                 nn.init.zeros_(parameter)
+    return vae
+
+
+def load_vae(folder: Path) -> AutoencoderKLWan:
+    """A codec that was trained before, to go on with, in float32."""
+    vae = build_vae()
+    vae.load_state_dict(AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32).state_dict())
     return vae
 
 
@@ -138,19 +146,37 @@ def fuse_norms(vae: AutoencoderKLWan) -> None:
             block.nonlinearity = nn.Identity()
 
 
-class PlaceHead(nn.Sequential):
-    """Reads `pusht_scenes.places` off the latent of a 96 x 96 picture. It serves the training alone."""
+class PlaceHead(nn.Conv3d):
+    """Reads `pusht_scenes.places` off each cell of the latent of a 96 x 96 picture. It serves the training alone.
+
+    It is linear, and asks every cell for the whole picture's answer, most of all the cells about the agent for the
+    agent's and those about the block for the block's: a policy then finds them at one glance.
+    """
+
+    NEAR = 1.5
+    """Cells from what is asked for at which a cell's answer still counts most of what it counts there."""
+    FAR = 0.05
+    """What the answer of a far cell counts at least."""
 
     def __init__(self) -> None:
-        cells = (CONTENT_SIZES[0][0] // SPATIAL) * (CONTENT_SIZES[0][1] // SPATIAL)
-        super().__init__(nn.Linear(CHANNELS * cells, 256), nn.GELU(), nn.Linear(256, 6))
+        super().__init__(CHANNELS, 6, kernel_size=1)
 
     def error(self, latents: Tensor, seen: Tensor) -> Tensor:
         """Mean absolute error against `seen` [B, T, 6] at each latent's last frame; 0 where it is NaN."""
-        found = self(latents.transpose(1, 2).flatten(2))
-        wanted = seen[:, ::TEMPORAL]
+        found = self(latents).permute(0, 2, 3, 4, 1)  # [B, t, h, w, 6]
+        wanted = seen[:, ::TEMPORAL, None, None]
         known = ~wanted.isnan()
-        return ((found - wanted.nan_to_num()).abs() * known).sum() / known.sum().clamp(min=1)
+        wanted = wanted.nan_to_num()
+        rows, columns = (2 * (torch.arange(n, device=latents.device) + 0.5) / n - 1 for n in latents.shape[-2:])
+        cells = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1)  # x, y of the cells' centres, in [-1, 1]
+        near = 2 * self.NEAR / latents.shape[-1]
+
+        def counts(place: Tensor) -> Tensor:
+            return self.FAR + (-0.5 * ((cells - place) / near).square().sum(-1, keepdim=True)).exp()
+
+        agent, block = counts(wanted[..., :2]), counts(wanted[..., 2:4])
+        weight = known * torch.cat([agent.expand(*agent.shape[:-1], 2), block.expand(*block.shape[:-1], 4)], -1)
+        return ((found - wanted).abs() * weight).sum() / weight.sum().clamp(min=1)
 
 
 def convolve_flat(self: WanCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
@@ -379,7 +405,7 @@ def train(
     torch.manual_seed(args.seed)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     draws = np.random.default_rng(args.seed)  # of lengths and sizes: the same in all processes
-    vae = build_vae().train()
+    vae = (load_vae(args.trained) if args.trained else build_vae()).train()
     nn.Module.to(vae, device=device)  # upstream's own is decorated out of its type
     average = copy.deepcopy(vae).eval()
     fuse_norms(vae)
@@ -398,8 +424,8 @@ def train(
             size = CONTENT_SIZES[int(draws.integers(len(CONTENT_SIZES)))]
         clips = training_clips(bank, generator, draws, batch, frames, size)
         keep = min(0.999, (1 + step) / (10 + step))
-        margin = WHOLE_MARGIN if progress > WHOLE_MARGIN_FROM else MARGIN
-        squares = max(0.0, (progress - SQUARES_FROM) / (1 - SQUARES_FROM))
+        margin = WHOLE_MARGIN if args.polish or progress > WHOLE_MARGIN_FROM else MARGIN
+        squares = 1.0 if args.polish else max(0.0, (progress - SQUARES_FROM) / (1 - SQUARES_FROM))
         seen, norm = make_step(clips, margin, learning_rate(progress, step, args.lr), keep, squares)
         step, frames_seen = step + 1, frames_seen + batch * frames
         if time.monotonic() - reported > REPORT_EVERY_SECONDS:
@@ -476,6 +502,8 @@ def main() -> None:
     parser.add_argument("--held-out-clips", type=int, default=32, help="clips that PSNR is measured on")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw the bank")
     parser.add_argument("--states", type=Path, help="npz of recorded PushT poses; without it motion is made up")
+    parser.add_argument("--trained", type=Path, help="a trained vae/ folder to go on from, not random weights")
+    parser.add_argument("--polish", action="store_true", help="the whole run is as the last part of another one")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -504,6 +532,7 @@ def main() -> None:
     report["psnr_fp32"] = {name: psnr(vae, of) for name, of in held_out.items()}
     report |= {
         "seed": args.seed,
+        "trained": args.trained.as_posix() if args.trained else None,
         "states": args.states.name if args.states else None,
         "device": device.type,
         "parameters": sum(p.numel() for p in vae.parameters()),
