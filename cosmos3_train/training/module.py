@@ -66,10 +66,18 @@ class PostTraining(lightning.LightningModule):
         experiment: the run's configuration.
         backbone: with its trainables injected.
         packer: turns samples into packs; what it holds is no submodule, so nothing casts or saves it.
+        to_train: without it there are no moments and no average: no step can be made, and 8 bytes of a trained weight
+            are saved, or 12.
     """
 
     def __init__(
-        self, experiment: Experiment, backbone: Cosmos3PackedTransformer, trainables: Trainables, packer: Packer
+        self,
+        experiment: Experiment,
+        backbone: Cosmos3PackedTransformer,
+        trainables: Trainables,
+        packer: Packer,
+        *,
+        to_train: bool = True,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -77,10 +85,12 @@ class PostTraining(lightning.LightningModule):
         self.trainables = trainables
         self.packer = packer
         self.experiment = experiment
-        self.optimizer = make_optimizer(trainables, experiment.optimizer)
+        self.to_train = to_train
+        if to_train:
+            self.optimizer = make_optimizer(trainables, experiment.optimizer)
         self.arithmetic = Arithmetic.of(backbone.config, experiment.tuning)
         decay = experiment.training.ema_decay
-        self.average = Average(trainables.parameters, decay) if decay else None
+        self.average = Average(trainables.parameters, decay) if decay and to_train else None
         self.position = Position()
         self.report = StepReport()
         self._compared_ranks = False
