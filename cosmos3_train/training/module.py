@@ -45,8 +45,8 @@ class TrainingFailed(RuntimeError):
 
 @dataclass
 class StepReport:
-    """What a step measured, for the log: mean losses by modality (those that occurred), norm, rate; of this process's
-    share also tokens, samples, and the floating-point operations that it must do."""
+    """What a step measured, for the log: mean losses by modality (those that occurred), norm, rate; also tokens and
+    samples of this process's share, or of its context group's, and the floating-point operations that it must do."""
 
     losses: dict[str, float] = field(default_factory=dict)
     total: float = math.nan
@@ -86,6 +86,7 @@ class PostTraining(lightning.LightningModule):
         self.packer = packer
         self.experiment = experiment
         self.to_train = to_train
+        self.sharing = experiment.strategy.context_parallel
         if to_train:
             self.optimizer = make_optimizer(trainables, experiment.optimizer)
         self.arithmetic = Arithmetic.of(backbone.config, experiment.tuning)
@@ -105,14 +106,14 @@ class PostTraining(lightning.LightningModule):
         step = self.packer(batch) if isinstance(batch, StepBatch) else batch
         counts = self.step_counts(step)
         passes = self._passes(step)
-        with peers("the weights of a step") if self.sharded else nullcontext():
+        with peers("what ranks exchange in a step") if self.sharded or self.sharing > 1 else nullcontext():
             sums = self.accumulate(step.packs, counts, passes)
         self._descend(batch.step)
         self.report = replace(
             self.report,
             tokens=sum(p.tokens for p in step.packs),
             samples=step.samples,
-            flops=self.arithmetic.step_flops(step.packs),
+            flops=self.arithmetic.step_flops(step.packs) // self.sharing,
             packs=len(step.packs),
         )
         self._sums, self._counts = sums, counts
@@ -161,7 +162,9 @@ class PostTraining(lightning.LightningModule):
         """The denominators of the whole step in the order of LOSSES: samples of each modality and labelled tokens, over
         all ranks. Never read on the host within the step, which would wait for all work queued on the device."""
         counts = torch.tensor([step.counts[name] for name in LOSSES], dtype=torch.float32)
-        return summed(counts.to(self.device, non_blocking=True)) if dist.is_initialized() else counts
+        if not dist.is_initialized():
+            return counts
+        return summed(counts.to(self.device, non_blocking=True)) / self.sharing  # those that share packs say the same
 
     def pack_losses(self, pack: PackedSequence) -> dict[str, Tensor]:
         """Summed losses of a pack by modality, float32 scalars with gradient."""

@@ -34,7 +34,7 @@ from cosmos3_train.model.packing import Layout
 from cosmos3_train.model.reasoner_cache import Reasoner, ReasonerCache, remember
 from cosmos3_train.model.sound import add_sound_tokenizer
 from cosmos3_train.model.trainable import Trainables, arrange_frozen, make_trainable
-from cosmos3_train.runtime import Interrupted, is_first_rank, node_count, seed_everything, world_size
+from cosmos3_train.runtime import Interrupted, is_first_rank, node_count, rank, seed_everything, world_size
 from cosmos3_train.training.batching import Packer
 from cosmos3_train.training.checkpoints import (
     Checkpoint,
@@ -50,7 +50,7 @@ from cosmos3_train.training.optimizer import load_optimizer_tensors
 from cosmos3_train.training.progress import read_status, write_status
 from cosmos3_train.training.room import with_room
 from cosmos3_train.training.sharding import own_part, own_rows, shard
-from cosmos3_train.training.strategy import connect, device_for, device_mesh, is_sharded, make_strategy
+from cosmos3_train.training.strategy import connect, context_group, device_for, device_mesh, is_sharded, make_strategy
 from cosmos3_train.training.throughput import StepTime
 
 logger = logging.getLogger(__name__)
@@ -217,7 +217,8 @@ def build(loaded: Loaded, purpose: Purpose = "train") -> Run:
     experiment = loaded.experiment
     device = device_for(experiment.strategy)
     sharded = is_sharded(experiment.strategy) and purpose == "train"
-    if sharded:
+    shares = experiment.strategy.context_parallel if purpose == "train" else 1
+    if sharded or shares > 1:
         connect(experiment.strategy, device)
     began = time.monotonic()
     _refuse_another_base(loaded)
@@ -254,6 +255,8 @@ def build(loaded: Loaded, purpose: Purpose = "train") -> Run:
         trainables = trainables.found_in(backbone)
     else:
         arrange_frozen(backbone, experiment.model.fp8_copies)
+    if shares > 1:
+        backbone.context = context_group(experiment.strategy)
     backbone.train()
     packer = Packer(
         encoder,
@@ -262,6 +265,7 @@ def build(loaded: Loaded, purpose: Purpose = "train") -> Run:
         experiment.training.tokens_per_micro_batch,
         experiment.training.seed,
         padded=sharded and talks and any(isinstance(dataset, PreparedDataset) for dataset, _ in opened.values()),
+        part=(rank() % shares, shares),
     )
     module = PostTraining(experiment, backbone, trainables, packer, to_train=purpose == "train")
     logger.info("loaded %s on %s in %.1f s", experiment.model.path, place, time.monotonic() - began)
