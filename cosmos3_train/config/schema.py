@@ -628,15 +628,8 @@ class Strategy:
     collective_timeout_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
-        _require(
-            "strategy",
-            self,
-            "at least 1",
-            lambda x: x >= 1,
-            "devices",
-            "context_parallel",
-            "collective_timeout_seconds",
-        )
+        least_one = ("devices", "context_parallel", "collective_timeout_seconds")
+        _require("strategy", self, "at least 1", lambda x: x >= 1, *least_one)
         _require("strategy", self, "at least 0", lambda x: x >= 0, "shards")
         if self.shards and self.name != "hsdp":
             fail(f"strategy.shards is {self.shards}; hsdp alone reads it, not {self.name!r}: leave it out")
