@@ -163,6 +163,14 @@ class DomainRows:
 
 
 @dataclass(frozen=True)
+class Slices:
+    """Tokens of either stream that each rank holds, where a group of ranks shares a pack."""
+
+    text: tuple[int, ...]
+    generation: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class PackedSequence:
     """Two flat token streams of B samples, no padding. Offsets are arguments of attention, never module state.
 
@@ -184,6 +192,8 @@ class PackedSequence:
                         read; action_out is grouped by domain as `action_out_domains` says
     text_out, labels    int64 [n]: places in the understanding stream where logits are read, and the tokens expected
     *_target            what the velocities are compared with; None when the pack is only for sampling
+    slices              None, or of one rank's part of a pack (`model.slices`) how it is shared: then U and G count this
+                        rank's tokens, and prompts, *_spans, *_lengths and joint_* are the whole pack's
     """
 
     text_ids: Tensor
@@ -213,6 +223,7 @@ class PackedSequence:
     video_target: ModalityTarget | None = None
     sound_target: ModalityTarget | None = None
     action_target: ModalityTarget | None = None
+    slices: Slices | None = None
 
     def to(self, device: torch.device | str) -> PackedSequence:
         """The same pack on a device. Only moves: no dtype ever changes here."""
@@ -228,7 +239,7 @@ class PackedSequence:
 
     @property
     def tokens(self) -> int:
-        """Tokens of both streams together, what the token budget counts."""
+        """Tokens of both streams together, what the token budget counts: of the whole pack, also of a rank's part."""
         return self.text_spans.total + self.generation_spans.total
 
 

@@ -13,6 +13,7 @@ from cosmos3_train.config import Experiment, Loaded, Model
 from cosmos3_train.data.prepare import CARD_FILE
 from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.model.base_identity import check_shards
+from cosmos3_train.model.context import refuse_heads
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.fp8 import describe_fp8, require_fp8
 from cosmos3_train.model.loading import DTYPES, forget_understanding, load_parts, make_backbone
@@ -47,6 +48,7 @@ def check_model(folder: Path, experiment: Experiment, *, reasoner_cached: bool =
     check_shards(folder / "vae")
     with torch.device("meta"):
         backbone = make_backbone(folder / "transformer", experiment.model)
+    refuse_heads(backbone.config, experiment.strategy.context_parallel)
     total = sum(parameter.numel() for parameter in backbone.parameters())
     if reasoner_cached:
         forget_understanding(backbone)

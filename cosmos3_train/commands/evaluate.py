@@ -83,7 +83,7 @@ def run(name_or_path: str, card_path: Path, embodiment: str | None, episodes: in
     loaded = find_run(name_or_path)
     if name in loaded.experiment.embodiments:
         robot = loaded.experiment.embodiments[name]  # the run's own card, whatever the file says by now
-    built = build(without_reasoner_cache(loaded))  # another log's prompts are in no cache of the run's
+    built = build(without_reasoner_cache(loaded), "evaluate")  # another log's prompts are in no cache of the run's
     with trained(built):
         step = built.module.position.step
         subject = Subject(

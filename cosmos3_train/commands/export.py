@@ -25,7 +25,7 @@ def run(name_or_path: str, form: str, output: Path | None) -> int:
     assert form == "adapter" or form == "merged"
     refuse_form(loaded.experiment, form)
     try:
-        built = build(loaded)
+        built = build(loaded, "export")
         folder, report = export(built, form, output)
     except VerificationError as error:
         say_error(error)

@@ -69,6 +69,7 @@ def whole(run: Run) -> Iterator[None]:
         yield
         return
     exact = replace(model, base_precision="dtype")
+    place = backbone.proj_in.weight.device
     kept = {name: getattr(backbone, name) for name in ("recall", "attention_backend", "compiler")}
     part_shared(backbone)
     cast(Any, backbone).to("cpu")
@@ -83,7 +84,7 @@ def whole(run: Run) -> Iterator[None]:
             forget_understanding(backbone)
         for name, value in kept.items():
             setattr(backbone, name, value)
-        cast(Any, backbone).to(run.device)
+        cast(Any, backbone).to(place)
         arrange_frozen(backbone, model.fp8_copies)
 
 

@@ -44,9 +44,9 @@ def run(loaded: Loaded, *, fresh: bool, began: float) -> int:
             return INTERRUPTED
         if is_first_rank():
             if not (loaded.run_folder / REPORT).is_file():  # killed between the last step and the report
-                _deliver(build(loaded, alone=True), began)
+                _deliver(build(loaded, "export"), began)
             elif not _exported(loaded):  # it was finished when another form was asked for, or none
-                _export(build(loaded, alone=True))
+                _export(build(loaded, "export"))
             _summary(loaded)
     except PeerLost as error:
         # The one that went away has the error; its launcher finds it, tells, and ends us. Whoever goes first is taken

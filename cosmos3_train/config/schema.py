@@ -613,6 +613,8 @@ class Strategy:
                  single for one process and ddp for several
     devices:     processes on each machine; under torchrun it must equal what torchrun started
     shards:      hsdp: processes that share one copy of the model; 0: those of a machine
+    context_parallel: neighbouring processes that share packs, each with a slice of their tokens: for clips that do not
+                 fit one GPU; it divides the processes, and the model's key/value heads
     accelerator: auto takes a GPU where there is one
     collective_timeout_seconds:  how long processes wait for one that does not come to a step's collective, before the
                  run ends with its rank in the error; not while the first rank measures, which takes what it takes
@@ -621,11 +623,13 @@ class Strategy:
     name: Literal["auto", "single", "ddp", "fsdp2", "hsdp"] = "auto"
     devices: int = 1
     shards: int = 0
+    context_parallel: int = 1
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     collective_timeout_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
-        _require("strategy", self, "at least 1", lambda x: x >= 1, "devices", "collective_timeout_seconds")
+        least_one = ("devices", "context_parallel", "collective_timeout_seconds")
+        _require("strategy", self, "at least 1", lambda x: x >= 1, *least_one)
         _require("strategy", self, "at least 0", lambda x: x >= 0, "shards")
         if self.shards and self.name != "hsdp":
             fail(f"strategy.shards is {self.shards}; hsdp alone reads it, not {self.name!r}: leave it out")

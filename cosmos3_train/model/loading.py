@@ -126,18 +126,12 @@ def load_backbone(
     Raises:
         UserError: a file is missing or damaged, or its tensors are not those of this architecture.
     """
-    folder = model_folder(model) / "transformer"
     if model.base_precision == "fp8":
         require_fp8(device, DTYPES[model.dtype])
         slowly = "" if device.type == "cuda" else "; on this CPU they are multiplied in float32, which is slow"
         logger.info("frozen weights: %s%s", describe_fp8(model.fp8_copies), slowly)
-    with init_empty_weights():
-        backbone = make_backbone(folder, model)
+    backbone = empty_backbone(model, text_logits=text_logits, towers=towers)
     config = backbone.config
-    if not text_logits or towers == "generation":
-        del backbone.lm_head
-    if towers != "both":
-        _leave_out(backbone, understanding=towers == "generation")
     read_weights(backbone, model, device, None if large else lambda name: not name.startswith(LARGE))
     # inv_freq is a non-persistent buffer: no file holds it, and a strict load does not miss it.
     cast(Any, backbone).rotary_emb = _rotary_embedding(backbone, config).to(device)
@@ -147,6 +141,17 @@ def load_backbone(
     if model.checkpoint_activations:
         backbone.enable_gradient_checkpointing()
         backbone.keep_attention = model.checkpoint_activations == "but_attention"
+    return backbone
+
+
+def empty_backbone(model: Model, *, text_logits: bool, towers: Towers) -> Cosmos3PackedTransformer:
+    """What `load_backbone` fills, on the meta device; arguments and errors as its."""
+    with init_empty_weights():
+        backbone = make_backbone(model_folder(model) / "transformer", model)
+    if not text_logits or towers == "generation":
+        del backbone.lm_head
+    if towers != "both":
+        _leave_out(backbone, understanding=towers == "generation")
     return backbone
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from cosmos3_train.model.attention import Backend, attend, kept_while_recomputing
 from cosmos3_train.model.compiling import Compiler, compiled
+from cosmos3_train.model.context import ContextGroup, Exchange, to_heads, to_tokens
 from cosmos3_train.model.projections import FusedLora, project, rejoin_shared
 from cosmos3_train.types import DomainRows, PackedSequence, Velocities
 
@@ -106,6 +107,7 @@ class PackedDecoderLayer(Cosmos3VLTextMoTDecoderLayer):
         rotary: Any,
         queries: Any,
         keys: Any,
+        exchange: Any,
         backend: Backend,
         compiler: Compiler | None,
         understood: KeysValues | None = None,
@@ -114,10 +116,12 @@ class PackedDecoderLayer(Cosmos3VLTextMoTDecoderLayer):
         """One layer of one tower: what stands before attention and after it may be compiled, attention never is.
 
         Args:
-            stream: which tower; with "both" the four that follow are pairs, understanding first, and so is the result.
+            stream: which tower; with "both" the five that follow are pairs, understanding first, and so is the result.
             hidden: [U, D] or [G, D].
             rotary: cosines and sines of that stream, [*, 1, head_dim].
             queries, keys: borders of the samples; for generation `keys` are those of the joint stream.
+            exchange: of the stream, where this rank has a slice of it; then the keys and values that are handed on, and
+                those that are taken, are this rank's heads of all tokens.
             backend, compiler: of attention, and of the rest (None runs it as it is written).
             understood, joint: generation only: the understanding tower's keys and values of this layer, and the order
                 that puts cat(understanding, generation) keys sample by sample with the generation tokens' places in it.
@@ -126,18 +130,23 @@ class PackedDecoderLayer(Cosmos3VLTextMoTDecoderLayer):
             The stream after the layer, and for the understanding tower its keys and values for generation.
         """
         if stream == "both":
-            one, other = zip(hidden, rotary, queries, keys, strict=True)
+            one, other = zip(hidden, rotary, queries, keys, exchange, strict=True)
             text, understood = self.forward("understanding", *one, backend, compiler)
             made, _ = self.forward("generation", *other, backend, compiler, understood, joint)
             return (text, made), None
         if stream == "understanding":
             q, k, v, seen = compiled(_understanding_before, compiler)(self, hidden, rotary)
-            out = attend(q, k, v, queries, keys, causal=True, backend=backend)
+            apart = () if self.self_attn.k_norm_und_for_gen is None else (seen,)  # else they are the text's own
+            (q,) = to_heads(exchange, q)  # by themselves: where no text is learnt the last ones have no gradient, not 0
+            k, v, *seen_apart = to_heads(exchange, k, v, *apart)
+            seen = seen_apart[0] if seen_apart else k
+            out = to_tokens(exchange, attend(q, k, v, queries, keys, causal=True, backend=backend))
             return compiled(_understanding_after, compiler)(self, hidden, out), (seen, v)
         assert understood is not None and joint is not None
         q, k, v = compiled(_generation_before, compiler)(self, hidden, rotary)
+        q, k, v = to_heads(exchange, q, k, v)
         k, v = (_Joint.apply(text, own, *joint) for text, own in zip(understood, (k, v), strict=True))
-        out = attend(q, k, v, queries, keys, causal=False, backend=backend)
+        out = to_tokens(exchange, attend(q, k, v, queries, keys, causal=False, backend=backend))
         return compiled(_generation_after, compiler)(self, hidden, out), None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedDecoderLayer:
@@ -173,6 +182,7 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
     understanding_trains: bool = True
     joint_layers: bool = False
     recall: Recall | None = None
+    context: ContextGroup | None = None
     _compute_dtype: torch.dtype | None = None
 
     @functools.wraps(Cosmos3OmniTransformer.__init__)  # upstream reads the signature to know a config's keys
@@ -211,7 +221,8 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
         """Velocities at the generated tokens and hidden states at the labelled text tokens of a pack.
 
         Args:
-            pack: B samples; positions and noise levels in float32.
+            pack: B samples, or this rank's part of them (then all ranks of `context` call); positions and noise levels
+                in float32.
             understood: what `understand` returned for these samples' text, where it is already known.
 
         Raises:
@@ -229,13 +240,14 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
         Where `recall` is set, it is asked instead.
         """
         if self.recall is not None:
-            return self.recall(pack)
+            return self._own_heads(self.recall(pack), pack)
+        exchange, _ = self._exchanges(pack)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.understanding_trains):
             hidden, rotary = self._text_in(pack)
             spans, kept = pack.text_spans, []
             for layer in self.layers:
                 hidden, keys_values = self._layer(
-                    layer, self.understanding_trains, "understanding", hidden, rotary, spans, spans
+                    layer, self.understanding_trains, "understanding", hidden, rotary, spans, spans, exchange
                 )
                 kept.append(keys_values)
             return Understood(keys_values=kept, text_hidden=self._text_out(hidden, pack))
@@ -248,6 +260,7 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
         hidden, rotary = self._generation_in(pack)
         joint_order = pack.joint_order if understood.joint_order is None else understood.joint_order
         joint = (joint_order, pack.joint_places)
+        _, exchange = self._exchanges(pack)
         for layer, keys_values in zip(self.layers, understood.keys_values, strict=True):
             hidden, _ = self._layer(
                 layer,
@@ -257,6 +270,7 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
                 rotary,
                 pack.generation_spans,
                 pack.joint_spans,
+                exchange,
                 keys_values,
                 joint,
             )
@@ -268,11 +282,25 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
         (text, text_rotary), (hidden, rotary) = self._text_in(pack), self._generation_in(pack)
         queries, keys = (pack.text_spans, pack.generation_spans), (pack.text_spans, pack.joint_spans)
         joint = (pack.joint_order, pack.joint_places)
-        both = (text, hidden)
+        both, rotaries, exchanges = (text, hidden), (text_rotary, rotary), self._exchanges(pack)
         for layer in self.layers:
-            both, _ = self._layer(layer, True, "both", both, (text_rotary, rotary), queries, keys, None, joint)
+            both, _ = self._layer(layer, True, "both", both, rotaries, queries, keys, exchanges, None, joint)
         video, sound, action = self._generation_out(both[1], pack)
         return Velocities(video=video, sound=sound, action=action, text_hidden=self._text_out(both[0], pack))
+
+    def _exchanges(self, pack: PackedSequence) -> tuple[Exchange | None, Exchange | None]:
+        """Of the text and of the generation stream."""
+        if pack.slices is None:
+            return None, None
+        assert self.context is not None, "a part of a pack, and no group that has the others"
+        return Exchange(self.context, pack.slices.text), Exchange(self.context, pack.slices.generation)
+
+    def _own_heads(self, understood: Understood, pack: PackedSequence) -> Understood:
+        if pack.slices is None:
+            return understood
+        assert self.context is not None
+        own = [(self.context.own_heads(k), self.context.own_heads(v)) for k, v in understood.keys_values]
+        return replace(understood, keys_values=own)
 
     def _text_in(self, pack: PackedSequence) -> tuple[Tensor, Rotary]:
         assert pack.text_positions.dtype == torch.float32, "text positions were cast"
@@ -329,8 +357,7 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
         return hidden
 
     def _layer(self, layer: nn.Module, trains: bool, *arguments) -> tuple[Any, KeysValues | None]:
-        stream, hidden, rotary, queries, keys, *rest = arguments
-        arguments = (stream, hidden, rotary, queries, keys, self.attention_backend, self.compiler, *rest)
+        arguments = (*arguments[:6], self.attention_backend, self.compiler, *arguments[6:])
         if self.gradient_checkpointing and trains and torch.is_grad_enabled():
             how: dict[str, Any] = {"context_fn": _keeping_attention} if self.keep_attention else {}
             return checkpoint(layer, *arguments, use_reentrant=False, **how)  # pyright: ignore[reportReturnType]

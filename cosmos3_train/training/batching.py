@@ -16,6 +16,7 @@ from cosmos3_train.config import Objective, UserError
 from cosmos3_train.data.mixture import StepDataset
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.packing import Layout
+from cosmos3_train.model.slices import slice_of
 from cosmos3_train.objectives import flow_matching, next_token
 from cosmos3_train.types import IGNORED_LABEL, PackedSequence, StepBatch, TokenSample
 
@@ -27,8 +28,9 @@ class PackedStep:
     """One rank's share of a step, packed. Opaque like `StepBatch`, so that nothing casts positions or noise levels.
 
     packs:   on the CPU
-    counts:  what this rank's samples add to the step's denominators, by loss
-    samples: of this rank, padding left out
+    counts:  what this rank's samples add to the step's denominators, by loss; with context parallelism what its group's
+             add, which every rank of the group says
+    samples: of this rank or its group, padding left out
     """
 
     __slots__ = ("counts", "packs", "samples", "step")
@@ -57,6 +59,7 @@ class Packer:
     """Encodes, cuts and packs a step's samples.
 
     padded: whether every pack ends with `padding`, which counts nothing (`sharding` says what for)
+    part:   this rank's place among those that share packs, and their number; the step's counts stay the whole packs'
     """
 
     encoder: Encoder
@@ -65,6 +68,7 @@ class Packer:
     budget: int
     seed: int
     padded: bool = False
+    part: tuple[int, int] = (0, 1)
 
     def __call__(self, batch: StepBatch) -> PackedStep:
         samples = self.encoder.encode(batch.samples)
@@ -74,6 +78,10 @@ class Packer:
         return PackedStep(batch.step, packs, counts, len(samples))
 
     def _packed(self, members: list[TokenSample]) -> PackedSequence:
+        pack, (place, size) = self._whole(members), self.part
+        return pack if size == 1 else slice_of(pack, place, size)
+
+    def _whole(self, members: list[TokenSample]) -> PackedSequence:
         if not self.padded:
             return flow_matching.noisy_pack(members, self.layout, self.objective, self.seed)
         members = [*members, padding(self.layout)]

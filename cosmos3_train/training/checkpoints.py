@@ -17,7 +17,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -34,6 +34,7 @@ from cosmos3_train.training.strategy import meet
 
 STATE = "state.json"
 PARTS = ("trainables", "average", "optimizer")
+UNREADABLE = (OSError, SafetensorError, json.JSONDecodeError, TypeError, ValueError)
 GLANCE_SECONDS = 0.02
 """Between two looks of the first rank's thread at what the others have written."""
 
@@ -238,12 +239,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [found[step] for step in sorted((step for step in found if step.isdigit()), key=int)]
 
 
-def load_checkpoint(path: Path, rows: Mapping[str, Rows] | None = None, *, alone: bool = False) -> Checkpoint:
+def load_checkpoint(path: Path, rows: Mapping[str, Rows] | None = None) -> Checkpoint:
     """Read a checkpoint folder.
 
     Args:
         rows: of the parameters of which only some rows are wanted; of all others everything is.
-        alone: whether no other rank reads it too: then this one compares all files with their hashes.
 
     Raises:
         UserError: a file is missing or damaged; names it and says what to do.
@@ -251,22 +251,41 @@ def load_checkpoint(path: Path, rows: Mapping[str, Rows] | None = None, *, alone
     rows = dict(rows or {})
     try:
         position = Position(**json.loads((path / STATE).read_text()))
-        _check_hashes(path, alone)
+        _check_hashes(path, PARTS, rank(), world_size())
         trainables, average, optimizer = (dict(_read_part(path, part, rows)) for part in PARTS)
-    except (OSError, SafetensorError, json.JSONDecodeError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{path}: damaged checkpoint ({reason}); remove the folder to go on from the one before"
-        ) from error
+    except UNREADABLE as error:
+        raise _damaged(path, error) from error
     return Checkpoint(position, trainables, average, optimizer, rows)
 
 
-def _check_hashes(path: Path, alone: bool) -> None:
-    """Compare the files with their hashes, every rank its share of them, or this one all where it reads alone."""
+def load_result(path: Path, *, averaged: bool) -> tuple[Position, dict[str, Tensor]]:
+    """Of a checkpoint folder what is evaluated and exported, read by this process alone: the average, or the trainables
+    where the run keeps none. No other tensor is read.
+
+    Raises:
+        UserError: as `load_checkpoint`.
+    """
+    part = "average" if averaged else "trainables"
+    try:
+        position = Position(**json.loads((path / STATE).read_text()))
+        _check_hashes(path, (part,))
+        return position, dict(_read_part(path, part, {}))
+    except UNREADABLE as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = str(error).splitlines()[0]
+    return UserError(f"{path}: damaged checkpoint ({reason}); remove the folder to go on from the one before")
+
+
+def _check_hashes(path: Path, parts: Sequence[str], reader: int = 0, readers: int = 1) -> None:
+    """Compare the files of these parts with their hashes: of several readers each its share."""
     files: dict[str, str] = {}
     for told in sorted(path.glob("files_*.json")):
         files |= json.loads(told.read_text(encoding="utf-8"))
-    for name in sorted(files)[slice(None) if alone else slice(rank(), None, world_size())]:
+    wanted = sorted(name for name in files if name.partition(".")[0] in parts)
+    for name in wanted[reader::readers]:
         if _hash(path / name) != files[name]:
             raise ValueError(f"{name} has changed since it was written")
 

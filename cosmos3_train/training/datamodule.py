@@ -26,8 +26,9 @@ from cosmos3_train.flow.tasks import sound_task
 from cosmos3_train.model.caches import ensure_latents
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.reasoner_cache import Reasoner, distinct, ensure_reasoner, prompts_of
-from cosmos3_train.runtime import ignore_sigterm, is_first_rank, rank, world_size
+from cosmos3_train.runtime import ignore_sigterm, is_first_rank
 from cosmos3_train.training.batching import PackedSteps, Packer
+from cosmos3_train.training.strategy import data_rank
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,8 @@ class StepData(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         training, data = self.experiment.training, self.experiment.data
-        steps = StepDataset(self.mixture, training.samples_per_step, rank(), world_size(), ENDLESS)
+        place, places = data_rank(self.experiment.strategy)
+        steps = StepDataset(self.mixture, training.samples_per_step, place, places, ENDLESS)
         return DataLoader(
             PackedSteps(steps, self.packer) if self.packs_in_workers else steps,
             batch_size=None,

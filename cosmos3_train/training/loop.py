@@ -12,13 +12,13 @@ from typing import Any
 
 import lightning
 
-from cosmos3_train.runtime import is_first_rank, world_size
+from cosmos3_train.runtime import is_first_rank
 from cosmos3_train.training.checkpoints import Checkpoint, Saving
 from cosmos3_train.training.module import PostTraining
 from cosmos3_train.training.optimizer import optimizer_tensors
 from cosmos3_train.training.progress import SKIPPED, Bar, Metrics, write_status
 from cosmos3_train.training.sharding import lend, own_part, own_rows, shard_count, writes_shards
-from cosmos3_train.training.strategy import PeerLost, any_rank, meet, wait_for_first_rank
+from cosmos3_train.training.strategy import PeerLost, any_rank, data_rank, meet, wait_for_first_rank
 from cosmos3_train.training.throughput import StepTime, Throughput
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ class RunLoop(lightning.Callback):
     def _log(self, step: int) -> None:
         report = self.module.measured()
         assert self._bar is not None and self._throughput is not None
-        rates = self._throughput.rates(world_size())
+        rates = self._throughput.rates(data_rank(self.module.experiment.strategy)[1])
         self._bar.show({"all": report.total, **report.losses}, rates)
         values = {
             "loss": report.total,

@@ -45,8 +45,8 @@ class TrainingFailed(RuntimeError):
 
 @dataclass
 class StepReport:
-    """What a step measured, for the log: mean losses by modality (those that occurred), norm, rate; of this process's
-    share also tokens, samples, and the floating-point operations that it must do."""
+    """What a step measured, for the log: mean losses by modality (those that occurred), norm, rate; also tokens and
+    samples of this process's share, or of its context group's, and the floating-point operations that it must do."""
 
     losses: dict[str, float] = field(default_factory=dict)
     total: float = math.nan
@@ -66,10 +66,18 @@ class PostTraining(lightning.LightningModule):
         experiment: the run's configuration.
         backbone: with its trainables injected.
         packer: turns samples into packs; what it holds is no submodule, so nothing casts or saves it.
+        to_train: without it there are no moments and no average: no step can be made, and 8 bytes of a trained weight
+            are saved, or 12.
     """
 
     def __init__(
-        self, experiment: Experiment, backbone: Cosmos3PackedTransformer, trainables: Trainables, packer: Packer
+        self,
+        experiment: Experiment,
+        backbone: Cosmos3PackedTransformer,
+        trainables: Trainables,
+        packer: Packer,
+        *,
+        to_train: bool = True,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -77,10 +85,13 @@ class PostTraining(lightning.LightningModule):
         self.trainables = trainables
         self.packer = packer
         self.experiment = experiment
-        self.optimizer = make_optimizer(trainables, experiment.optimizer)
+        self.to_train = to_train
+        self.sharing = experiment.strategy.context_parallel
+        if to_train:
+            self.optimizer = make_optimizer(trainables, experiment.optimizer)
         self.arithmetic = Arithmetic.of(backbone.config, experiment.tuning)
         decay = experiment.training.ema_decay
-        self.average = Average(trainables.parameters, decay) if decay else None
+        self.average = Average(trainables.parameters, decay) if decay and to_train else None
         self.position = Position()
         self.report = StepReport()
         self._compared_ranks = False
@@ -95,14 +106,14 @@ class PostTraining(lightning.LightningModule):
         step = self.packer(batch) if isinstance(batch, StepBatch) else batch
         counts = self.step_counts(step)
         passes = self._passes(step)
-        with peers("the weights of a step") if self.sharded else nullcontext():
+        with peers("what ranks exchange in a step") if self.sharded or self.sharing > 1 else nullcontext():
             sums = self.accumulate(step.packs, counts, passes)
         self._descend(batch.step)
         self.report = replace(
             self.report,
             tokens=sum(p.tokens for p in step.packs),
             samples=step.samples,
-            flops=self.arithmetic.step_flops(step.packs),
+            flops=self.arithmetic.step_flops(step.packs) // self.sharing,
             packs=len(step.packs),
         )
         self._sums, self._counts = sums, counts
@@ -151,7 +162,9 @@ class PostTraining(lightning.LightningModule):
         """The denominators of the whole step in the order of LOSSES: samples of each modality and labelled tokens, over
         all ranks. Never read on the host within the step, which would wait for all work queued on the device."""
         counts = torch.tensor([step.counts[name] for name in LOSSES], dtype=torch.float32)
-        return summed(counts.to(self.device, non_blocking=True)) if dist.is_initialized() else counts
+        if not dist.is_initialized():
+            return counts
+        return summed(counts.to(self.device, non_blocking=True)) / self.sharing  # those that share packs say the same
 
     def pack_losses(self, pack: PackedSequence) -> dict[str, Tensor]:
         """Summed losses of a pack by modality, float32 scalars with gradient."""

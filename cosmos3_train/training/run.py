@@ -28,22 +28,29 @@ from cosmos3_train.data.files import write_whole
 from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.model.base_identity import identify_base
 from cosmos3_train.model.encoders import Encoder
-from cosmos3_train.model.loading import load_backbone, load_parts, model_folder
+from cosmos3_train.model.loading import empty_backbone, load_backbone, load_parts, model_folder
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
 from cosmos3_train.model.packing import Layout
 from cosmos3_train.model.reasoner_cache import Reasoner, ReasonerCache, remember
 from cosmos3_train.model.sound import add_sound_tokenizer
 from cosmos3_train.model.trainable import Trainables, arrange_frozen, make_trainable
-from cosmos3_train.runtime import Interrupted, is_first_rank, node_count, seed_everything, world_size
+from cosmos3_train.runtime import Interrupted, is_first_rank, node_count, rank, seed_everything, world_size
 from cosmos3_train.training.batching import Packer
-from cosmos3_train.training.checkpoints import Checkpoint, check_names, list_checkpoints, load_checkpoint
+from cosmos3_train.training.checkpoints import (
+    Checkpoint,
+    check_names,
+    list_checkpoints,
+    load_checkpoint,
+    load_result,
+)
 from cosmos3_train.training.datamodule import Opened, StepData, caches_reasoner, heard_task, open_datasets
 from cosmos3_train.training.loop import RunLoop
 from cosmos3_train.training.module import PostTraining, TrainingFailed
 from cosmos3_train.training.optimizer import load_optimizer_tensors
 from cosmos3_train.training.progress import read_status, write_status
+from cosmos3_train.training.room import with_room
 from cosmos3_train.training.sharding import own_part, own_rows, shard
-from cosmos3_train.training.strategy import connect, device_for, device_mesh, is_sharded, make_strategy
+from cosmos3_train.training.strategy import connect, context_group, device_for, device_mesh, is_sharded, make_strategy
 from cosmos3_train.training.throughput import StepTime
 
 logger = logging.getLogger(__name__)
@@ -107,8 +114,10 @@ Evaluate = Callable[[Run], Mapping[str, float]]
 """Measures a run where it stands; called on the first rank alone."""
 
 Deliver = Callable[[Run], None]
-"""Takes a run that has just finished; called on the first rank alone, with the whole model on its device again where
-something is to be exported."""
+"""Takes a run that has just finished; called on the first rank alone, with the whole model where something is to be
+exported."""
+
+Purpose = Literal["train", "evaluate", "export"]
 
 Watch = Callable[[Run, StepTime], None]
 """Sees every step's time as soon as it is made, and the run as that step left it."""
@@ -155,7 +164,7 @@ def _carry_out(loaded: Loaded, evaluate: Evaluate | None, deliver: Deliver | Non
             del run
             gc.collect()  # units refer to each other in circles
             torch.cuda.empty_cache()
-            run = build(loaded, alone=True)
+            run = build(loaded, "export")
         deliver(run)
     return "finished"
 
@@ -197,16 +206,19 @@ def is_finished(folder: Path) -> bool:
     return status is not None and status["state"] == "finished"
 
 
-def build(loaded: Loaded, *, alone: bool = False) -> Run:
+def build(loaded: Loaded, purpose: Purpose = "train") -> Run:
     """Load and prepare everything that a run needs, and put it where its newest checkpoint stands.
 
     Args:
-        alone: this process holds the whole model, also where others take part in the run and each held a part.
+        purpose: but for training this process holds the whole model, also where others take part in the run and each
+            held a part: as it is evaluated and exported, and without moments. To be exported it stands in the host's
+            memory where its device has no room for it.
     """
     experiment = loaded.experiment
     device = device_for(experiment.strategy)
-    sharded = is_sharded(experiment.strategy) and not alone
-    if sharded:
+    sharded = is_sharded(experiment.strategy) and purpose == "train"
+    shares = experiment.strategy.context_parallel if purpose == "train" else 1
+    if sharded or shares > 1:
         connect(experiment.strategy, device)
     began = time.monotonic()
     _refuse_another_base(loaded)
@@ -228,13 +240,13 @@ def build(loaded: Loaded, *, alone: bool = False) -> Run:
                 tokenizer.to("cpu")
     talks = any(isinstance(dataset, ConversationDataset) for dataset, _ in opened.values())
     caches = [] if reasoner is None else _reasoner_caches(opened, reasoner)
-    backbone = load_backbone(
-        loaded.model,
-        device,
-        text_logits=talks or experiment.tuning.method == "full",
-        towers="generation" if reasoner is not None else "both",
-        large=not sharded,
-    )
+    text_logits, towers = talks or experiment.tuning.method == "full", "both" if reasoner is None else "generation"
+    model, place = loaded.model, device
+    if purpose == "export":
+        model, place = with_room(
+            model, experiment, device, empty_backbone(model, text_logits=text_logits, towers=towers)
+        )
+    backbone = load_backbone(model, place, text_logits=text_logits, towers=towers, large=not sharded)
     if reasoner is not None:
         remember(backbone, caches)
     robots = list(experiment.embodiments.values())
@@ -244,6 +256,8 @@ def build(loaded: Loaded, *, alone: bool = False) -> Run:
         trainables = trainables.found_in(backbone)
     else:
         arrange_frozen(backbone, experiment.model.fp8_copies)
+    if shares > 1:
+        backbone.context = context_group(experiment.strategy)
     backbone.train()
     packer = Packer(
         encoder,
@@ -252,11 +266,12 @@ def build(loaded: Loaded, *, alone: bool = False) -> Run:
         experiment.training.tokens_per_micro_batch,
         experiment.training.seed,
         padded=sharded and talks and any(isinstance(dataset, PreparedDataset) for dataset, _ in opened.values()),
+        part=(rank() % shares, shares),
     )
-    module = PostTraining(experiment, backbone, trainables, packer)
-    logger.info("loaded %s on %s in %.1f s", experiment.model.path, device, time.monotonic() - began)
+    module = PostTraining(experiment, backbone, trainables, packer, to_train=purpose == "train")
+    logger.info("loaded %s on %s in %.1f s", experiment.model.path, place, time.monotonic() - began)
     run = Run(loaded, device, opened, encoder, backbone, trainables, module)
-    resume(run, alone=alone)
+    resume(run)
     return run
 
 
@@ -272,28 +287,37 @@ def _reasoner_caches(opened: Opened, reasoner: Reasoner) -> list[ReasonerCache]:
     return [cache for cache in found if cache is not None]
 
 
-def resume(run: Run, *, alone: bool = False) -> None:
-    """Put the newest whole checkpoint's state in place, if there is one; `alone`: no other rank reads it too."""
+def resume(run: Run) -> None:
+    """Put the newest whole checkpoint's state in place, if there is one: all of it, or what the run has come to."""
     found = list_checkpoints(run.folder / CHECKPOINTS)
     if not found:
         return
-    checkpoint = load_checkpoint(found[-1], own_rows(run.trainables.parameters), alone=alone)
-    restore(run, checkpoint, found[-1])
-    logger.info("resumed at step %d from %s", checkpoint.position.step, found[-1].name)
+    path, parameters = found[-1], run.trainables.parameters
+    if run.module.to_train:
+        restore(run, load_checkpoint(path, own_rows(parameters)), path)
+        logger.info("resumed at step %d from %s", run.module.position.step, path.name)
+        return
+    run.module.position, values = load_result(path, averaged=run.experiment.training.ema_decay > 0)
+    _write(parameters, values, path)
+    logger.info("read the weights of step %d from %s", run.module.position.step, path.name)
 
 
 def restore(run: Run, checkpoint: Checkpoint, path: Path) -> None:
     """Write a checkpoint's tensors into the run."""
     parameters = run.trainables.parameters
-    check_names(path, checkpoint.trainables, {name: own_part(p) for name, p in parameters.items()})
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            own_part(parameter).copy_(checkpoint.trainables[name])
-        if run.module.average is not None:
-            for name, value in run.module.average.values.items():
-                value.copy_(checkpoint.average[name])
+    _write(parameters, checkpoint.trainables, path)
+    if run.module.average is not None:
+        for name, value in run.module.average.values.items():
+            value.copy_(checkpoint.average[name])
     load_optimizer_tensors(run.module.optimizer, parameters, checkpoint.optimizer)
     run.module.position = checkpoint.position
+
+
+def _write(parameters: Mapping[str, torch.nn.Parameter], values: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Give parameters the values that a checkpoint has for them."""
+    check_names(path, values, {name: own_part(p) for name, p in parameters.items()})
+    for name, parameter in parameters.items():
+        own_part(parameter).copy_(values[name])
 
 
 def claim_folder(loaded: Loaded, fresh: bool) -> bool:

@@ -26,7 +26,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from cosmos3_train import config
 from cosmos3_train.config import UserError
-from cosmos3_train.runtime import is_first_rank, launched, local_rank, local_world_size, node_count, world_size
+from cosmos3_train.model.context import ContextGroup
+from cosmos3_train.runtime import is_first_rank, launched, local_rank, local_world_size, node_count, rank, world_size
 
 AS_LONG_AS_IT_TAKES = timedelta(days=7)
 GRACE = timedelta(seconds=15)
@@ -36,6 +37,8 @@ _meetings: dict[timedelta, dist.ProcessGroup] = {}
 """Gloo groups by how long their ranks wait for each other: like torch's own groups, one set a process."""
 _patience = AS_LONG_AS_IT_TAKES
 _mesh: DeviceMesh | None = None
+_contexts: dict[int, ContextGroup] = {}
+"""By how many ranks share packs."""
 
 
 class RankMissing(RuntimeError):
@@ -87,9 +90,10 @@ def _open_meetings(patience: timedelta) -> None:
     global _patience
     _patience = patience
     for wait in (patience, AS_LONG_AS_IT_TAKES):  # a group's own time is what its ranks but the first wait
-        group = dist.new_group(backend="gloo", timeout=wait + GRACE)
-        assert isinstance(group, dist.ProcessGroup)
-        _meetings[wait] = group
+        if wait not in _meetings:
+            group = dist.new_group(backend="gloo", timeout=wait + GRACE)
+            assert isinstance(group, dist.ProcessGroup)
+            _meetings[wait] = group
 
 
 Name = Literal["single", "ddp", "fsdp2", "hsdp"]
@@ -131,6 +135,12 @@ def device_for(strategy: config.Strategy) -> torch.device:
             )
     if name in ("fsdp2", "hsdp") and not launched():
         raise UserError(f"strategy.name is {name!r}, but one process was started; use launch/local.sh EXPERIMENT")
+    if world_size() % strategy.context_parallel:
+        raise UserError(
+            f"strategy.context_parallel is {strategy.context_parallel}, which does not divide the {world_size()} "
+            f"{'processes that were' if world_size() > 1 else 'process that was'} started; use launch/local.sh or "
+            f"launch/slurm.sbatch with a multiple of it"
+        )
     if name == "hsdp" and world_size() % _shards(strategy):
         raise UserError(
             f"strategy.shards is {_shards(strategy)}, which does not divide the {world_size()} processes that were "
@@ -151,25 +161,39 @@ def make_strategy(strategy: config.Strategy, device: torch.device) -> Strategy:
     return kind(process_group_backend=_backend(device), timeout=timedelta(seconds=strategy.collective_timeout_seconds))
 
 
-def connect(strategy: config.Strategy, device: torch.device) -> DeviceMesh:
-    """Join the processes of a sharded run, for each reads its own shards; once a process.
-
-    Returns:
-        Their mesh [shards] of fsdp2, or [copies, shards] of hsdp.
-    """
+def connect(strategy: config.Strategy, device: torch.device) -> None:
+    """Join the processes of a run before its model is read: where it is sharded, or where they share packs."""
     global _mesh
-    if _mesh is None:
-        patience = timedelta(seconds=strategy.collective_timeout_seconds)
+    patience = timedelta(seconds=strategy.collective_timeout_seconds)
+    if not dist.is_initialized():
         dist.init_process_group(_backend(device), timeout=patience, device_id=device if device.type == "cuda" else None)
         if device.type == "cuda":
             atexit.register(_leave)
-        _open_meetings(patience)
+    _open_meetings(patience)
+    if is_sharded(strategy) and _mesh is None:
         shards = _shards(strategy)
         if shards == world_size():
             _mesh = init_device_mesh(device.type, (shards,), mesh_dim_names=("shards",))
         else:
             _mesh = init_device_mesh(device.type, (world_size() // shards, shards), mesh_dim_names=("copies", "shards"))
-    return _mesh
+
+
+def data_rank(strategy: config.Strategy) -> tuple[int, int]:
+    """This process's place among those that draw samples of their own, and their number: neighbours that share packs
+    draw the same."""
+    return rank() // strategy.context_parallel, world_size() // strategy.context_parallel
+
+
+def context_group(strategy: config.Strategy) -> ContextGroup | None:
+    """The ranks that share this one's packs, None where they are its own; after `connect`, and on every rank."""
+    size = strategy.context_parallel
+    if size == 1:
+        return None
+    if size not in _contexts:
+        own, _ = dist.new_subgroups(size, timeout=timedelta(seconds=strategy.collective_timeout_seconds))
+        assert isinstance(own, dist.ProcessGroup)
+        _contexts[size] = ContextGroup(own)
+    return _contexts[size]
 
 
 def _leave() -> None:
@@ -179,7 +203,7 @@ def _leave() -> None:
 
 
 def device_mesh() -> DeviceMesh:
-    """The mesh that `connect` made."""
+    """The mesh [shards] of fsdp2, or [copies, shards] of hsdp, that `connect` made."""
     assert _mesh is not None
     return _mesh
 

@@ -134,7 +134,7 @@ class StepTime:
 
     seconds: from the end of the step before, so reading, logging and everything around the step is in it
     waited:  seconds of these in which the loader had nothing ready (and Lightning's own moments)
-    tokens, samples: of this process's share;  flops: that its share must do
+    tokens, samples: of this process's share, or of its context group's;  flops: that this process must do
     """
 
     seconds: float
@@ -174,7 +174,8 @@ class Throughput:
         return step
 
     def rates(self, ranks: int) -> dict[str, float]:
-        """What the steps since the last call came to, over all ranks; MFU is of one GPU, and only of a known one."""
+        """What the steps since the last call came to, over `ranks` that draw samples; MFU is of one GPU, and only of a
+        known one."""
         steps, self._steps = self._steps, []
         if not steps:
             return {}

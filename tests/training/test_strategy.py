@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cosmos3_train.config import Strategy, UserError, load_experiment
-from cosmos3_train.training.strategy import device_for, is_sharded, strategy_name
+from cosmos3_train.training.strategy import data_rank, device_for, is_sharded, strategy_name
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -34,6 +34,15 @@ def test_auto_is_single_for_one_process_and_ddp_for_several(started):
     assert strategy_name(Strategy(name="fsdp2")) == "fsdp2"
 
 
+def test_neighbours_that_share_packs_draw_the_same_samples(started, monkeypatch):
+    started(4)
+    found = []
+    for rank in range(4):
+        monkeypatch.setenv("RANK", str(rank))
+        found.append(data_rank(Strategy(devices=4, context_parallel=2)))
+    assert found == [(0, 2), (0, 2), (1, 2), (1, 2)]
+
+
 @pytest.mark.parametrize("name", ["auto", "single", "ddp", "fsdp2", "hsdp"])
 def test_every_strategy_is_a_part(name):
     part = ["parts.strategy=" + name]
@@ -49,6 +58,8 @@ def test_every_strategy_is_a_part(name):
         (Strategy(devices=2), None, "strategy.devices is 2, but one process was started; use launch/local.sh"),
         (Strategy(name="single"), 2, "strategy.name is 'single', but 2 processes were started"),
         (Strategy(name="fsdp2", devices=1), 2, "strategy.devices is 1, but 2 processes were started"),
+        (Strategy(context_parallel=2), None, "context_parallel is 2, which does not divide the 1 process that was"),
+        (Strategy(devices=4, context_parallel=3), 4, "context_parallel is 3, which does not divide the 4 processes"),
         (Strategy(name="hsdp", devices=4, shards=3), 4, "strategy.shards is 3, which does not divide the 4 processes"),
     ],
 )

@@ -1,0 +1,45 @@
+"""Ranks that share packs make the steps of one process, under ddp and with sharded weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training.project import write_project
+from tests.training.sharded import carry_out
+from tests.training.test_sharding import assert_same_curve, job, on_processes, write_moves
+
+pytestmark = pytest.mark.slow
+
+TWO = "strategy.context_parallel=2"
+UNMEASURED = "training.evaluate_every_n_steps=0 evaluation.before=false evaluation.action_samples=0"
+RUNS = [("lora", "ddp"), ("hybrid", "ddp"), ("full", "ddp"), ("full", "fsdp2")]
+FEW = f"{UNMEASURED} training.steps=4 training.samples_per_step=5"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A project in which every tuning was trained by one process, and then by two that share its packs."""
+    root = write_moves(write_project(tmp_path_factory.mktemp("context") / "root"))
+    tunings = dict.fromkeys(tuning for tuning, _ in RUNS)
+    shared = [job(tuning, f"name={tuning}_{name} strategy.name={name}", TWO, UNMEASURED) for tuning, name in RUNS]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as torchrun's processes have; more of them only wait for each other here
+    for each in (*(job(name, f"name={name}", UNMEASURED) for name in tunings), job("cached", "name=few", FEW)):
+        carry_out(root, each)
+    torch.set_num_threads(threads)
+    on_processes(root, 2, *shared)
+    return root
+
+
+@pytest.mark.parametrize(("tuning", "strategy"), RUNS)
+def test_two_ranks_that_share_packs_make_the_curve_of_one(root, tuning, strategy):
+    assert_same_curve(root, tuning, f"{tuning}_{strategy}")
+
+
+def test_two_pairs_that_share_packs_make_the_curve_of_one(root):
+    """Two data ranks of two ranks each, the text's keys and values from a cache."""
+    on_processes(root, 4, job("cached", f"name=few_pairs strategy.name=ddp {TWO}", FEW))
+    assert_same_curve(root, "few", "few_pairs", steps=4)
