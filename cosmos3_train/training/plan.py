@@ -167,6 +167,11 @@ def predict(workload: Workload, repeated: bool | None = None) -> Plan:
 def _shards(experiment: Experiment, gpus: int) -> int:
     """Processes that share one copy of the large weights."""
     strategy = experiment.strategy
+    if strategy.context_parallel > 1:
+        raise UserError(
+            f"strategy.context_parallel is {strategy.context_parallel}, which the plan does not know; plan with 1, whose "
+            "activations are that many times as large"
+        )
     if strategy.name == "single" and gpus > 1:
         raise UserError(f"strategy.name is 'single', but the plan is for {gpus} GPUs; use strategy.name=ddp")
     if strategy.name == "hsdp":

@@ -41,10 +41,10 @@ DONE_COVERAGE = 0.95
 SECONDS_AFTER_DONE = 1.0
 LEAST_SECONDS = 1.7
 """A shorter recording between two knocks holds no window of 17 frames at 10 Hz and is dropped."""
-KNOCK_EVERY_SECONDS = (1.8, 6.0)
-KNOCK_SECONDS = (0.2, 0.6)
 EPISODES_AHEAD = 128
 """Stored episodes drawn at a time: 1.4 MB each."""
+KNOCK_EVERY_SECONDS = (1.8, 6.0)
+KNOCK_SECONDS = (0.2, 0.6)
 KNOCK_PX = 45.0
 """Standard deviation, per axis, of where a knock pulls the agent from where it is."""
 

@@ -10,12 +10,14 @@
 #   train    the transformer                   all GPUs
 #   assemble the trained folder in data/cosmos3_pico
 #
-# SEEDS names the states files (five), EPISODES what each holds (1,000); two thirds of all are drawn for the turned robot
-# and one for the swapped. MINUTES is the codec's time, CODEC more options for it, TRAIN more key=value for the training.
+# SEEDS names the states files (ten), EPISODES what each holds (1,000); two thirds of all are drawn for the turned robot
+# and one for the swapped. MINUTES is the codec's time, CODEC more options for it ("--trained data/cosmos3_pico/vae" goes
+# on with the one that ships), TRAIN more key=value for the training, which goes on with what data/cosmos3_pico holds:
+# without the stage folder, with the transformer that ships.
 set -euo pipefail
-SEEDS=${SEEDS:-0 1 2 3 4}
+SEEDS=${SEEDS:-0 1 2 3 4 5 6 7 8 9}
 EPISODES=${EPISODES:-1000}
-MINUTES=${MINUTES:-6.2}
+MINUTES=${MINUTES:-11}
 CODEC=${CODEC:-}
 TRAIN=${TRAIN:-}
 GPUS=${GPUS:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
@@ -27,7 +29,7 @@ draw() {
         --workers "$WORKERS" --output "$3"
 }
 rows() {
-    cosmos3 prepare data/pusht/log.yaml --embodiment "$1" --source "$2" --output "$3" --workers "$WORKERS" --stride 3 \
+    cosmos3 prepare data/pusht/log.yaml --embodiment "$1" --source "$2" --output "$3" --workers "$WORKERS" --stride 9 \
         --heldout 0.02
 }
 

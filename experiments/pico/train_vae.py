@@ -424,8 +424,8 @@ def train(
             size = CONTENT_SIZES[int(draws.integers(len(CONTENT_SIZES)))]
         clips = training_clips(bank, generator, draws, batch, frames, size)
         keep = min(0.999, (1 + step) / (10 + step))
-        margin = WHOLE_MARGIN if args.polish or progress > WHOLE_MARGIN_FROM else MARGIN
-        squares = 1.0 if args.polish else max(0.0, (progress - SQUARES_FROM) / (1 - SQUARES_FROM))
+        margin = WHOLE_MARGIN if progress > WHOLE_MARGIN_FROM else MARGIN
+        squares = max(0.0, (progress - SQUARES_FROM) / (1 - SQUARES_FROM))
         seen, norm = make_step(clips, margin, learning_rate(progress, step, args.lr), keep, squares)
         step, frames_seen = step + 1, frames_seen + batch * frames
         if time.monotonic() - reported > REPORT_EVERY_SECONDS:
@@ -503,7 +503,6 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes that draw the bank")
     parser.add_argument("--states", type=Path, help="npz of recorded PushT poses; without it motion is made up")
     parser.add_argument("--trained", type=Path, help="a trained vae/ folder to go on from, not random weights")
-    parser.add_argument("--polish", action="store_true", help="the whole run is as the last part of another one")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
