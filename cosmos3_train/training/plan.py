@@ -169,8 +169,8 @@ def _shards(experiment: Experiment, gpus: int) -> int:
     strategy = experiment.strategy
     if strategy.context_parallel > 1:
         raise UserError(
-            f"strategy.context_parallel is {strategy.context_parallel}, which the plan does not know; plan with 1, whose "
-            "activations are that many times as large"
+            f"strategy.context_parallel is {strategy.context_parallel}, which the plan does not know; plan with 1, "
+            "whose activations are that many times as large"
         )
     if strategy.name == "single" and gpus > 1:
         raise UserError(f"strategy.name is 'single', but the plan is for {gpus} GPUs; use strategy.name=ddp")
