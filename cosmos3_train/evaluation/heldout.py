@@ -32,7 +32,7 @@ from cosmos3_train.flow.tasks import TASKS
 from cosmos3_train.flow.velocity_loss import sample_losses
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.omni import Cosmos3PackedTransformer, text_logits_loss
-from cosmos3_train.model.packing import Layout, draw_noise, noisy_values, pack
+from cosmos3_train.model.packing import Layout, draw_noise, pack
 from cosmos3_train.runtime import draw
 from cosmos3_train.types import NoiseLevels, PackedSequence, TokenSample
 
@@ -148,8 +148,7 @@ def _noisy_pack(
 ) -> PackedSequence:
     noise = [draw_noise(s, draw(seed, "heldout", s.number, turn)) for s in samples]
     at = [NoiseLevels(sigma, sigma, sigma) for sigma in sigmas]
-    values = [noisy_values(s, n, level) for s, n, level in zip(samples, noise, at, strict=True)]
-    return pack(samples, values, at, layout, noise, objective.mean_over)
+    return pack(samples, None, at, layout, noise, objective.mean_over)
 
 
 def _look(

@@ -6,8 +6,15 @@ from torch import Tensor
 
 
 def interpolate(x0: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
-    """x_σ, of x0's shape. float32 in, float32 out: the path is never walked in bf16."""
-    return sigma * noise + (1 - sigma) * x0
+    """x_σ, of x0's shape. float32 in, float32 out: the path is never walked in bf16.
+
+    Args:
+        sigma: one, or several to be broadcast, of any float type; 1 − σ is formed in it, and then rounded to x0's.
+    """
+    rest = 1 - sigma
+    if isinstance(sigma, Tensor) and isinstance(rest, Tensor):
+        sigma, rest = sigma.to(x0.dtype), rest.to(x0.dtype)
+    return sigma * noise + rest * x0
 
 
 def velocity(x0: Tensor, noise: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -31,13 +32,17 @@ from cosmos3_train.types import (
     TokenSample,
 )
 
-VIDEO, SOUND, ACTION = 0, 1, 2
-"""Order of the modalities inside a sample of the generation stream."""
+MODALITIES = ("video", "sound", "action")
+"""Of a sample, in their order inside the generation stream."""
 
 SHAPES_KEPT = 256
 """Of positions that depend on a sample's shape alone: a robot's windows have a handful of shapes, whose positions and
 masks would otherwise be most of the packing. Positions of a clip of 93 frames at 480 are half a megabyte, its mask
 seven: hence so few. What is kept is shared, so it is never written to."""
+
+VALUES_AT_ONCE = 1 << 18
+"""In one tensor of samples that are noised and cut into tokens together: hundreds of small samples cost what one does,
+and what a large one needs still stays in the processor's cache. At least one sample."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,11 @@ class Layout:
             modulate=config.enable_fps_modulation,
             reset_spatial=config.unified_3d_mrope_reset_spatial_ids,
         )
+
+    def width(self, modality: str) -> int:
+        """Of the tokens of a modality."""
+        widths = {"video": self.patch**2 * self.channels, "sound": self.sound_width, "action": self.action_width}
+        return widths[modality]
 
     def grid(self, latent: Tensor) -> tuple[int, int, int]:
         """Tokens of a latent [C, t, h, w] along time, height and width; odd sides are padded to whole patches."""
@@ -112,32 +122,19 @@ def draw_noise(sample: TokenSample, generator: torch.Generator) -> Values:
 
 def noisy_values(sample: TokenSample, noise: Values, levels: NoiseLevels) -> Values:
     """x_σ of a sample: given parts stay clean, and action channels beyond the robot's own width stay zero."""
-
-    def mix(x0: Tensor | None, eps: Tensor | None, given: Tensor | None, sigma: float, axis: int) -> Tensor | None:
-        if x0 is None:
-            return None
-        assert eps is not None and given is not None
-        shape = [1] * x0.dim()
-        shape[axis] = -1
-        return torch.where(given.view(shape), x0, interpolate(x0, eps, sigma))
-
-    action = mix(sample.action, noise.action, sample.action_given, levels.action, 0)
-    if action is not None:
-        action = action.clone()
-        action[:, sample.action_width :] = 0
-    return Values(
-        video=mix(sample.video, noise.video, sample.video_given, levels.video, 1),
-        sound=mix(sample.sound, noise.sound, sample.sound_given, levels.sound, 0),
-        action=action,
-    )
+    found = {}
+    for name in MODALITIES:
+        x0, given = getattr(sample, name), getattr(sample, f"{name}_given")
+        if x0 is not None:
+            eps = getattr(noise, name)
+            found[name] = _noisy(name, given, sample.action_width, x0[None], eps[None], [levels])[0]
+    return Values(**found)
 
 
 def patchify(latent: Tensor, patch: int) -> Tensor:
-    """[C, t, h, w] → [t·h/p·w/p, p·p·C], elements in the order (row, column, channel); odd sides zero-padded."""
-    _, _, h, w = latent.shape
-    latent = F.pad(latent, (0, -w % patch, 0, -h % patch))
-    cells = latent.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # [C, t, h/p, p, w/p, p]
-    return cells.permute(1, 2, 4, 3, 5, 0).flatten(3).flatten(0, 2)
+    """[..., C, t, h, w] → [..., t·h/p·w/p, p·p·C], elements in the order (row, column, channel); odd sides
+    zero-padded."""
+    return _cells(latent, patch).flatten(-3).flatten(-4, -2)
 
 
 def unpatchify(tokens: Tensor, shape: Sequence[int], patch: int) -> Tensor:
@@ -150,7 +147,7 @@ def unpatchify(tokens: Tensor, shape: Sequence[int], patch: int) -> Tensor:
 
 def pack(
     samples: Sequence[TokenSample],
-    values: Sequence[Values],
+    values: Sequence[Values] | None,
     levels: Sequence[NoiseLevels],
     layout: Layout,
     noise: Sequence[Values] | None = None,
@@ -160,129 +157,270 @@ def pack(
 
     Args:
         samples: in the order in which they will stand in both streams.
-        values: what their generation tokens hold, from `noisy_values` or a sampler.
+        values: what their generation tokens hold; None for x_σ of `noise` at `levels`, what `noisy_values` gives.
         levels: σ of each sample's modalities.
         noise: ε, to form the targets v = ε − x0; without it the pack is for sampling and has no targets.
         mean_over: "all" or "generated": which elements each sample's mean counts.
     """
-    streams = [_stream(place, s, v, layout) for place, (s, v) in enumerate(zip(samples, values, strict=True))]
+    by_domain = sorted(range(len(samples)), key=lambda place: samples[place].domain)
+    orders = {"video": range(len(samples)), "sound": range(len(samples)), "action": by_domain}
+    parts = {name: _part(name, order, samples, layout) for name, order in orders.items()}
+    counts = torch.zeros((len(samples), len(MODALITIES)), dtype=torch.long)
+    for column, part in enumerate(parts.values()):
+        counts[part.places, column] = part.counts
+    starts = (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts)
+    lengths = tuple(counts.sum(dim=1).tolist())
+    sigmas = torch.tensor([[getattr(level, name) for name in MODALITIES] for level in levels])
+    rows, places = {}, []
+    for column, (name, part) in enumerate(parts.items()):
+        places.append(_ranges(starts[part.places, column], part.counts))
+        tokens, velocities, valid = _rows(part, samples, values, levels, noise, layout)
+        rows |= {name: tokens, f"{name}_out": places[-1][part.generated]}
+        if noise is not None and part.groups:
+            elements = torch.zeros(len(samples))
+            elements[part.places] = (part.elements if mean_over == "all" else part.generated_elements).float()
+            sample = part.places.repeat_interleave(part.generated_counts)
+            rows[f"{name}_target"] = ModalityTarget(velocities, valid, sample, elements, sigmas[sample, column])
+    stream_places = torch.cat(places)
+    order = torch.empty_like(stream_places)
+    order[stream_places] = torch.arange(stream_places.numel())
     text = _text_fields(samples, layout)
-    rows = _row_fields(samples, streams)
-    levels_of = torch.tensor([[lv.video, lv.sound, lv.action] for lv in levels], dtype=torch.float32).flatten()
-    modality = torch.cat([s.modality for s in streams])
-    sample_of = torch.repeat_interleave(torch.arange(len(streams)), torch.tensor([s.modality.numel() for s in streams]))
-    generation_lengths = tuple(s.modality.numel() for s in streams)
-    joint_order = _joint_order([s.text.numel() for s in samples], generation_lengths)
-    packed = PackedSequence(
+    joint_order = _joint_order(text["text_spans"].lengths, lengths)
+    return PackedSequence(
         **text,
-        generation_lengths=generation_lengths,
-        generation_spans=Spans.of(n for n in generation_lengths if n),
-        joint_spans=Spans.of(s.text.numel() + n for s, n in zip(samples, generation_lengths, strict=True) if n),
-        positions=torch.cat([s.positions for s in streams], dim=1),
-        levels=levels_of,
-        level_index=sample_of * 3 + modality,
-        noisy=torch.cat([~s.given for s in streams]),
+        **rows,
+        generation_lengths=lengths,
+        generation_spans=Spans.of(n for n in lengths if n),
+        joint_spans=Spans.of(s.text.numel() + n for s, n in zip(samples, lengths, strict=True) if n),
+        positions=torch.cat([_stream_positions(s, layout) for s in samples], dim=1),
+        levels=sigmas.flatten(),
+        level_index=torch.arange(counts.numel()).repeat_interleave(counts.flatten()),
+        noisy=torch.cat([part.generated for part in parts.values()])[order],
         joint_order=joint_order,
         joint_places=torch.nonzero(joint_order >= text["text_ids"].numel()).flatten(),
-        **rows,
+        order=order,
+        action_domains=_grouped(samples, parts["action"].places, parts["action"].counts),
+        action_out_domains=_grouped(samples, parts["action"].places, parts["action"].generated_counts),
     )
-    if noise is None:
-        return packed
-    return _with_targets(packed, samples, noise, levels, layout, mean_over)
 
 
 # ------------------------------------------------------------------------------------------------ details
 
 
+def _cells(latent: Tensor, patch: int) -> Tensor:
+    """[..., C, t, h, w] → [..., t, h/p, w/p, p, p, C], the tokens of `patchify`, a view where no side is odd."""
+    h, w = latent.shape[-2:]
+    if h % patch or w % patch:
+        latent = F.pad(latent, (0, -w % patch, 0, -h % patch))
+    cells = latent.unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch))  # [..., C, t, h/p, p, w/p, p]
+    return cells.movedim(-6, -1).transpose(-4, -3)
+
+
 @dataclass(frozen=True)
-class _Stream:
-    """One sample's generation stream. modality int64 [n]; given bool [n]; positions float32 [3, n]."""
+class _Group:
+    """Those of a modality's n samples that have one shape, action width and mask.
 
-    modality: Tensor
+    turns: of them among the n;  given: bool [frames] (action rows, sound frames)
+    own:   bool [rows, width], which elements are a sample's own, and not padding of odd sides or unused action channels
+    elements: of these in a frame
+    """
+
+    turns: list[int]
     given: Tensor
-    positions: Tensor
-    video: Tensor
-    sound: Tensor
-    action: Tensor
+    own: Tensor
+    elements: int
+
+    @property
+    def tokens(self) -> int:
+        """Of a frame."""
+        return len(self.own) // max(1, self.given.numel())
 
 
-def _stream(place: int, sample: TokenSample, values: Values, layout: Layout) -> _Stream:
-    offset = sample.text.numel() + layout.margin
-    fps = sample.fps if layout.modulate else None
-    modality, given, positions = [], [], []
-    video = torch.zeros((0, layout.patch**2 * layout.channels))
-    sound = torch.zeros((0, layout.sound_width))
-    action = torch.zeros((0, layout.action_width))
-    if sample.video is not None:
-        assert values.video is not None and sample.video_given is not None
-        t, h, w = layout.grid(sample.video)
-        video = patchify(values.video, layout.patch)
-        ids = _positions((t, h, w), offset, fps, layout, layout.temporal)
-        modality.append(torch.full((t * h * w,), VIDEO))
-        given.append(sample.video_given.repeat_interleave(h * w))
-        positions.append(ids)
-    if sample.sound is not None:
-        assert values.sound is not None and sample.sound_given is not None
-        sound = values.sound
-        rate = layout.sound_fps if layout.modulate else None
-        modality.append(torch.full((sound.shape[0],), SOUND))
-        given.append(sample.sound_given)
-        positions.append(_positions((sound.shape[0], 1, 1), offset, rate, layout, 1))
-    if sample.action is not None:
-        assert values.action is not None and sample.action_given is not None
-        action = values.action
-        ids = _positions(
-            (action.shape[0], 1, 1), offset, fps, layout, 1, base=layout.temporal, start=sample.action_start
-        )
-        modality.append(torch.full((action.shape[0],), ACTION))
-        given.append(sample.action_given)
-        positions.append(ids)
-    if not modality:
-        return _Stream(
-            torch.zeros(0, dtype=torch.long),
-            torch.zeros(0, dtype=torch.bool),
-            torch.zeros((3, 0)),
-            video,
-            sound,
-            action,
-        )
-    return _Stream(torch.cat(modality), torch.cat(given), torch.cat(positions, dim=1), video, sound, action)
+@dataclass(frozen=True)
+class _Part:
+    """Where one modality's rows are: n of a pack's samples have it, and stand one after another.
+
+    places:    int64 [n], of the samples in the pack;  generated: bool [rows]
+    counts, generated_counts: int64 [n], tokens of each, and those of them that are generated
+    elements, generated_elements: int64 [n], the same of values that are a sample's own
+    """
+
+    name: str
+    places: Tensor
+    generated: Tensor
+    counts: Tensor
+    generated_counts: Tensor
+    elements: Tensor
+    generated_elements: Tensor
+    groups: list[_Group]
+
+
+def _part(name: str, order: Sequence[int], samples: Sequence[TokenSample], layout: Layout) -> _Part:
+    places = [place for place in order if getattr(samples[place], name) is not None]
+    given = [getattr(samples[place], f"{name}_given") for place in places]
+    alike: dict[tuple[tuple[int, ...], int, bytes], list[int]] = {}
+    for turn, (place, mask) in enumerate(zip(places, given, strict=True)):
+        shape = tuple(getattr(samples[place], name).shape)
+        alike.setdefault((shape, samples[place].action_width, mask.numpy().tobytes()), []).append(turn)
+    groups = [
+        _Group(turns, given[turns[0]], *_own(name, shape, width, layout.patch))
+        for (shape, width, _), turns in alike.items()
+    ]
+    # Of each sample: frames, generated frames, and tokens and elements of a frame.
+    numbers = torch.zeros((4, len(places)), dtype=torch.long)
+    for group in groups:
+        row = (group.given.numel(), int((~group.given).sum()), group.tokens, group.elements)
+        numbers[:, group.turns] = torch.tensor(row)[:, None]
+    frames, generated, tokens, elements = numbers
+    masks = torch.cat([torch.zeros(0, dtype=torch.bool), *given])
+    return _Part(
+        name=name,
+        places=torch.tensor(places, dtype=torch.long),
+        generated=~masks.repeat_interleave(tokens.repeat_interleave(frames)),
+        counts=frames * tokens,
+        generated_counts=generated * tokens,
+        elements=frames * elements,
+        generated_elements=generated * elements,
+        groups=groups,
+    )
+
+
+def _rows(
+    part: _Part,
+    samples: Sequence[TokenSample],
+    values: Sequence[Values] | None,
+    levels: Sequence[NoiseLevels],
+    noise: Sequence[Values] | None,
+    layout: Layout,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a modality's tokens hold [rows, width]; v, and which of its elements are a sample's own, at the generated
+    ones [n, width], n = 0 without noise."""
+    name, width = part.name, layout.width(part.name)
+    wanted = part.generated_counts if noise is not None else torch.zeros_like(part.counts)
+    tokens, targets = torch.empty((int(part.counts.sum()), width)), torch.empty((int(wanted.sum()), width))
+    valid = torch.ones(targets.shape, dtype=torch.bool)
+    token_places, target_places = tokens.split(part.counts.tolist()), targets.split(wanted.tolist())
+    valid_places = valid.split(wanted.tolist())
+
+    def stacked(of: Sequence[TokenSample] | Sequence[Values], places: Sequence[int]) -> Tensor:
+        return torch.stack([getattr(of[place], name) for place in places])
+
+    def write(stack: Tensor, turns: Sequence[int], to: Sequence[Tensor]) -> None:
+        cut = _cells(stack, layout.patch) if name == "video" else stack
+        for turn, one in zip(turns, cut, strict=True):
+            to[turn].view(one.shape).copy_(one)
+
+    for group in part.groups:
+        generated = torch.nonzero(~group.given).flatten()
+        at_once = max(1, VALUES_AT_ONCE // max(1, group.own.numel()))
+        for turns in (group.turns[start : start + at_once] for start in range(0, len(group.turns), at_once)):
+            places = part.places[turns].tolist()
+            held = stacked(values, places) if values is not None else None
+            if noise is not None:
+                x0, eps = stacked(samples, places), stacked(noise, places)
+                if held is None:
+                    few = [levels[place] for place in places]
+                    held = _noisy(name, group.given, samples[places[0]].action_width, x0, eps, few)
+                write(velocity(x0, eps).index_select(_frame_axis(name), generated), turns, target_places)
+            assert held is not None, "neither values nor the noise to form them of"
+            write(held, turns, token_places)
+        if noise is not None and not group.own.all():
+            own = group.own.unflatten(0, (-1, group.tokens))[generated].flatten(0, 1)
+            for turn in group.turns:
+                valid_places[turn].copy_(own)
+    return tokens, targets, valid
+
+
+def _frame_axis(name: str) -> int:
+    """Of stacked values: latent frames of video [b, C, t, h, w], rows of the others [b, n, width]."""
+    return 2 if name == "video" else 1
+
+
+def _noisy(
+    name: str, given: Tensor, action_width: int, x0: Tensor, eps: Tensor, levels: Sequence[NoiseLevels]
+) -> Tensor:
+    """x_σ [b, ...] of b samples of one shape, mask and action width: what is given stands at σ = 0."""
+    sigma = torch.tensor([getattr(level, name) for level in levels], dtype=torch.float64)
+    shape = [1] * x0.dim()
+    shape[0], shape[_frame_axis(name)] = len(levels), given.numel()
+    mixed = interpolate(x0, eps, torch.where(given, 0.0, sigma[:, None]).view(shape))
+    if name == "action":
+        mixed[..., action_width:] = 0
+    return mixed
+
+
+@lru_cache(64)
+def _own(name: str, shape: tuple[int, ...], action_width: int, patch: int) -> tuple[Tensor, int]:
+    """`own` and `elements` of a `_Group`."""
+    if name == "video":
+        own, frames = patchify(torch.ones(shape), patch) > 0, shape[1]
+    else:
+        own, frames = torch.ones(shape, dtype=torch.bool), shape[0]
+        if name == "action":
+            own[:, action_width:] = False
+    return own, int(own.sum()) // max(1, frames)
+
+
+def _stream_positions(sample: TokenSample, layout: Layout) -> Tensor:
+    """float32 [3, n]: the positions of a sample's generation stream."""
+    return _positions(
+        None if sample.video is None else layout.grid(sample.video),
+        0 if sample.sound is None else len(sample.sound),
+        0 if sample.action is None else len(sample.action),
+        sample.action_start,
+        sample.text.numel() + layout.margin,
+        sample.fps,
+        layout,
+    )
 
 
 @lru_cache(SHAPES_KEPT)
 def _positions(
-    grid: tuple[int, int, int],
+    video: tuple[int, int, int] | None,
+    sound: int,
+    action: int,
+    action_start: int,
     offset: int,
-    fps: float | None,
+    fps: float,
     layout: Layout,
-    temporal: int,
-    base: int | None = None,
-    start: int = 0,
 ) -> Tensor:
-    ids, _ = get_3d_mrope_ids_vae_tokens(
-        grid_t=grid[0],
-        grid_h=grid[1],
-        grid_w=grid[2],
-        temporal_offset=offset,
-        reset_spatial_indices=layout.reset_spatial,
-        fps=fps,
-        base_fps=layout.base_fps,
-        temporal_compression_factor=temporal,
-        base_temporal_compression_factor=base,
-        start_frame_offset=start,
-    )
-    return ids.to(torch.float32)
+    def of(grid: tuple[int, int, int], rate: float, temporal: int, base: int | None = None, start: int = 0) -> Tensor:
+        ids, _ = get_3d_mrope_ids_vae_tokens(
+            grid_t=grid[0],
+            grid_h=grid[1],
+            grid_w=grid[2],
+            temporal_offset=offset,
+            reset_spatial_indices=layout.reset_spatial,
+            fps=rate if layout.modulate else None,
+            base_fps=layout.base_fps,
+            temporal_compression_factor=temporal,
+            base_temporal_compression_factor=base,
+            start_frame_offset=start,
+        )
+        return ids.to(torch.float32)
+
+    found = [torch.zeros((3, 0))]
+    if video is not None:
+        found.append(of(video, fps, layout.temporal))
+    if sound:
+        found.append(of((sound, 1, 1), layout.sound_fps, 1))
+    if action:
+        found.append(of((action, 1, 1), fps, 1, base=layout.temporal, start=action_start))
+    return torch.cat(found, dim=1)
 
 
 def _text_fields(samples: Sequence[TokenSample], layout: Layout) -> dict:
     """The understanding stream: ids, positions from 0 for each sample, and where labelled tokens are predicted."""
-    positions = [_text_positions(s.text.numel(), layout.modulate) for s in samples]
-    labels = torch.cat([s.labels if s.labels is not None else torch.full_like(s.text, IGNORED_LABEL) for s in samples])
+    spans = Spans.of(s.text.numel() for s in samples)
+    labels = torch.full((spans.total,), IGNORED_LABEL)
+    for start, sample in zip(accumulate(spans.lengths, initial=0), samples, strict=False):
+        if sample.labels is not None:
+            labels[start : start + sample.text.numel()] = sample.labels
     places = torch.nonzero(labels != IGNORED_LABEL).flatten()
     return {
         "text_ids": torch.cat([s.text for s in samples]),
-        "text_positions": torch.cat(positions, dim=1),
-        "text_spans": Spans.of(s.text.numel() for s in samples),
+        "text_positions": torch.cat([_text_positions(n, layout.modulate) for n in spans.lengths], dim=1),
+        "text_spans": spans,
         "prompts": tuple(prompt_key(s.text) for s in samples),
         "text_out": places,
         "labels": labels[places],
@@ -294,169 +432,25 @@ def _text_positions(length: int, modulate: bool) -> Tensor:
     return get_3d_mrope_ids_text_tokens(length, 0, use_float_positions=modulate)[0].to(torch.float32)
 
 
-def _row_fields(samples: Sequence[TokenSample], streams: Sequence[_Stream]) -> dict:
-    """The modalities' rows, the order that makes the stream of them, and the places where velocities are read."""
-    starts = [0]
-    for stream in streams:
-        starts.append(starts[-1] + stream.modality.numel())
-    # For every modality the places of its tokens in the stream, sample after sample.
-    places = {
-        kind: [start + torch.nonzero(s.modality == kind).flatten() for start, s in zip(starts, streams, strict=False)]
-        for kind in (VIDEO, SOUND, ACTION)
-    }
-    generated = {
-        kind: [
-            start + torch.nonzero((s.modality == kind) & ~s.given).flatten()
-            for start, s in zip(starts, streams, strict=False)
-        ]
-        for kind in (VIDEO, SOUND, ACTION)
-    }
-    domains = [s.domain for s in samples]
-    by_domain = sorted(range(len(samples)), key=lambda place: (domains[place], place))
-    stream_places = torch.cat([*places[VIDEO], *places[SOUND], *(places[ACTION][place] for place in by_domain)])
-    order = torch.empty_like(stream_places)
-    order[stream_places] = torch.arange(stream_places.numel())
-    return {
-        "video": torch.cat([s.video for s in streams]),
-        "sound": torch.cat([s.sound for s in streams]),
-        "action": torch.cat([streams[place].action for place in by_domain]),
-        "action_domains": _grouped([(domains[place], places[ACTION][place].numel()) for place in by_domain]),
-        "order": order,
-        "video_out": torch.cat(generated[VIDEO]),
-        "sound_out": torch.cat(generated[SOUND]),
-        "action_out": torch.cat([generated[ACTION][place] for place in by_domain]),
-        "action_out_domains": _grouped([(domains[p], generated[ACTION][p].numel()) for p in by_domain]),
-    }
-
-
-def _grouped(rows: Sequence[tuple[int, int]]) -> DomainRows:
-    counts: dict[int, int] = {}
-    for domain, count in rows:
+def _grouped(samples: Sequence[TokenSample], places: Tensor, counts: Tensor) -> DomainRows:
+    """The domains of `places`, which stand together, and the rows of each that has any."""
+    rows: dict[int, int] = {}
+    for place, count in zip(places.tolist(), counts.tolist(), strict=True):
         if count:
-            counts[domain] = counts.get(domain, 0) + count
-    return DomainRows(ids=torch.tensor(list(counts), dtype=torch.long), counts=tuple(counts.values()))
+            domain = samples[place].domain
+            rows[domain] = rows.get(domain, 0) + count
+    return DomainRows(ids=torch.tensor(list(rows), dtype=torch.long), counts=tuple(rows.values()))
 
 
 def _joint_order(text_lengths: Sequence[int], generation_lengths: Sequence[int]) -> Tensor:
     """Rows of cat(understanding, generation) sample by sample, samples without generation tokens left out."""
-    parts, text_start, generation_start = [], 0, sum(text_lengths)
-    for text, generation in zip(text_lengths, generation_lengths, strict=True):
-        if generation:
-            parts.append(torch.arange(text_start, text_start + text))
-            parts.append(torch.arange(generation_start, generation_start + generation))
-        text_start += text
-        generation_start += generation
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)
+    lengths = torch.tensor([text_lengths, generation_lengths])  # [2, B]
+    starts = (lengths.flatten().cumsum(0) - lengths.flatten()).view_as(lengths)
+    generates = lengths[1] > 0
+    return _ranges(starts.T[generates].flatten(), lengths.T[generates].flatten())
 
 
-def _with_targets(
-    packed: PackedSequence,
-    samples: Sequence[TokenSample],
-    noise: Sequence[Values],
-    levels: Sequence[NoiseLevels],
-    layout: Layout,
-    mean_over: str,
-) -> PackedSequence:
-    by_domain = sorted(range(len(samples)), key=lambda place: (samples[place].domain, place))
-    everyone = range(len(samples))
-    video = _target(
-        everyone,
-        samples,
-        mean_over,
-        lambda s: s.video_given,
-        levels,
-        0,
-        lambda place: _video_rows(samples[place], noise[place], layout),
-    )
-    sound = _target(
-        everyone,
-        samples,
-        mean_over,
-        lambda s: s.sound_given,
-        levels,
-        1,
-        lambda place: _sound_rows(samples[place], noise[place]),
-    )
-    action = _target(
-        by_domain,
-        samples,
-        mean_over,
-        lambda s: s.action_given,
-        levels,
-        2,
-        lambda place: _action_rows(samples[place], noise[place]),
-    )
-    return replace(packed, video_target=video, sound_target=sound, action_target=action)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """v and valid [n, width] at every token of a modality; tokens and elements of each frame or row."""
-
-    velocity: Tensor
-    valid: Tensor
-    per_frame: int
-    elements: int
-
-
-def _video_rows(sample: TokenSample, noise: Values, layout: Layout) -> _Rows | None:
-    if sample.video is None:
-        return None
-    assert noise.video is not None
-    _, h, w = layout.grid(sample.video)
-    c, _, rows, columns = sample.video.shape
-    valid = _valid_video(tuple(sample.video.shape), layout.patch)
-    return _Rows(patchify(velocity(sample.video, noise.video), layout.patch), valid, h * w, c * rows * columns)
-
-
-@lru_cache(64)
-def _valid_video(shape: tuple[int, ...], patch: int) -> Tensor:
-    """Which elements of a latent's tokens are its own, and not the padding of odd sides."""
-    return patchify(torch.ones(shape), patch) > 0
-
-
-def _sound_rows(sample: TokenSample, noise: Values) -> _Rows | None:
-    if sample.sound is None:
-        return None
-    assert noise.sound is not None
-    target = velocity(sample.sound, noise.sound)
-    return _Rows(target, torch.ones_like(target, dtype=torch.bool), 1, target.shape[1])
-
-
-def _action_rows(sample: TokenSample, noise: Values) -> _Rows | None:
-    if sample.action is None:
-        return None
-    assert noise.action is not None
-    target = velocity(sample.action, noise.action)
-    valid = torch.zeros_like(target, dtype=torch.bool)
-    valid[:, : sample.action_width] = True
-    return _Rows(target, valid, 1, sample.action_width)
-
-
-def _target(places, samples, mean_over, given_of, levels, column, rows_of) -> ModalityTarget | None:
-    """Targets at the generated tokens of one modality, samples in the order of `places`."""
-    velocities, valids, owners, sigmas = [], [], [], []
-    elements = torch.zeros(len(samples))
-    for place in places:
-        rows = rows_of(place)
-        if rows is None:
-            continue
-        given = given_of(samples[place])
-        generated = (~given).repeat_interleave(rows.per_frame)
-        frames = given.numel() if mean_over == "all" else int((~given).sum())
-        elements[place] = frames * rows.elements
-        count = int(generated.sum())
-        velocities.append(rows.velocity[generated])
-        valids.append(rows.valid[generated])
-        owners.append(torch.full((count,), place))
-        level = levels[place]
-        sigmas.append(torch.full((count,), (level.video, level.sound, level.action)[column], dtype=torch.float32))
-    if not velocities:
-        return None
-    return ModalityTarget(
-        velocity=torch.cat(velocities),
-        valid=torch.cat(valids),
-        sample=torch.cat(owners),
-        elements=elements,
-        levels=torch.cat(sigmas),
-    )
+def _ranges(starts: Tensor, counts: Tensor) -> Tensor:
+    """start, start + 1, … of each, so many as its count, one after another: int64."""
+    before = counts.cumsum(0) - counts
+    return torch.arange(int(counts.sum())) + (starts - before).repeat_interleave(counts)

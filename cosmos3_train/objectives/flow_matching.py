@@ -10,7 +10,7 @@ from cosmos3_train.config import Objective
 from cosmos3_train.flow.noise_levels import draw_level, shift_for
 from cosmos3_train.flow.tasks import TASKS
 from cosmos3_train.flow.velocity_loss import sample_losses
-from cosmos3_train.model.packing import Layout, draw_noise, noisy_values, pack
+from cosmos3_train.model.packing import Layout, draw_noise, pack
 from cosmos3_train.runtime import draw
 from cosmos3_train.types import NoiseLevels, PackedSequence, TokenSample, Velocities
 
@@ -42,8 +42,7 @@ def noisy_pack(samples: Sequence[TokenSample], layout: Layout, objective: Object
     """A pack of samples with x_σ in its generation stream and v = ε − x0 as its targets, on the CPU in float32."""
     levels = [noise_levels(sample, objective, seed) for sample in samples]
     noise = [draw_noise(sample, draw(seed, "noise", sample.number)) for sample in samples]
-    values = [noisy_values(s, n, lv) for s, n, lv in zip(samples, noise, levels, strict=True)]
-    return pack(samples, values, levels, layout, noise, objective.mean_over)
+    return pack(samples, None, levels, layout, noise, objective.mean_over)
 
 
 def counts(samples: Sequence[TokenSample], objective: Objective) -> dict[str, int]:
