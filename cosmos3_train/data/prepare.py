@@ -313,7 +313,7 @@ def _finish(plan: Plan, log: Log | ClipLog, settings: dict[str, Any], fingerprin
         moved = hold_one_out(plan, log, settings["heldout_fraction"], settings["seed"])
         for key, count in zip(("windows", "episodes"), moved, strict=True):
             counts[key] = {"train": counts[key]["train"] - count, "heldout": count}
-    if robot is not None and plan.card.filters != Filters() and not counts["windows"]["heldout"]:
+    if robot is not None and not counts["windows"]["heldout"]:
         _check_held_out(plan, settings["heldout_fraction"], why)
     folder = plan.work / "finished"
     heard = {} if robot else {"sounding": count_sounding(folder), "silent": silent}
@@ -335,14 +335,17 @@ def _finish(plan: Plan, log: Log | ClipLog, settings: dict[str, Any], fingerprin
 
 
 def _check_held_out(plan: Plan, heldout_fraction: float, why: str) -> None:
-    """Raise `UserError` where episodes were to be held out, of which the filters left no window."""
+    """Raise `UserError` where episodes were to be held out, of which what is left out left no window."""
     lost = sum(split == "heldout" for split in plan.splits.values())
     if not lost:
         return
     keys = [key for key in ("success", "keep_ranges", "idle_rows") if getattr(plan.card.filters, key) is not None]
+    what, loosen = (
+        (f"filters ({', '.join(keys)}) leave", ", or loosen them") if keys else ("the log's gaps and faults leave", "")
+    )
     raise UserError(
-        f"dataset {plan.card.name!r}: filters ({', '.join(keys)}) leave no window of {lost:,} episodes to hold out; "
-        f"make heldout_fraction {heldout_fraction:g} larger, or 0 to hold out nothing, or loosen them; left out: {why}"
+        f"dataset {plan.card.name!r}: {what} no window of {lost:,} episodes to hold out; make heldout_fraction "
+        f"{heldout_fraction:g} larger, or 0 to hold out nothing{loosen}; left out: {why}"
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 from cosmos3_train.config import Channel, Recorded, UserError, from_plain
 from cosmos3_train.data.card import DatasetCard, Filters
 from cosmos3_train.data.filters import FAILED, IDLE, NOT_KEPT, cut_episode
-from cosmos3_train.data.index import assign_splits
+from cosmos3_train.data.index import GAP, assign_splits
 from cosmos3_train.data.prepare import prepare
 from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.data.sources import open_log
@@ -137,3 +137,22 @@ def test_cards():
         Filters(idle_rows=0)
     with pytest.raises(UserError, match="idle_rows"):
         from_plain(DatasetCard, {"name": "a", "format": "lerobot_v3", "filters": {"idle_row": 1}}, "card.yaml")
+
+
+def test_gaps_leave_nothing_to_hold_out(tmp_path):
+    splits = assign_splits("moves", range(8), 0.2, 0)
+    lost = [number for number, split in splits.items() if split == "heldout"]
+    times = np.arange(8) / 10 - 0.09 * (np.arange(8) >= 4)  # four rows on each side, and a window has five
+    log = make_log(tmp_path / "log", [8] * 8, timestamps=dict.fromkeys(lost, times))
+
+    def windows(fraction):
+        out, card = tmp_path / "out", dataset_card()
+        return prepare(card, embodiment(), log, out, heldout_fraction=fraction, progress=False).windows
+
+    with pytest.raises(
+        UserError,
+        match=rf"gaps and faults leave no window of {len(lost)} episodes to hold out; make heldout_fraction 0.2 "
+        rf"larger, or 0 to hold out nothing; left out: {4 * len(lost)} × {GAP} \(episode {lost[0]}\)",
+    ):
+        windows(0.2)
+    assert windows(0) == {"train": 4 * (8 - len(lost)), "heldout": 0}
