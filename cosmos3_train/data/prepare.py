@@ -38,7 +38,7 @@ from cosmos3_train.data.filters import read_keep_ranges
 from cosmos3_train.data.index import GAP, SPLITS, check_log
 from cosmos3_train.data.sources import CLIP_OPENERS, OPENERS, open_clips, open_log
 from cosmos3_train.data.sources.clips import ClipLog
-from cosmos3_train.data.sources.log import Log, left_out_of
+from cosmos3_train.data.sources.log import Log, left_out_of, read_besides
 from cosmos3_train.data.statistics import FILE as STATISTICS_FILE
 from cosmos3_train.data.statistics import Statistics, compute_moments, draw_histograms
 
@@ -247,6 +247,7 @@ def _log_digest(log: Log | ClipLog) -> str:
     else:
         media = {episode.data_file for episode in log.episodes}
         media |= {place.path for episode in log.episodes for place in episode.video.values()}
+        media |= read_besides(log)
     files = {name.partition("#")[0] for name in media}
     tail = TAIL if len(files) <= MANY else 0
     for name in sorted(media | files):

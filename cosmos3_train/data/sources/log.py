@@ -111,3 +111,9 @@ def left_out_of(log: Log) -> dict[str, tuple[int, str]]:
     """What is no episode of a log: reason → (how many, an example). It is the attribute `left_out`, which a `Log` has
     where its opening leaves something out."""
     return getattr(log, "left_out", {})
+
+
+def read_besides(log: Log) -> set[str]:
+    """Places that episodes are read from besides their `data_file` and their videos. It is the attribute `besides`,
+    which a `Log` has where there are any."""
+    return set(getattr(log, "besides", ()))
