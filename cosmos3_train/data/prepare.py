@@ -200,7 +200,7 @@ def _settings(
         "caption_column": card.caption_column,
         "constant_caption": card.constant_caption,
         "mapping": card.mapping,
-        **_filter_settings(card, log.root),
+        **_filter_settings(card, log),
         **contract_settings(card, contract),
         "window_stride": stride,
         "heldout_fraction": float(heldout_fraction),
@@ -209,13 +209,15 @@ def _settings(
     }
 
 
-def _filter_settings(card: DatasetCard, root: Path) -> dict[str, Any]:
-    """Nothing without filters: folders made before there were any stay as they are."""
-    if card.filters == Filters():
+def _filter_settings(card: DatasetCard, log: Log | ClipLog) -> dict[str, Any]:
+    """Nothing without filters: folders made before there were any, or before `keep_key`, stay as they are."""
+    if card.filters == Filters() or isinstance(log, ClipLog):
         return {}
-    keep = read_keep_ranges(card, root)
+    keep, said = read_keep_ranges(card, log), to_plain(card.filters)
+    if card.filters.keep_key is None:
+        del said["keep_key"]
     ranges = None if keep is None else hashlib.sha256(repr(sorted(keep.items())).encode()).hexdigest()[:32]
-    return {"filters": to_plain(card.filters) | {"ranges": ranges}}
+    return {"filters": said | {"ranges": ranges}}
 
 
 def contract_settings(card: DatasetCard, contract: Embodiment | Clips) -> dict[str, Any]:

@@ -59,6 +59,31 @@ def test_ranges_to_keep(tmp_path):
         prepared(tmp_path, log=log, keep_ranges="keep.json")
 
 
+RECORDING = "gs://raw/{episode_id}/recordings/MP4--gs://raw/{episode_id}/trajectory.h5"
+
+
+def test_ranges_to_keep_by_recording(tmp_path):
+    """As DROID's file has them: of other recordings too, and a key that is made of the episode's own name twice."""
+    said = [{"episode_id": f"lab/success/{day}"} for day in ("mon", "tue", "wed")]
+    log = make_log(tmp_path / "log", LENGTHS, said=said)
+    keep = {"lab/success/mon": [[0, 5], [6, 12]], "lab/success/wed": [[1, 8]], "lab/success/sun": [[0, 9]]}
+    content = {RECORDING.replace("{episode_id}", name): pairs for name, pairs in keep.items()}
+    (log / "keep.json").write_text(json.dumps(content))
+    filters = {"keep_ranges": "keep.json", "keep_key": RECORDING}
+    summary, starts, _ = prepared(tmp_path, log=log, **filters)
+    assert starts == {0: [0, 6, 7], 1: [], 2: [1, 2, 3]} and summary.dropped[NOT_KEPT] == 5 + 6 + 7
+    with pytest.raises(
+        UserError, match=r"says no 'episode_ip' of episode 0, only episode_id\. Did you mean 'episode_id'"
+    ):
+        prepared(tmp_path, log=log, keep_ranges="keep.json", keep_key="{episode_ip}")
+    with pytest.raises(UserError, match=r"names no episode of .*'lab/success/mon'.* such as 'gs://raw/lab"):
+        prepared(tmp_path, log=log, keep_ranges="keep.json", keep_key="{episode_id}")
+    with pytest.raises(UserError, match=r"keys that are no numbers, the card's filters\.keep_key"):
+        prepared(tmp_path, log=log, keep_ranges="keep.json")
+    with pytest.raises(UserError, match=r"filters\.keep_key .* names no file"):
+        Filters(keep_key=RECORDING)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

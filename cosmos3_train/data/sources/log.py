@@ -24,13 +24,17 @@ class VideoPlace(NamedTuple):
 
 @dataclass(frozen=True)
 class Episode:
-    """What `meta/episodes` says about one episode; its rows are not read yet."""
+    """What `meta/episodes` says about one episode; its rows are not read yet.
+
+    said: name → text, what else the log says of it, such as the recording that it was
+    """
 
     index: int
     length: int
     tasks: tuple[str, ...]
     data_file: str
     video: dict[str, VideoPlace]
+    said: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
