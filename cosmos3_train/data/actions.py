@@ -37,13 +37,13 @@ class Normaliser:
         self.width = embodiment.width
         self.offset = torch.tensor(offset, dtype=torch.float64)
         self.scale = torch.tensor(scale, dtype=torch.float64)
+        # A constant channel has scale 0: it becomes 0 whatever stands there.
+        self._inverse = torch.where(self.scale == 0, 0.0, 1.0 / torch.where(self.scale == 0, 1.0, self.scale))
 
     def normalise(self, raw: Tensor) -> Tensor:
         """[..., width] in the robot's units → float32 [..., width] in the model's (computed in float64)."""
         self._check(raw)
-        # A constant channel has scale 0: it becomes 0 whatever stands there.
-        inverse = torch.where(self.scale == 0, 0.0, 1.0 / torch.where(self.scale == 0, 1.0, self.scale))
-        return ((raw.double().cpu() - self.offset) * inverse).float()
+        return ((raw.double().cpu() - self.offset) * self._inverse).float()
 
     def denormalise(self, normalised: Tensor) -> Tensor:
         """The inverse of `normalise`: [..., width] in the model's units → float32 in the robot's."""

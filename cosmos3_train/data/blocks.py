@@ -96,7 +96,7 @@ def make_plan(
     if first < len(log.episodes):
         blocks.append((first, len(log.episodes)))
     splits = assign_splits(card.name, long_enough, heldout_fraction, seed)
-    keep = read_keep_ranges(card, log.root)
+    keep = read_keep_ranges(card, log)
     plan = Plan(card, embodiment, source, work, stride, splits, tuple(blocks), keep)
     return plan, len(log.episodes) - len(long_enough)
 

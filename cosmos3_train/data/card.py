@@ -26,16 +26,21 @@ class Filters:
     success:     column of the log; an episode in which it is never above 0 is left out
     keep_ranges: JSON file in the log's folder, {"EPISODE": [[START, STOP], ...]}: a window whose frames are not all in
                  one of its episode's ranges of rows is left out
+    keep_key:    what stands for an episode in that file: words, and in braces what the log says of it (of LeRobot's
+                 logs text columns of the table of episodes), such as "{episode_id}/trajectory.h5"; None: its number
     idle_rows:   a window that begins in a stretch of at least so many rows in which nothing moves is left out
     idle_below:  what is no move of a channel from row to row, in its own unit
     """
 
     success: str | None = None
     keep_ranges: str | None = None
+    keep_key: str | None = None
     idle_rows: int | None = None
     idle_below: float = 1e-3
 
     def __post_init__(self) -> None:
+        if self.keep_key is not None and self.keep_ranges is None:
+            raise UserError(f"filters.keep_key is {self.keep_key!r}, but filters.keep_ranges names no file; name it")
         if self.idle_rows is not None and self.idle_rows < 1:
             raise UserError(f"filters.idle_rows is {self.idle_rows}; it is at least 1 (leave it out to keep all)")
         if not self.idle_below > 0:

@@ -4,17 +4,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from cosmos3_train.config import Embodiment, UserError
+from cosmos3_train.config import Embodiment, UserError, nearest
 from cosmos3_train.data.actions import still
 from cosmos3_train.data.card import DatasetCard, Filters
 from cosmos3_train.data.index import GAP, actions_of, usable_rows, window_starts
-from cosmos3_train.data.sources.log import EpisodeRecord
+from cosmos3_train.data.sources.log import Episode, EpisodeRecord, Log
 
 FAILED = "episode without success"
 IDLE = "window that begins where nothing moves"
@@ -65,30 +66,51 @@ def cut_episode(
     return Cut(starts, rows[covered[rows]], left_out)
 
 
-def read_keep_ranges(card: DatasetCard, root: Path) -> Ranges | None:
-    """The file that the card names, None where it names none.
-
-    Args:
-        root: the log's folder, which the name is relative to.
+def read_keep_ranges(card: DatasetCard, log: Log) -> Ranges | None:
+    """The file that the card names, of the log's episodes; None where it names none.
 
     Raises:
-        UserError: it is missing, or is not {"EPISODE": [[START, STOP], ...]}.
+        UserError: it is missing, is not {"EPISODE": [[START, STOP], ...]}, or names no episode of the log.
     """
     if card.filters.keep_ranges is None:
         return None
-    path = root / card.filters.keep_ranges
+    path = log.root / card.filters.keep_ranges
     try:
         content = json.loads(path.read_bytes())
-        ranges = {int(episode): [(int(a), int(b)) for a, b in pairs] for episode, pairs in content.items()}
+        ranges = {key: [(int(a), int(b)) for a, b in pairs] for key, pairs in content.items()}
+        by_number = {int(key): pairs for key, pairs in ranges.items()} if card.filters.keep_key is None else {}
     except FileNotFoundError:
         raise UserError(f"{path}: the file is missing, which filters.keep_ranges of {card.name!r} names") from None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f'{path}: not of the form {{"EPISODE": [[START, STOP], ...]}} ({error})') from None
-    for episode, pairs in ranges.items():
+        hint = "" if card.filters.keep_key else "; for keys that are no numbers, the card's filters.keep_key says what"
+        raise UserError(f'{path}: not of the form {{"EPISODE": [[START, STOP], ...]}} ({error}){hint}') from None
+    for key, pairs in ranges.items():
         for first, stop in pairs:
             if not 0 <= first < stop:
-                raise UserError(f"{path}: episode {episode}: [{first}, {stop}] holds no row; START is below STOP")
-    return ranges
+                raise UserError(f"{path}: episode {key}: [{first}, {stop}] holds no row; START is below STOP")
+    if card.filters.keep_key is None:
+        return by_number
+    keys = {episode.index: _key(card.filters.keep_key, episode, log.root) for episode in log.episodes}
+    found = {index: ranges[key] for index, key in keys.items() if key in ranges}
+    if not found:
+        ours, theirs = next(iter(keys.values()), ""), next(iter(ranges), "")
+        raise UserError(
+            f"{path}: names no episode of {log.root}, which filters.keep_key makes {ours!r} of; the file has such as "
+            f"{theirs!r}"
+        )
+    return found
+
+
+def _key(template: str, episode: Episode, root: Path) -> str:
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in episode.said:
+            raise UserError(
+                f"{root}: filters.keep_key: the log says no {match[1]!r} of episode {episode.index}, only "
+                f"{', '.join(episode.said) or 'nothing'}.{nearest(match[1], episode.said)}"
+            )
+        return episode.said[match[1]]
+
+    return re.sub(r"\{([^{}]+)\}", value, template)
 
 
 def _succeeds(record: EpisodeRecord, card: DatasetCard) -> bool:

@@ -41,8 +41,17 @@ def read_parquet(path: Path, columns: list[str] | None = None, filters: Any = No
 
 def parquet_columns(path: Path) -> list[str]:
     """Names of a Parquet file's columns, or a `UserError` that names the file."""
+    return _schema(path).names
+
+
+def parquet_texts(path: Path) -> list[str]:
+    """Names of those that hold words."""
+    return [field.name for field in _schema(path) if is_text(field.type)]
+
+
+def _schema(path: Path) -> pa.Schema:
     try:
-        return pq.read_schema(path).names
+        return pq.read_schema(path)
     except FileNotFoundError:
         raise UserError(f"{path}: the Parquet file is missing; copy the log again") from None
     except _BROKEN as error:

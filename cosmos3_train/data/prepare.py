@@ -38,7 +38,7 @@ from cosmos3_train.data.filters import read_keep_ranges
 from cosmos3_train.data.index import GAP, SPLITS, check_log
 from cosmos3_train.data.sources import CLIP_OPENERS, OPENERS, open_clips, open_log
 from cosmos3_train.data.sources.clips import ClipLog
-from cosmos3_train.data.sources.log import Log, left_out_of
+from cosmos3_train.data.sources.log import Log, left_out_of, read_besides
 from cosmos3_train.data.statistics import FILE as STATISTICS_FILE
 from cosmos3_train.data.statistics import Statistics, compute_moments, draw_histograms
 
@@ -200,7 +200,7 @@ def _settings(
         "caption_column": card.caption_column,
         "constant_caption": card.constant_caption,
         "mapping": card.mapping,
-        **_filter_settings(card, log.root),
+        **_filter_settings(card, log),
         **contract_settings(card, contract),
         "window_stride": stride,
         "heldout_fraction": float(heldout_fraction),
@@ -209,13 +209,15 @@ def _settings(
     }
 
 
-def _filter_settings(card: DatasetCard, root: Path) -> dict[str, Any]:
-    """Nothing without filters: folders made before there were any stay as they are."""
-    if card.filters == Filters():
+def _filter_settings(card: DatasetCard, log: Log | ClipLog) -> dict[str, Any]:
+    """Nothing without filters: folders made before there were any, or before `keep_key`, stay as they are."""
+    if card.filters == Filters() or isinstance(log, ClipLog):
         return {}
-    keep = read_keep_ranges(card, root)
+    keep, said = read_keep_ranges(card, log), to_plain(card.filters)
+    if card.filters.keep_key is None:
+        del said["keep_key"]
     ranges = None if keep is None else hashlib.sha256(repr(sorted(keep.items())).encode()).hexdigest()[:32]
-    return {"filters": to_plain(card.filters) | {"ranges": ranges}}
+    return {"filters": said | {"ranges": ranges}}
 
 
 def contract_settings(card: DatasetCard, contract: Embodiment | Clips) -> dict[str, Any]:
@@ -247,6 +249,7 @@ def _log_digest(log: Log | ClipLog) -> str:
     else:
         media = {episode.data_file for episode in log.episodes}
         media |= {place.path for episode in log.episodes for place in episode.video.values()}
+        media |= read_besides(log)
     files = {name.partition("#")[0] for name in media}
     tail = TAIL if len(files) <= MANY else 0
     for name in sorted(media | files):
@@ -313,7 +316,7 @@ def _finish(plan: Plan, log: Log | ClipLog, settings: dict[str, Any], fingerprin
         moved = hold_one_out(plan, log, settings["heldout_fraction"], settings["seed"])
         for key, count in zip(("windows", "episodes"), moved, strict=True):
             counts[key] = {"train": counts[key]["train"] - count, "heldout": count}
-    if robot is not None and plan.card.filters != Filters() and not counts["windows"]["heldout"]:
+    if robot is not None and not counts["windows"]["heldout"]:
         _check_held_out(plan, settings["heldout_fraction"], why)
     folder = plan.work / "finished"
     heard = {} if robot else {"sounding": count_sounding(folder), "silent": silent}
@@ -335,14 +338,17 @@ def _finish(plan: Plan, log: Log | ClipLog, settings: dict[str, Any], fingerprin
 
 
 def _check_held_out(plan: Plan, heldout_fraction: float, why: str) -> None:
-    """Raise `UserError` where episodes were to be held out, of which the filters left no window."""
+    """Raise `UserError` where episodes were to be held out, of which what is left out left no window."""
     lost = sum(split == "heldout" for split in plan.splits.values())
     if not lost:
         return
     keys = [key for key in ("success", "keep_ranges", "idle_rows") if getattr(plan.card.filters, key) is not None]
+    what, loosen = (
+        (f"filters ({', '.join(keys)}) leave", ", or loosen them") if keys else ("the log's gaps and faults leave", "")
+    )
     raise UserError(
-        f"dataset {plan.card.name!r}: filters ({', '.join(keys)}) leave no window of {lost:,} episodes to hold out; "
-        f"make heldout_fraction {heldout_fraction:g} larger, or 0 to hold out nothing, or loosen them; left out: {why}"
+        f"dataset {plan.card.name!r}: {what} no window of {lost:,} episodes to hold out; make heldout_fraction "
+        f"{heldout_fraction:g} larger, or 0 to hold out nothing{loosen}; left out: {why}"
     )
 
 

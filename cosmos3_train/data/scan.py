@@ -22,6 +22,7 @@ from cosmos3_train.data.archives import range_of, split_place
 from cosmos3_train.data.card import DatasetCard
 from cosmos3_train.data.faults import Fault, Place, Whole
 from cosmos3_train.data.index import actions_of, columns_to_read, instructions, usable_rows
+from cosmos3_train.data.sound import sound_fault
 from cosmos3_train.data.sources.clips import ClipLog, ClipRecord, Unusable
 from cosmos3_train.data.sources.log import Episode, EpisodeRecord, Log, left_out_of
 from cosmos3_train.data.video import Decoded, decode_whole, frames_at, is_video
@@ -210,14 +211,20 @@ def scan_clips(log: ClipLog, scan: Scan, threads: int = 1, progress: Progress = 
             records = list(log.records(log.clips[start : start + AT_ONCE]))
             places = {record.clip.place for record in records if record.video is not None}
             decoded = {place: pool.submit(decode_whole, log.root, place) for place in sorted(places)}
+            sounds = {
+                record.clip.place: pool.submit(sound_fault, log.root, record.clip.place, record.sound)
+                for record in records
+                if record.sound is not None
+            }
             digests = {place: pool.submit(_digest, log.root, place) for place in decoded}
             for record in records:
                 for reason, (count, example) in record.faults.items():
                     yield Finding(
                         reason, record.clip.place, "", f"{example}; {count:,} in all" if count > 1 else example
                     )
-                if record.silence:
-                    yield Finding(faults.SOUND, record.clip.place, "", record.silence)
+                heard = sounds.get(record.clip.place)
+                if silence := record.silence or (heard.result() if heard else ""):
+                    yield Finding(faults.SOUND, record.clip.place, "", silence)
                 if (place := record.clip.place) in decoded:
                     video = decoded[place].result()
                     scan.frames += len(video.times)

@@ -35,6 +35,9 @@ JUMP_SECONDS = 0.02
 """A block whose time differs by more from where the one before it ended is put at its time. Smaller differences are
 those of containers that write milliseconds, and blocks follow each other without a gap."""
 
+BLOCK_SECONDS = 0.1
+"""By which a file's header may say more of its sound than is decoded: codecs fill their last block."""
+
 
 @dataclass(frozen=True)
 class SoundForm:
@@ -123,6 +126,33 @@ def sound_at(root: Path, place: str, start: float, samples: int, form: SoundForm
     piece = values[:, first : first + samples]
     wanted[:, : piece.shape[1]] = piece
     return torch.from_numpy(wanted)
+
+
+def sound_fault(root: Path, place: str, track: Track) -> str:
+    """What is wrong with a video's sound, all of it decoded: "" where nothing is. From any thread.
+
+    Args:
+        place: as `video.frames_at` takes it;  track: what its file says of it.
+    """
+    path, inside = split_place(root, place)
+    reached, form = track.start, None
+    try:
+        with open_anew(path, inside) as container:
+            for frame in container.decode(cast(AudioStream, _stream(container))):
+                time = reached if frame.time is None else frame.time
+                if frame.is_corrupt:
+                    return f"the sound at {time:.3f} s is damaged"
+                if form not in (None, (frame.sample_rate, frame.layout.nb_channels)):
+                    return f"the sound's rate or channels change at {time:.3f} s"
+                form = frame.sample_rate, frame.layout.nb_channels
+                reached = time + frame.samples / frame.sample_rate
+    except UserError as error:
+        return str(error)
+    except (av.FFmpegError, OSError) as error:
+        return f"no sound can be decoded after {reached:.3f} s ({' '.join(str(error).split())})"
+    if reached < track.end - BLOCK_SECONDS:
+        return f"the sound can be decoded to {reached:.3f} s, the file says {track.end:.3f} s"
+    return ""
 
 
 class _Decoded(NamedTuple):

@@ -10,7 +10,7 @@ as Cosmos 3 was trained; so what a cache keeps of a sound is that distribution.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -83,18 +83,11 @@ class Encoder:
     def robot_text(self, instruction: str, embodiment: Embodiment, size: tuple[int, int]) -> Tensor:
         """The ids of a robot's prompt, built once per distinct instruction."""
         key = (instruction, embodiment.name, size)
-        if len(self._prompts) >= PROMPTS_KEPT:  # a log may have as many instructions as episodes
-            self._prompts.clear()
-        if key not in self._prompts:
-            self._prompts[key] = robot_prompt(self.parts, instruction, embodiment, size)
-        return self._prompts[key]
+        return self._kept(key, lambda: robot_prompt(self.parts, instruction, embodiment, size))
 
     def dropped_text(self) -> Tensor:
         """The ids that stand for an emptied caption, whatever the task."""
-        key = ("",)
-        if key not in self._prompts:
-            self._prompts[key] = dropped_prompt(self.parts)
-        return self._prompts[key]
+        return self._kept(("",), lambda: dropped_prompt(self.parts))
 
     def text(
         self, task: str, caption: str, contract: Embodiment | Clips, size: tuple[int, int], frames: int, fps: float,
@@ -111,7 +104,9 @@ class Encoder:
             return self.robot_text(caption, contract, size)
         if TASKS[task].sound != "absent":
             caption = with_sound(caption, sound_caption)
-        return video_prompt(self.parts, caption, frames, canvas(size, contract.resolution_tier), fps)
+        shape = canvas(size, contract.resolution_tier)
+        key = (caption, frames, shape, fps)
+        return self._kept(key, lambda: video_prompt(self.parts, caption, frames, shape, fps))
 
     def encode_frames(self, frames: Sequence[Tensor], contract: Embodiment | Clips) -> list[Tensor]:
         """Latents float32 [C, t, h, w] on the CPU of clips uint8 [T, 3, H, W], all of one size, some at a time."""
@@ -134,6 +129,13 @@ class Encoder:
         return torch.cat([found.mean, found.std]).float().cpu()
 
     # -------------------------------------------------------------------------------------------- details
+
+    def _kept(self, key: tuple, make: Callable[[], Tensor]) -> Tensor:
+        if len(self._prompts) >= PROMPTS_KEPT:  # a log may have as many instructions as episodes
+            self._prompts.clear()
+        if key not in self._prompts:
+            self._prompts[key] = make()
+        return self._prompts[key]
 
     def _latents(self, samples: Sequence[Sample]) -> list[Tensor | None]:
         found: list[Tensor | None] = [sample.latent for sample in samples]
@@ -196,9 +198,10 @@ class Encoder:
         return (mean + deviation * drawn).T.contiguous()
 
     def _text(self, sample: Sample, contract: Embodiment | Clips, latent: Tensor) -> Tensor:
-        dropout = torch.rand((), generator=draw(self.seed, "caption", sample.number))
-        if float(dropout) < self.caption_dropout:
-            return self.dropped_text()
+        if self.caption_dropout:
+            dropout = torch.rand((), generator=draw(self.seed, "caption", sample.number))
+            if float(dropout) < self.caption_dropout:
+                return self.dropped_text()
         frames = 4 * (latent.shape[1] - 1) + 1
         return self.text(sample.task, sample.caption, contract, sample.size, frames, sample.fps, sample.sound_caption)
 

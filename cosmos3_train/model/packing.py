@@ -124,19 +124,17 @@ def noisy_values(sample: TokenSample, noise: Values, levels: NoiseLevels) -> Val
     """x_σ of a sample: given parts stay clean, and action channels beyond the robot's own width stay zero."""
     found = {}
     for name in MODALITIES:
-        x0, eps = getattr(sample, name), getattr(noise, name)
-        found[name] = None if x0 is None else _noisy(name, [sample], x0[None], eps[None], [levels])[0]
+        x0, given = getattr(sample, name), getattr(sample, f"{name}_given")
+        if x0 is not None:
+            eps = getattr(noise, name)
+            found[name] = _noisy(name, given, sample.action_width, x0[None], eps[None], [levels])[0]
     return Values(**found)
 
 
 def patchify(latent: Tensor, patch: int) -> Tensor:
     """[..., C, t, h, w] → [..., t·h/p·w/p, p·p·C], elements in the order (row, column, channel); odd sides
     zero-padded."""
-    h, w = latent.shape[-2:]
-    if h % patch or w % patch:
-        latent = F.pad(latent, (0, -w % patch, 0, -h % patch))
-    cells = latent.unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch))  # [..., C, t, h/p, p, w/p, p]
-    return cells.movedim(-6, -1).transpose(-4, -3).flatten(-3).flatten(-4, -2)
+    return _cells(latent, patch).flatten(-3).flatten(-4, -2)
 
 
 def unpatchify(tokens: Tensor, shape: Sequence[int], patch: int) -> Tensor:
@@ -209,6 +207,35 @@ def pack(
 # ------------------------------------------------------------------------------------------------ details
 
 
+def _cells(latent: Tensor, patch: int) -> Tensor:
+    """[..., C, t, h, w] → [..., t, h/p, w/p, p, p, C], the tokens of `patchify`, a view where no side is odd."""
+    h, w = latent.shape[-2:]
+    if h % patch or w % patch:
+        latent = F.pad(latent, (0, -w % patch, 0, -h % patch))
+    cells = latent.unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch))  # [..., C, t, h/p, p, w/p, p]
+    return cells.movedim(-6, -1).transpose(-4, -3)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Those of a modality's n samples that have one shape, action width and mask.
+
+    turns: of them among the n;  given: bool [frames] (action rows, sound frames)
+    own:   bool [rows, width], which elements are a sample's own, and not padding of odd sides or unused action channels
+    elements: of these in a frame
+    """
+
+    turns: list[int]
+    given: Tensor
+    own: Tensor
+    elements: int
+
+    @property
+    def tokens(self) -> int:
+        """Of a frame."""
+        return len(self.own) // max(1, self.given.numel())
+
+
 @dataclass(frozen=True)
 class _Part:
     """Where one modality's rows are: n of a pack's samples have it, and stand one after another.
@@ -216,7 +243,6 @@ class _Part:
     places:    int64 [n], of the samples in the pack;  generated: bool [rows]
     counts, generated_counts: int64 [n], tokens of each, and those of them that are generated
     elements, generated_elements: int64 [n], the same of values that are a sample's own
-    groups:    those of one shape and action width, as places among the n
     """
 
     name: str
@@ -226,32 +252,35 @@ class _Part:
     generated_counts: Tensor
     elements: Tensor
     generated_elements: Tensor
-    groups: list[tuple[_Own, list[int]]]
+    groups: list[_Group]
 
 
 def _part(name: str, order: Sequence[int], samples: Sequence[TokenSample], layout: Layout) -> _Part:
     places = [place for place in order if getattr(samples[place], name) is not None]
     given = [getattr(samples[place], f"{name}_given") for place in places]
-    alike: dict[tuple[tuple[int, ...], int], list[int]] = {}
-    for turn, place in enumerate(places):
+    alike: dict[tuple[tuple[int, ...], int, bytes], list[int]] = {}
+    for turn, (place, mask) in enumerate(zip(places, given, strict=True)):
         shape = tuple(getattr(samples[place], name).shape)
-        alike.setdefault((shape, samples[place].action_width), []).append(turn)
-    groups = [(_own(name, shape, width, layout.patch), turns) for (shape, width), turns in alike.items()]
-    tokens, elements = torch.zeros((2, len(places)), dtype=torch.long)  # of a frame
-    for own, turns in groups:
-        tokens[turns], elements[turns] = own.tokens, own.elements
-    frames = torch.tensor([mask.numel() for mask in given], dtype=torch.long)
-    frame_of = torch.arange(len(places)).repeat_interleave(frames)
-    generated = ~torch.cat([torch.zeros(0, dtype=torch.bool), *given])
-    generated_frames = torch.zeros_like(frames).index_add(0, frame_of, generated.long())
+        alike.setdefault((shape, samples[place].action_width, mask.numpy().tobytes()), []).append(turn)
+    groups = [
+        _Group(turns, given[turns[0]], *_own(name, shape, width, layout.patch))
+        for (shape, width, _), turns in alike.items()
+    ]
+    # Of each sample: frames, generated frames, and tokens and elements of a frame.
+    numbers = torch.zeros((4, len(places)), dtype=torch.long)
+    for group in groups:
+        row = (group.given.numel(), int((~group.given).sum()), group.tokens, group.elements)
+        numbers[:, group.turns] = torch.tensor(row)[:, None]
+    frames, generated, tokens, elements = numbers
+    masks = torch.cat([torch.zeros(0, dtype=torch.bool), *given])
     return _Part(
         name=name,
         places=torch.tensor(places, dtype=torch.long),
-        generated=generated.repeat_interleave(tokens[frame_of]),
+        generated=~masks.repeat_interleave(tokens.repeat_interleave(frames)),
         counts=frames * tokens,
-        generated_counts=generated_frames * tokens,
+        generated_counts=generated * tokens,
         elements=frames * elements,
-        generated_elements=generated_frames * elements,
+        generated_elements=generated * elements,
         groups=groups,
     )
 
@@ -266,80 +295,70 @@ def _rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a modality's tokens hold [rows, width]; v, and which of its elements are a sample's own, at the generated
     ones [n, width], n = 0 without noise."""
-    width = layout.width(part.name)
+    name, width = part.name, layout.width(part.name)
     wanted = part.generated_counts if noise is not None else torch.zeros_like(part.counts)
     tokens, targets = torch.empty((int(part.counts.sum()), width)), torch.empty((int(wanted.sum()), width))
     valid = torch.ones(targets.shape, dtype=torch.bool)
-    # Copied sample by sample from the little tensors that the processor's cache holds.
-    token_places, target_places, valid_places, generated = (
-        x.split(counts.tolist())
-        for x, counts in (
-            (tokens, part.counts), (targets, wanted), (valid, wanted), (part.generated, part.counts),
-        )
-    )  # fmt: skip
+    token_places, target_places = tokens.split(part.counts.tolist()), targets.split(wanted.tolist())
+    valid_places = valid.split(wanted.tolist())
 
     def stacked(of: Sequence[TokenSample] | Sequence[Values], places: Sequence[int]) -> Tensor:
-        return torch.stack([getattr(of[place], part.name) for place in places])
+        return torch.stack([getattr(of[place], name) for place in places])
 
-    def cut(stack: Tensor) -> Tensor:
-        return patchify(stack, layout.patch) if part.name == "video" else stack
+    def write(stack: Tensor, turns: Sequence[int], to: Sequence[Tensor]) -> None:
+        cut = _cells(stack, layout.patch) if name == "video" else stack
+        for turn, one in zip(turns, cut, strict=True):
+            to[turn].view(one.shape).copy_(one)
 
-    for own, turns in part.groups:
-        at_once = max(1, VALUES_AT_ONCE // max(1, own.valid.numel()))
-        for some in (turns[start : start + at_once] for start in range(0, len(turns), at_once)):
-            places = part.places[some].tolist()
+    for group in part.groups:
+        generated = torch.nonzero(~group.given).flatten()
+        at_once = max(1, VALUES_AT_ONCE // max(1, group.own.numel()))
+        for turns in (group.turns[start : start + at_once] for start in range(0, len(group.turns), at_once)):
+            places = part.places[turns].tolist()
             held = stacked(values, places) if values is not None else None
             if noise is not None:
                 x0, eps = stacked(samples, places), stacked(noise, places)
                 if held is None:
-                    few = [samples[place] for place in places]
-                    held = _noisy(part.name, few, x0, eps, [levels[place] for place in places])
-                for turn, rows in zip(some, cut(velocity(x0, eps)), strict=True):
-                    torch.index_select(rows, 0, torch.nonzero(generated[turn]).flatten(), out=target_places[turn])
+                    few = [levels[place] for place in places]
+                    held = _noisy(name, group.given, samples[places[0]].action_width, x0, eps, few)
+                write(velocity(x0, eps).index_select(_frame_axis(name), generated), turns, target_places)
             assert held is not None, "neither values nor the noise to form them of"
-            for turn, rows in zip(some, cut(held), strict=True):
-                token_places[turn].copy_(rows)
-            if noise is not None and not own.whole:
-                for turn in some:
-                    valid_places[turn].copy_(own.valid[generated[turn]])
+            write(held, turns, token_places)
+        if noise is not None and not group.own.all():
+            own = group.own.unflatten(0, (-1, group.tokens))[generated].flatten(0, 1)
+            for turn in group.turns:
+                valid_places[turn].copy_(own)
     return tokens, targets, valid
 
 
-def _noisy(name: str, samples: Sequence[TokenSample], x0: Tensor, eps: Tensor, levels: Sequence[NoiseLevels]) -> Tensor:
-    """x_σ [b, ...] of b samples of one shape and action width: what is given stands at σ = 0."""
-    given = torch.stack([getattr(sample, f"{name}_given") for sample in samples])
-    sigma = torch.tensor([getattr(level, name) for level in levels], dtype=torch.float64)[:, None]
-    shape = (len(samples), 1, -1, 1, 1) if name == "video" else (len(samples), -1, 1)
-    mixed = interpolate(x0, eps, torch.where(given, 0.0, sigma).view(shape))
+def _frame_axis(name: str) -> int:
+    """Of stacked values: latent frames of video [b, C, t, h, w], rows of the others [b, n, width]."""
+    return 2 if name == "video" else 1
+
+
+def _noisy(
+    name: str, given: Tensor, action_width: int, x0: Tensor, eps: Tensor, levels: Sequence[NoiseLevels]
+) -> Tensor:
+    """x_σ [b, ...] of b samples of one shape, mask and action width: what is given stands at σ = 0."""
+    sigma = torch.tensor([getattr(level, name) for level in levels], dtype=torch.float64)
+    shape = [1] * x0.dim()
+    shape[0], shape[_frame_axis(name)] = len(levels), given.numel()
+    mixed = interpolate(x0, eps, torch.where(given, 0.0, sigma[:, None]).view(shape))
     if name == "action":
-        mixed[..., samples[0].action_width :] = 0
+        mixed[..., action_width:] = 0
     return mixed
 
 
-@dataclass(frozen=True)
-class _Own:
-    """Of a sample's rows in one modality.
-
-    valid: bool [rows, width], which elements are its own, and not padding of odd sides or unused action channels
-    whole: whether all are
-    tokens, elements: of a frame (an action row, a sound frame)
-    """
-
-    valid: Tensor
-    whole: bool
-    tokens: int
-    elements: int
-
-
 @lru_cache(64)
-def _own(name: str, shape: tuple[int, ...], action_width: int, patch: int) -> _Own:
+def _own(name: str, shape: tuple[int, ...], action_width: int, patch: int) -> tuple[Tensor, int]:
+    """`own` and `elements` of a `_Group`."""
     if name == "video":
-        valid, frames = patchify(torch.ones(shape), patch) > 0, shape[1]
+        own, frames = patchify(torch.ones(shape), patch) > 0, shape[1]
     else:
-        valid, frames = torch.ones(shape, dtype=torch.bool), shape[0]
+        own, frames = torch.ones(shape, dtype=torch.bool), shape[0]
         if name == "action":
-            valid[:, action_width:] = False
-    return _Own(valid, bool(valid.all()), len(valid) // max(1, frames), int(valid.sum()) // max(1, frames))
+            own[:, action_width:] = False
+    return own, int(own.sum()) // max(1, frames)
 
 
 def _stream_positions(sample: TokenSample, layout: Layout) -> Tensor:

@@ -130,19 +130,20 @@ def split_into_packs(samples: Sequence[TokenSample], layout: Layout, budget: int
     Raises:
         UserError: one sample alone is larger than the budget; names it, its size and the key to raise.
     """
-    sizes = {place: layout.tokens(sample) for place, sample in enumerate(samples)}
-    packs: list[tuple[int, list[int]]] = []
-    for place in sorted(sizes, key=lambda p: (-sizes[p], p)):
+    sizes = [layout.tokens(sample) for sample in samples]
+    packs: list[list[int]] = []
+    rooms: list[int] = []  # left in each
+    for place in sorted(range(len(samples)), key=lambda p: -sizes[p]):
         size = sizes[place]
         if size > budget:
             raise UserError(
                 f"sample {samples[place].key!r} ({samples[place].task}) has {size} tokens, over "
                 f"training.tokens_per_micro_batch = {budget}; raise it to at least {size}"
             )
-        for index, (used, members) in enumerate(packs):
-            if used + size <= budget:
-                packs[index] = (used + size, [*members, place])
-                break
-        else:
-            packs.append((size, [place]))
-    return [[samples[place] for place in sorted(members)] for _, members in packs]
+        first = next((index for index, room in enumerate(rooms) if room >= size), len(packs))
+        if first == len(packs):
+            packs.append([])
+            rooms.append(budget)
+        packs[first].append(place)
+        rooms[first] -= size
+    return [[samples[place] for place in sorted(members)] for members in packs]

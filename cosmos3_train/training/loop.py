@@ -140,6 +140,7 @@ class RunLoop(lightning.Callback):
             "learning_rate": report.learning_rate,
             **rates,
             "packs": report.packs,
+            "budget_filled": report.tokens / (report.packs * self.module.packer.budget),
             "samples": self.module.position.samples,
         }
         self._write(step, values)

@@ -92,6 +92,7 @@ def make_log(
     keyframe_every: int = 2,
     timestamps: dict[int, np.ndarray] | None = None,
     version: str = "v3.0",
+    said: Sequence[dict[str, str]] = (),
 ) -> Path:
     """A log of `lengths` episodes. Frame i of episode e shows number 100·e + i (modulo 4096).
 
@@ -100,6 +101,7 @@ def make_log(
         episodes_a_file: of videos and of data alike.
         actions, timestamps: of some episodes, in place of the default ones.
         extra: further columns, one array an episode.
+        said: further columns of the table of episodes.
     """
     cameras = cameras or {CAMERA: (96, 96)}
     actions, timestamps, extra = actions or {}, timestamps or {}, extra or {}
@@ -127,7 +129,7 @@ def make_log(
             place |= {f"videos/{camera}/to_timestamp": (earlier + length) / fps}
         tasks = [f"do task {episode % 2}"]
         entry = {"episode_index": episode, "tasks": tasks, "length": length, "stats/action/count": [length]}
-        rows.append(entry | place)
+        rows.append(entry | place | (said[episode] if said else {}))
         index += length
     for file in sorted({file for file, _ in tables}):
         path = root / f"data/chunk-000/file-{file:03d}.parquet"

@@ -10,7 +10,7 @@ import pytest
 from cosmos3_train.config import Channel, Recorded, UserError, from_plain
 from cosmos3_train.data.card import DatasetCard, Filters
 from cosmos3_train.data.filters import FAILED, IDLE, NOT_KEPT, cut_episode
-from cosmos3_train.data.index import assign_splits
+from cosmos3_train.data.index import GAP, assign_splits
 from cosmos3_train.data.prepare import prepare
 from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.data.sources import open_log
@@ -57,6 +57,31 @@ def test_ranges_to_keep(tmp_path):
     (log / "keep.json").write_text(json.dumps({"0": [[0, 12]]}))
     with pytest.raises(UserError, match=r"prepared with filters\.ranges"):
         prepared(tmp_path, log=log, keep_ranges="keep.json")
+
+
+RECORDING = "gs://raw/{episode_id}/recordings/MP4--gs://raw/{episode_id}/trajectory.h5"
+
+
+def test_ranges_to_keep_by_recording(tmp_path):
+    """As DROID's file has them: of other recordings too, and a key that is made of the episode's own name twice."""
+    said = [{"episode_id": f"lab/success/{day}"} for day in ("mon", "tue", "wed")]
+    log = make_log(tmp_path / "log", LENGTHS, said=said)
+    keep = {"lab/success/mon": [[0, 5], [6, 12]], "lab/success/wed": [[1, 8]], "lab/success/sun": [[0, 9]]}
+    content = {RECORDING.replace("{episode_id}", name): pairs for name, pairs in keep.items()}
+    (log / "keep.json").write_text(json.dumps(content))
+    filters = {"keep_ranges": "keep.json", "keep_key": RECORDING}
+    summary, starts, _ = prepared(tmp_path, log=log, **filters)
+    assert starts == {0: [0, 6, 7], 1: [], 2: [1, 2, 3]} and summary.dropped[NOT_KEPT] == 5 + 6 + 7
+    with pytest.raises(
+        UserError, match=r"says no 'episode_ip' of episode 0, only episode_id\. Did you mean 'episode_id'"
+    ):
+        prepared(tmp_path, log=log, keep_ranges="keep.json", keep_key="{episode_ip}")
+    with pytest.raises(UserError, match=r"names no episode of .*'lab/success/mon'.* such as 'gs://raw/lab"):
+        prepared(tmp_path, log=log, keep_ranges="keep.json", keep_key="{episode_id}")
+    with pytest.raises(UserError, match=r"keys that are no numbers, the card's filters\.keep_key"):
+        prepared(tmp_path, log=log, keep_ranges="keep.json")
+    with pytest.raises(UserError, match=r"filters\.keep_key .* names no file"):
+        Filters(keep_key=RECORDING)
 
 
 @pytest.mark.parametrize(
@@ -137,3 +162,22 @@ def test_cards():
         Filters(idle_rows=0)
     with pytest.raises(UserError, match="idle_rows"):
         from_plain(DatasetCard, {"name": "a", "format": "lerobot_v3", "filters": {"idle_row": 1}}, "card.yaml")
+
+
+def test_gaps_leave_nothing_to_hold_out(tmp_path):
+    splits = assign_splits("moves", range(8), 0.2, 0)
+    lost = [number for number, split in splits.items() if split == "heldout"]
+    times = np.arange(8) / 10 - 0.09 * (np.arange(8) >= 4)  # four rows on each side, and a window has five
+    log = make_log(tmp_path / "log", [8] * 8, timestamps=dict.fromkeys(lost, times))
+
+    def windows(fraction):
+        out, card = tmp_path / "out", dataset_card()
+        return prepare(card, embodiment(), log, out, heldout_fraction=fraction, progress=False).windows
+
+    with pytest.raises(
+        UserError,
+        match=rf"gaps and faults leave no window of {len(lost)} episodes to hold out; make heldout_fraction 0.2 "
+        rf"larger, or 0 to hold out nothing; left out: {4 * len(lost)} × {GAP} \(episode {lost[0]}\)",
+    ):
+        windows(0.2)
+    assert windows(0) == {"train": 4 * (8 - len(lost)), "heldout": 0}

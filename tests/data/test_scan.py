@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
+import av
 import h5py
 import numpy as np
 import pytest
@@ -14,10 +16,12 @@ from cosmos3_train.data.faults import without_frame
 from cosmos3_train.data.hdf5 import close_all
 from cosmos3_train.data.index import check_log
 from cosmos3_train.data.scan import Scan, scan_clips, scan_log
+from cosmos3_train.data.sound import sound_fault, track_of
 from cosmos3_train.data.sources import clips as clip_reasons
 from cosmos3_train.data.sources import open_clips, open_log
 from tests.data.clips import mp4, row, video_card, window, write_files, write_rows, write_tar
 from tests.data.logs import CAMERA, dataset_card, embodiment, make_log, numbered_frame, write_video
+from tests.data.sounds import sounding
 from tests.data.sources.test_hdf5 import make_aloha
 
 LENGTHS = [20, 24, 16, 30, 18]
@@ -256,6 +260,32 @@ def test_clips(tmp_path):
         (faults.MISSING, "videos/a.mp4"),
         (faults.RATE, "videos/a.mp4"),
     ]
+
+
+def test_the_sound_of_clips_is_decoded_to_its_end(tmp_path):
+    """Also where its first moment, which preparing listens to, is whole."""
+    sound = sounding(96)
+    (tmp_path / "whole.mp4").write_bytes(sound)
+    cut = bytearray(sound)
+    with av.open(str(tmp_path / "whole.mp4")) as container:
+        late = [packet for packet in container.demux(audio=0) if packet.size and packet.pts * packet.time_base > 2]
+        for packet in late:
+            cut[packet.pos : packet.pos + packet.size] = b"\xff" * packet.size
+    videos = {"a": sound, "b": bytes(cut), "c": mp4(20), "d": sounding(48, seconds=1.5), "e": sounding(48, late=0.5)}
+    write_files(tmp_path, {f"videos/{name}.mp4": content for name, content in videos.items()})
+    write_rows(tmp_path / "rows.jsonl", [row(name, 20, name) for name in videos])
+    findings = list(scan_clips(open_clips(video_card(), tmp_path), Scan(), threads=2))
+    assert [(one.kind, one.file) for one in findings] == [(faults.SOUND, "videos/b.mp4")]
+    assert re.match(r"no sound can be decoded after (1\.9|2\.0)\d+ s", findings[0].words), findings[0].words
+
+
+@pytest.mark.parametrize("codec, form", [("flac", "matroska"), ("libopus", "matroska"), ("aac", "matroska"),
+                                         ("pcm_s16le", "mov")])  # fmt: skip
+def test_a_whole_sound_of_any_codec_is_no_finding(tmp_path, codec, form):
+    (tmp_path / "a").write_bytes(sounding(60, codec=codec, form=form))
+    track = track_of(tmp_path, "a")
+    assert track is not None and sound_fault(tmp_path, "a", track) == ""
+    assert "the file says 9.000 s" in sound_fault(tmp_path, "a", track._replace(end=9.0))
 
 
 def test_clips_in_shards(tmp_path):

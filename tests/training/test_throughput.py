@@ -113,6 +113,7 @@ def test_a_slow_loader_shows_in_the_log(project, tmp_path, seconds, low, high):
     assert found["step_seconds"] == pytest.approx(sum(time.seconds for time in seen) / 3)
     assert found["samples_per_second"] == pytest.approx(4 / found["step_seconds"])
     assert found["tokens_per_second"] == pytest.approx(seen[0].tokens / found["step_seconds"])
+    assert found["budget_filled"] == seen[0].tokens / (found["packs"] * module.packer.budget) <= 1
     assert "mfu" not in found, "a CPU has no peak to compare with"
     assert all(step.flops == module.report.flops > 0 for step in seen)
 

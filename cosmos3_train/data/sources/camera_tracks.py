@@ -59,6 +59,11 @@ class TrackLog:
         assert self.card.rate_hz is not None
         return self.card.rate_hz
 
+    @property
+    def besides(self) -> list[str]:
+        """See `read_besides`: of a clip's files with captions and track, `data_file` is only the first."""
+        return [place for episode in self.episodes for place in self.clips.clips[episode.index].text]
+
     def check_camera(self, name: str) -> None:
         """Raise `UserError` unless `name` is the one camera."""
         if name != CAMERA:

@@ -70,5 +70,6 @@ def _read_episodes(root: Path, info: dict[str, Any]) -> tuple[Episode, ...]:
         for camera in videos:
             video[camera] = VideoPlace(fill(video_path, root, **place, video_key=camera), 0.0)
         words = (tasks,) if isinstance(tasks, str) else tuple(str(task) for task in tasks)
-        episodes.append(Episode(index, length, words, data_file, video))
+        said = {key: value for key, value in row.items() if isinstance(value, str)}
+        episodes.append(Episode(index, length, words, data_file, video, said))
     return in_order(episodes, path)

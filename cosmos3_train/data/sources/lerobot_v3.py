@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cosmos3_train.config import UserError, nearest
-from cosmos3_train.data.parquet import is_text, parquet_columns, read_parquet
+from cosmos3_train.data.parquet import is_text, parquet_columns, parquet_texts, read_parquet
 from cosmos3_train.data.sources.lerobot import LeRobotLog, fill, in_order, picture_places, read_info, stored_as
 from cosmos3_train.data.sources.log import Episode, VideoPlace
 
@@ -58,7 +58,9 @@ def _read_episodes(root: Path, info: dict[str, Any]) -> tuple[Episode, ...]:
         for name in wanted:
             if name not in present:
                 raise UserError(f"{path}: no column {name!r}.{nearest(name, present)}")
-        rows = read_parquet(path, wanted + (["tasks"] if "tasks" in present else [])).to_pylist()
+        texts = parquet_texts(path)
+        also = [name for name in dict.fromkeys(["tasks", *texts]) if name in present]
+        rows = read_parquet(path, wanted + also).to_pylist()
         for row in rows:
             index = int(row["episode_index"])
             data = {key: row[f"data/{key}"] for key in place}
@@ -69,5 +71,6 @@ def _read_episodes(root: Path, info: dict[str, Any]) -> tuple[Episode, ...]:
                 parts = {key: row[prefix + key] for key in place}
                 file = fill(video_path, root, **parts, video_key=camera)
                 video[camera] = VideoPlace(file, float(row[prefix + "from_timestamp"]))
-            episodes.append(Episode(index, int(row["length"]), tuple(row.get("tasks") or ()), data_file, video))
+            said = {name: row[name] for name in texts if row[name] is not None}
+            episodes.append(Episode(index, int(row["length"]), tuple(row.get("tasks") or ()), data_file, video, said))
     return in_order(episodes, folder)

@@ -24,13 +24,17 @@ class VideoPlace(NamedTuple):
 
 @dataclass(frozen=True)
 class Episode:
-    """What `meta/episodes` says about one episode; its rows are not read yet."""
+    """What `meta/episodes` says about one episode; its rows are not read yet.
+
+    said: name → text, what else the log says of it, such as the recording that it was
+    """
 
     index: int
     length: int
     tasks: tuple[str, ...]
     data_file: str
     video: dict[str, VideoPlace]
+    said: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,3 +115,9 @@ def left_out_of(log: Log) -> dict[str, tuple[int, str]]:
     """What is no episode of a log: reason → (how many, an example). It is the attribute `left_out`, which a `Log` has
     where its opening leaves something out."""
     return getattr(log, "left_out", {})
+
+
+def read_besides(log: Log) -> set[str]:
+    """Places that episodes are read from besides their `data_file` and their videos. It is the attribute `besides`,
+    which a `Log` has where there are any."""
+    return set(getattr(log, "besides", ()))

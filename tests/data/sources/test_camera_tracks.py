@@ -176,3 +176,22 @@ def test_the_published_card(tmp_path):
     _, _, rows = rows_of(tmp_path / "log", tmp_path / "out", published, robot)
     assert robot.width == 9 and len(rows) == 12
     assert np.allclose(rows[5]["action"], poses.moves_between(track(3, 20)[5:14]), atol=1e-5)
+
+
+def test_every_file_of_a_clip_counts_for_the_fingerprint(tmp_path):
+    """The track stands in the second of two files, whose words are the first's."""
+
+    def write(seed):
+        files = {
+            "meta/ab.json": {"caption": "walk"},
+            "meta/ab_camera.json": {"camera": {"frames": track(seed).round(2).tolist()}},
+        }
+        write_files(tmp_path / "log", {"video/ab.mp4": mp4(12, fps=10), **files})
+
+    dataset = card(mapping={"videos": "video/*.mp4", "captions": "meta/*.json", "key": "(?:.*/)?([0-9a-f]+)"})
+    write(0)
+    rows_of(tmp_path / "log", tmp_path / "out", dataset)
+    assert rows_of(tmp_path / "log", tmp_path / "out", dataset)[0].reused
+    write(1)
+    with pytest.raises(UserError, match="the log has changed since"):
+        rows_of(tmp_path / "log", tmp_path / "out", dataset)
