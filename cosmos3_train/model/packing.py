@@ -170,7 +170,7 @@ def pack(
         counts[part.places, column] = part.counts
     starts = (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts)
     lengths = tuple(counts.sum(dim=1).tolist())
-    sigmas = torch.tensor([[getattr(level, name) for name in MODALITIES] for level in levels])
+    sigmas = torch.tensor([[getattr(level, name) for name in MODALITIES] for level in levels], dtype=torch.float32)
     rows, places = {}, []
     for column, (name, part) in enumerate(parts.items()):
         places.append(_ranges(starts[part.places, column], part.counts))

@@ -89,3 +89,9 @@ def test_a_level_is_the_distributions_formula_to_the_last_bit(amount):
     drawn = [draw_level("mode", amount, draw(3, n)) for n in range(200)]
     again = [torch.rand((), generator=draw(3, n), dtype=torch.float64) for n in range(200)]
     assert drawn == [float(shift(mode_heavy(one), amount).clamp(0, 1)) for one in again]
+
+
+def test_levels_are_float32_whatever_they_are_written_as(samples):
+    noise, _ = noised(samples[:2])
+    whole = pack(samples[:2], None, [NoiseLevels(1, 1, 0)] * 2, LAYOUT, noise)
+    assert whole.levels.dtype == torch.float32 and whole.levels.tolist() == [1, 0, 1] * 2
