@@ -18,6 +18,7 @@ from cosmos3_train.commands.check_data import (
 )
 from cosmos3_train.config import Clips, Dataset, Embodiment, Loaded, UserError
 from cosmos3_train.data.card import load_card
+from cosmos3_train.data.mixture import check_entry
 from cosmos3_train.flow.tasks import CONVERSATION, TASKS
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.packing import Layout
@@ -44,13 +45,13 @@ class PlannedData:
 
 
 def read_kinds(loaded: Loaded, layout: Layout, encoder: Encoder | None) -> PlannedData:
-    """The samples of the mixture, each dataset's as long as its longest.
+    """The samples of the mixture: a robot's and clips' as long as the dataset's longest, conversations as their mean.
 
     Args:
         encoder: counts the words of prompts; None takes `benchmark.text_tokens` for each.
 
     Raises:
-        UserError: there is no dataset, or one cannot be read.
+        UserError: there is no dataset, or one cannot be read or has tasks or a weight that a run would refuse.
     """
     datasets = loaded.experiment.data.datasets
     if not datasets:
@@ -70,18 +71,22 @@ def read_kinds(loaded: Loaded, layout: Layout, encoder: Encoder | None) -> Plann
 
 
 SEEN, MADE, NOT_HERE = "its longest", "a benchmark's own", "not on this disk: frames of 16:9"
+TO_MAKE = "not on this disk: as cosmos3 benchmark would make it"
 
 
 def _samples(loaded: Loaded, name: str, entry: Dataset) -> tuple[Sequence[Sample], str]:
     """Samples of a dataset's tasks, and where their sizes are from."""
     benchmark = loaded.experiment.benchmark
-    if _benchmarks(loaded, entry):
-        robot = loaded.experiment.embodiments[entry.embodiment or ""]
-        return robot_samples(entry, robot, "", (benchmark.height, benchmark.width)), MADE
     card = load_card(loaded.root / entry.card) if entry.card else None
+    here = (loaded.root / entry.prepared).exists()
+    if _benchmarks(loaded, entry):
+        check_entry(name, entry, talks=False)
+        robot = loaded.experiment.embodiments[entry.embodiment or ""]
+        return robot_samples(entry, robot, "", (benchmark.height, benchmark.width)), MADE if here else TO_MAKE
     source = loaded.root / entry.source if entry.source else card.source_folder(loaded.root) if card else None
-    if card is None or (loaded.root / entry.prepared).exists() or (source is not None and source.exists()):
+    if card is None or here or (source is not None and source.exists()):
         return check_dataset(loaded, name, entry).longest, SEEN
+    check_entry(name, entry, talks=card.format == "conversations", robot=not card.shows_clips)
     if card.format == "conversations":
         return [Sample("", 0, CONVERSATION)], NOT_HERE
     contract = contract_of(loaded, name, entry, card)

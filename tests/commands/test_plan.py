@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+MADE = "data.datasets.made"
 NANO = ("parts.model=nano_random", "export=none")
 
 
@@ -20,7 +21,7 @@ def plan(cosmos3, capsys):
 def test_a_run_that_does_not_fit_is_told_what_would_make_it_fit(plan):
     code, out, _ = plan("benchmark_policy256", "--gpu", "rtx4090-24g")
     assert code == 0 and "IT DOES NOT FIT: " in out and "of 22.4 GiB" in out
-    assert "policy: 336 generation and 180 text tokens (a benchmark's own)" in out
+    assert "policy: 336 generation and 180 text tokens (not on this disk: as cosmos3 benchmark would make it)" in out
     for item in ("generation tower's layers, bf16", "Adam's two moments", "gradients", "activations kept for backward"):
         assert item in out
     assert "understanding tower's layers" not in out, "its keys and values are cached"
@@ -45,6 +46,13 @@ def test_a_robots_log_is_looked_at_and_a_set_that_is_not_here_fills_the_canvas(p
 @pytest.mark.parametrize(
     "words, message",
     [
+        (
+            ("--gpu", "h100-80g", f"{MADE}.tasks.polcy=1"),
+            f"{MADE}.tasks: 'polcy' is not a task. Did you mean 'policy'?",
+        ),
+        (("--gpu", "h100-80g", f"{MADE}.weight=0"), f"{MADE}.weight is 0.0; it is above 0"),
+        (("--gpu", "h100-80g", f"{MADE}.tasks.policy=0"), f"{MADE}.tasks has no weight above 0"),
+        (("--gpu", "h100-80g", f"{MADE}.tasks.text_to_video_sound=1"), "needs sound, which is not read from a robot's"),
         (("--gpu", "h100"), "error: --gpu h100: not in the table of GPUs. Did you mean 'h100-80g'?"),
         (("--gpu", "tpu"), "error: --gpu tpu: not in the table of GPUs. Known: a100-40g, a100-80g, a6000-48g"),
         (("--gpu", "h100-80g", "--gpus", "17"), "error: training.samples_per_step is 16, fewer than the 17 GPUs"),
