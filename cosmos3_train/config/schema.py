@@ -330,7 +330,8 @@ class Model:
     dtype:                  of the frozen weights and of the arithmetic; trainables are float32 masters either way
     base_precision:         of the decoder layers' frozen matrices: dtype keeps them in that; fp8 rounds them, and what
                             they multiply, to 8 bits (e4m3, a scale a row), for LoRA on a GPU that multiplies those:
-                            half the memory with one copy, products in half the time
+                            half the memory with one copy, products in half the time. Cached keys and values of the
+                            reasoner are not rounded; those of a tower that runs are
     fp8_copies:             of the generation tower's rounded matrices: 1, turned at every backward, where memory
                             binds; 2, one in each layout, which is faster and gives the same numbers
     vae_dtype:              of the video and the sound tokenizer: trained and served in bf16, faster on a CPU too

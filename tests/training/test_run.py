@@ -435,3 +435,15 @@ def test_caches_may_be_given_up_while_a_run_goes_on(tmp_path):
     _refuse_changes(before, load_experiment(path, switches).experiment, tmp_path)
     with pytest.raises(UserError, match=r"data\.datasets\.moves\.weight"):
         _refuse_changes(before, load_experiment(path, ["data.datasets.moves.weight=2"]).experiment, tmp_path)
+
+
+def test_a_rounded_base_s_reasoner_cache_may_not_be_given_up(tmp_path):
+    """What it holds is exact, and what the rounded tower gives is not: the run would compute something else."""
+    path, rounded = Path(__file__).parents[2] / "experiments" / "quickstart.yaml", "model.base_precision=fp8"
+    before = to_plain(load_experiment(path, [rounded]).experiment)
+    _refuse_changes(
+        before, load_experiment(path, [rounded, "data.datasets.moves.cache_latents=false"]).experiment, tmp_path
+    )
+    without = load_experiment(path, [rounded, "data.datasets.moves.cache_reasoner=false"]).experiment
+    with pytest.raises(UserError, match=r"data\.datasets\.moves\.cache_reasoner is False, but the run there"):
+        _refuse_changes(before, without, tmp_path)
