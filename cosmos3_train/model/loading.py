@@ -38,6 +38,8 @@ KEPT_FLOAT32 = ("time_embedder.",)
 """Upstream keeps these in float32 whatever the rest runs in (`_keep_in_fp32_modules`)."""
 LARGE = ("layers.", "embed_tokens.", "lm_head.")
 """What a checkpoint's size is made of: every other weight together is a few percent of one layer's share."""
+HUB_ERRORS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError)
+
 SOUND = "sound_tokenizer"
 """Folder of the one part that not every model has."""
 SWITCHES = ("default_use_system_prompt", "use_native_flow_schedule")
@@ -61,12 +63,9 @@ def model_folder(model: Model) -> Path:
             folder = Path(
                 snapshot_download(model.path, revision=model.revision, ignore_patterns=["*.bin", "*.pt", "*.pth"])
             )
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"model.path is {model.path!r}: the Hub could not be read ({reason}); "
-                f"fetch it with 'hf download {model.path} --local-dir DIR' and give DIR"
-            ) from error
+        except HUB_ERRORS as error:
+            remedy = f"fetch it with 'hf download {model.path} --local-dir DIR' and give DIR"
+            raise _hub_not_read(model, error, remedy) from error
     if not (folder / "transformer" / "config.json").is_file():
         raise UserError(
             f"model.path is {model.path!r}: no transformer/config.json in it; give a folder in the diffusers layout"
@@ -100,12 +99,17 @@ def config_folder(model: Model) -> Path:
         return folder
     try:
         return Path(hf_hub_download(model.path, "transformer/config.json", revision=model.revision)).parents[1]
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"model.path is {model.path!r}: the Hub could not be read ({reason}), and of the checkpoint its "
-            f"transformer/config.json is needed; parts.model=nano_random plans for Nano's sizes without"
-        ) from error
+    except HUB_ERRORS as error:
+        remedy = (
+            "the plan needs the checkpoint's transformer/config.json; parts.model=nano_random plans for Nano's sizes "
+            "without"
+        )
+        raise _hub_not_read(model, error, remedy) from error
+
+
+def _hub_not_read(model: Model, error: Exception, remedy: str) -> UserError:
+    reason = str(error).strip().splitlines()[0]
+    return UserError(f"model.path is {model.path!r}: the Hub could not be read ({reason}); {remedy}")
 
 
 Towers = Literal["both", "generation", "understanding"]

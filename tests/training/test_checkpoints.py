@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from cosmos3_train.training.checkpoints import (
     check_names,
     list_checkpoints,
     load_checkpoint,
+    load_result,
     save_checkpoint,
 )
 from cosmos3_train.training.progress import write_status
@@ -128,6 +130,17 @@ def test_a_damaged_checkpoint_says_what_to_do(tmp_path, name):
     (path / name).write_bytes((path / name).read_bytes()[:20])
     with pytest.raises(UserError, match=r"step_000001: damaged checkpoint .*remove the folder to go on from the one"):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["state.json", "average.safetensors", "trainables.safetensors"])
+def test_what_is_exported_is_not_read_from_a_damaged_checkpoint(tmp_path, name):
+    whole = checkpoint(1)
+    path = save_checkpoint(tmp_path, replace(whole, average=whole.trainables), keep=2)
+    averaged = name != "trainables.safetensors"
+    assert load_result(path, averaged=averaged)[0].step == 1
+    (path / name).write_bytes((path / name).read_bytes()[:20])
+    with pytest.raises(UserError, match=r"step_000001: damaged checkpoint .*remove the folder to go on from the one"):
+        load_result(path, averaged=averaged)
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_and_nothing_half_written(tmp_path):
