@@ -24,6 +24,7 @@ from cosmos3_train.data.conversations import ConversationDataset
 from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.data.statistics import FILE, Statistics
 from cosmos3_train.evaluation.closed_loop import mean_coverage, standard_error, still_coverage
+from cosmos3_train.evaluation.heldout import action_tasks
 from cosmos3_train.evaluation.pictures import draw_coverage, draw_film, draw_loss_by_band
 from cosmos3_train.evaluation.protocol import FILMED, measure_actions, measure_closed_loop, measure_loss
 from cosmos3_train.evaluation.report import Number, Picture, write_report
@@ -44,6 +45,7 @@ class Subject:
     """What is measured: a backbone with its parts, and the experiment whose settings hold.
 
     title: for the report;  output: where it goes;  statistics: with which the robot was trained, None where unknown
+    action_tasks: whose actions are measured: those of the run's mixture, or all that the dataset can feed a folder
     """
 
     title: str
@@ -53,6 +55,7 @@ class Subject:
     backbone: Cosmos3PackedTransformer
     encoder: Encoder
     statistics: Statistics | None
+    action_tasks: list[str]
 
 
 def run(name_or_path: str, card_path: Path, embodiment: str | None, episodes: int | None) -> int:
@@ -86,14 +89,16 @@ def run(name_or_path: str, card_path: Path, embodiment: str | None, episodes: in
     built = build(without_reasoner_cache(loaded), "evaluate")  # another log's prompts are in no cache of the run's
     with trained(built):
         step = built.module.position.step
+        measured = _with_dataset(loaded, card, card_path, robot)
         subject = Subject(
             title=f"Run {loaded.experiment.name} at step {step} on {card.name}",
             output=loaded.run_folder / "evaluations" / f"{card.name}_step_{step:06d}",
-            loaded=_with_dataset(loaded, card, card_path, robot),
+            loaded=measured,
             device=built.device,
             backbone=built.backbone,
             encoder=_encoder(built.encoder, robot, loaded.experiment),
             statistics=_statistics_of_run(built.opened, robot),
+            action_tasks=action_tasks(measured.experiment.data.datasets[card.name].tasks),
         )
         return _measure(subject, robot, episodes, began)
 
@@ -121,6 +126,7 @@ def _folder_subject(folder: Path, card: DatasetCard, card_path: Path, robot: Emb
         backbone=load_backbone(model, device),
         encoder=encoder,
         statistics=statistics,
+        action_tasks=action_tasks(dict.fromkeys(card.tasks, 1.0)) or ["policy"],
     )
 
 
@@ -180,7 +186,8 @@ def _measure(subject: Subject, robot: Embodiment | None, episodes: int | None, b
             path = draw_loss_by_band(subject.output / "loss_by_band.png", loss)
             pictures.append(Picture(path, f"Loss on {loss.samples} held-out samples at each noise level."))
     if isinstance(dataset, PreparedDataset) and dataset.has_robot:
-        for place, error in enumerate(measure_actions(subject.backbone, subject.encoder, dataset, entry, experiment)):
+        measured = measure_actions(subject.backbone, subject.encoder, dataset, subject.action_tasks, experiment)
+        for place, error in enumerate(measured):
             if place:
                 numbers["inverse_dynamics_error"] = error.error
                 continue

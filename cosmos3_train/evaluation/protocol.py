@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from cosmos3_train.config import Dataset, Experiment
 from cosmos3_train.data.conversations import ConversationDataset
 from cosmos3_train.data.mixture import Mixture, usable_windows
 from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.evaluation.closed_loop import Episode, rollout
-from cosmos3_train.evaluation.heldout import ActionError, HeldoutLoss, action_error, action_tasks, heldout_loss
+from cosmos3_train.evaluation.heldout import ActionError, HeldoutLoss, action_error, heldout_loss
 from cosmos3_train.evaluation.sampling import RobotSampler
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
@@ -52,10 +52,10 @@ def measure_actions(
     backbone: Cosmos3PackedTransformer,
     encoder: Encoder,
     dataset: PreparedDataset,
-    entry: Dataset,
+    tasks: Sequence[str],
     experiment: Experiment,
 ) -> list[ActionError]:
-    """The action errors on a robot's held-out windows, one a task (`action_tasks`), none without window or wish."""
+    """The action errors on a robot's held-out windows, one for each of `tasks`, none without window or wish."""
     config = experiment.evaluation
     if not config.action_samples or not dataset.count("heldout"):
         return []
@@ -70,7 +70,7 @@ def measure_actions(
             seed=experiment.training.seed,
             tokens_per_pack=experiment.training.tokens_per_micro_batch,
         )
-        for task in action_tasks(entry.tasks)
+        for task in tasks
     ]
 
 

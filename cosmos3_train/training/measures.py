@@ -16,7 +16,7 @@ from typing import Any
 from cosmos3_train.config import Evaluation
 from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.evaluation.closed_loop import Episode, mean_coverage, standard_error, still_coverage
-from cosmos3_train.evaluation.heldout import HeldoutLoss
+from cosmos3_train.evaluation.heldout import HeldoutLoss, action_tasks
 from cosmos3_train.evaluation.pictures import draw_film
 from cosmos3_train.evaluation.protocol import measure_actions, measure_closed_loop, measure_loss
 from cosmos3_train.model.encoders import Encoder
@@ -45,7 +45,8 @@ def measure(run: Run) -> dict[str, float]:
     ]
     for name, dataset, entry in robots:
         prefix = "heldout" if len(robots) == 1 else f"heldout/{name}"
-        for place, error in enumerate(measure_actions(run.backbone, encoder, dataset, entry, run.experiment)):
+        tasks = action_tasks(entry.tasks)
+        for place, error in enumerate(measure_actions(run.backbone, encoder, dataset, tasks, run.experiment)):
             kind = "inverse_dynamics" if place else "action"
             found.setdefault(kind, {})[name] = asdict(error) | {"error": error.error, "constant": error.constant}
             metrics |= error.metrics(prefix) if place == 0 else {f"{prefix}/{kind}_error": error.error}

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from cosmos3_train.commands import evaluate, train
@@ -18,6 +19,7 @@ from cosmos3_train.data import blocks
 from cosmos3_train.data import prepare as prepare_rows
 from cosmos3_train.data.card import load_card
 from tests.commands.tiny import QUICK
+from tests.data.logs import make_log
 
 HYBRID = ("experiments/nano_policy_hybrid.yaml", "data.datasets.pusht_moves.cache_latents=false")
 ROWS = "data.datasets.pusht_moves.prepared=prepared/quick_pusht_moves"
@@ -58,6 +60,17 @@ def test_evaluate_measures_a_run_with_the_statistics_it_was_trained_with(cosmos3
     found, report = (json.loads((path / "report.json").read_text()) for path in (folder, project / "runs" / "measured"))
     assert found["action_error_model"] == pytest.approx(report["action_error_after"], rel=1e-6)
     assert found["facts"]["normalised by"] == "the statistics it was trained with"
+
+
+def test_evaluate_measures_of_a_folder_every_error_that_the_dataset_allows(cosmos3, project, tiny_model, capsys):
+    moves = {episode: np.random.default_rng(episode).uniform(-9, 9, (10, 2)).astype(np.float32) for episode in range(16)}
+    make_log(project / "few", [10] * 16, fps=5, actions=moves, cameras={"observation.images.top": (96, 96)})
+    card = project / "few.yaml"
+    names = {"name": "few", "embodiment": "pusht_moves", "tasks": ["policy", "inverse_dynamics"]}
+    card.write_text(json.dumps(names | {"format": "lerobot_v3", "source": str(project / "few")}))
+    assert cosmos3("evaluate", tiny_model, "--on", card, "--episodes", "0") == 0
+    said = capsys.readouterr().out
+    assert "action_error_model" in said and "inverse_dynamics_error" in said
 
 
 def test_what_is_measured_of_a_run_with_cached_variants_is_not_changed(project):
