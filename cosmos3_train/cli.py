@@ -1,5 +1,5 @@
 """The command line. It alone, with its commands, chains the floors: new-embodiment, prepare, check, train, evaluate,
-export, show, benchmark, plan.
+export, show, benchmark, plan, replay.
 
 Exit codes: 0 finished, 2 the user's mistake (one line on standard error), 75 interrupted and to be run again, 130
 stopped by Ctrl-C or a closed pipe (nothing is said), 1 else.
@@ -136,6 +136,12 @@ def _evaluate(options: argparse.Namespace) -> int:
     return evaluate.run(options.run, options.on, options.embodiment, options.episodes)
 
 
+def _replay(options: argparse.Namespace) -> int:
+    from cosmos3_train.commands import replay
+
+    return replay.run(options.run, options.draw)
+
+
 def _new_embodiment(options: argparse.Namespace) -> int:
     from cosmos3_train.commands import new_embodiment
 
@@ -234,6 +240,11 @@ def _add_results(commands: argparse._SubParsersAction) -> None:
         "--episodes", type=int, metavar="N", help="closed-loop episodes (the run's, or 20; 0 for none)"
     )
     evaluate.set_defaults(command=_evaluate)
+    words = "make the steps again that a run left out, and say which of their samples did it"
+    replay = commands.add_parser("replay", help=words, description=words)
+    replay.add_argument("run", metavar="RUN", help="a run's name, or its folder")
+    replay.add_argument("--draw", type=int, metavar="N", help="one of them, by the number in its file's name (all)")
+    replay.set_defaults(command=_replay)
 
 
 def _add_new_embodiment(commands: argparse._SubParsersAction) -> None:

@@ -549,7 +549,9 @@ class Optimizer:
     schedule:      after the warmup: cosine or linear to `final_fraction` of the peak at the last step, or constant
     warmup_steps:  steps of linear rise from 0
     clip:          largest norm of the whole gradient; 0 never clips
-    patience:      consecutive steps with a non-finite gradient after which the run is aborted
+    spike:         a step is skipped whose gradient's norm is above this many times the usual one of the steps before,
+                   as one is whose gradient is not finite; 0: only that is
+    patience:      consecutive skipped steps after which the run is aborted
     """
 
     learning_rate: float = 2e-4
@@ -560,6 +562,7 @@ class Optimizer:
     warmup_steps: int = 50
     final_fraction: float = 0.0
     clip: float = 1.0
+    spike: float = 10.0
     patience: int = 20
 
     def __post_init__(self) -> None:
@@ -567,6 +570,7 @@ class Optimizer:
         _require("optimizer", self, "above 0", lambda x: x > 0, "eps")
         _require("optimizer", self, "at least 0 (0: never clip)", lambda x: x >= 0, "clip")
         _require("optimizer", self, "at least 1", lambda x: x >= 1, "patience")
+        _require("optimizer", self, "above 1, or 0 (none is skipped for it)", lambda x: x > 1 or x == 0, "spike")
         _require("optimizer", self, "a fraction, 0 to 1", lambda x: 0 <= x <= 1, "final_fraction")
         if not all(0 <= beta < 1 for beta in self.betas):
             fail(f"optimizer.betas is {list(self.betas)}; both are from 0 to below 1")

@@ -31,15 +31,19 @@ class PackedStep:
     counts:  what this rank's samples add to the step's denominators, by loss; with context parallelism what its group's
              add, which every rank of the group says
     samples: of this rank or its group, padding left out
+    keys:    of the samples in each pack
     """
 
-    __slots__ = ("counts", "packs", "samples", "step")
+    __slots__ = ("counts", "keys", "packs", "samples", "step")
 
-    def __init__(self, step: int, packs: list[PackedSequence], counts: dict[str, int], samples: int) -> None:
+    def __init__(
+        self, step: int, packs: list[PackedSequence], counts: dict[str, int], samples: int, keys: list[list[str]]
+    ) -> None:
         self.step = step
         self.packs = packs
         self.counts = counts
         self.samples = samples
+        self.keys = keys
 
     @property
     def generates(self) -> bool:
@@ -51,7 +55,7 @@ class PackedStep:
 
     def pin_memory(self) -> PackedStep:
         """The loader's hook: from page-locked memory packs move to the GPU without the host waiting for it."""
-        return PackedStep(self.step, [pack.pinned() for pack in self.packs], self.counts, self.samples)
+        return PackedStep(self.step, [pack.pinned() for pack in self.packs], self.counts, self.samples, self.keys)
 
 
 @dataclass(frozen=True)
@@ -72,10 +76,11 @@ class Packer:
 
     def __call__(self, batch: StepBatch) -> PackedStep:
         samples = self.encoder.encode(batch.samples)
-        packs = [self._packed(members) for members in split_into_packs(samples, self.layout, self.budget)]
+        members = split_into_packs(samples, self.layout, self.budget)
+        packs = [self._packed(few) for few in members]
         counts = flow_matching.counts(samples, self.objective)
         counts[TEXT] = next_token.labelled_tokens(samples)
-        return PackedStep(batch.step, packs, counts, len(samples))
+        return PackedStep(batch.step, packs, counts, len(samples), [[s.key for s in few] for few in members])
 
     def _packed(self, members: list[TokenSample]) -> PackedSequence:
         pack, (place, size) = self._whole(members), self.part

@@ -44,8 +44,9 @@ class Position:
     """Where a run stands.
 
     step: optimizer steps made (skipped ones left out);  drawn: steps' worth of samples drawn, skipped ones included
-    samples: samples drawn over all ranks;  skipped: steps left out for a non-finite gradient
+    samples: samples drawn over all ranks;  skipped: steps left out for a gradient that was not finite, or a spike
     skipped_in_a_row: of those, the ones since the last step that was made, which patience counts
+    usual_norm: of the gradient in the steps before (`spikes`)
     """
 
     step: int = 0
@@ -53,6 +54,7 @@ class Position:
     samples: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    usual_norm: float = 0.0
 
 
 @dataclass(frozen=True)

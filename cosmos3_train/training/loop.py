@@ -18,6 +18,7 @@ from cosmos3_train.training.module import PostTraining
 from cosmos3_train.training.optimizer import optimizer_tensors
 from cosmos3_train.training.progress import SKIPPED, Bar, Metrics, write_status
 from cosmos3_train.training.sharding import lend, own_part, own_rows, shard_count, writes_shards
+from cosmos3_train.training.skipped import keep_skipped
 from cosmos3_train.training.strategy import PeerLost, any_rank, data_rank, meet, wait_for_first_rank
 from cosmos3_train.training.throughput import StepTime, Throughput
 
@@ -81,6 +82,10 @@ class RunLoop(lightning.Callback):
         training, step = self.training, self.module.position.step
         assert self._bar is not None and self._throughput is not None
         report = self.module.report
+        if report.skipped:
+            assert self.module.packed is not None
+            keep_skipped(self.folder, self.module.packed, report.gradient_norm)
+            self.module.require_progress()
         time = self._throughput.stop(report.tokens, report.samples, report.flops)
         if self.watch is not None:
             self.watch(time)

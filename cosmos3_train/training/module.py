@@ -32,9 +32,10 @@ from cosmos3_train.training.checkpoints import Position
 from cosmos3_train.training.ema import Average
 from cosmos3_train.training.optimizer import clip_gradients, make_optimizer, set_learning_rate
 from cosmos3_train.training.sharding import reduce_after_this_pack
+from cosmos3_train.training.spikes import largest_norm, usual_norm
 from cosmos3_train.training.strategy import assert_same_on_all_ranks, largest, meet, peers, sum_gradients, summed
 from cosmos3_train.training.throughput import Arithmetic
-from cosmos3_train.types import PackedSequence, StepBatch
+from cosmos3_train.types import PackedSequence, StepBatch, Velocities
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,8 @@ class PostTraining(lightning.LightningModule):
         decay = experiment.training.ema_decay
         self.average = Average(trainables.parameters, decay) if decay and to_train else None
         self.position = Position()
+        self.packed: PackedStep | None = None
+        """The last step's, until the next one is made."""
         self.report = StepReport()
         self._compared_ranks = False
         self._unreached: list[nn.Parameter] = []
@@ -117,6 +120,7 @@ class PostTraining(lightning.LightningModule):
             packs=len(step.packs),
         )
         self._sums, self._counts = sums, counts
+        self.packed = step
 
     def accumulate(
         self, packs: Sequence[PackedSequence], counts: Tensor, passes: int | None = None
@@ -132,7 +136,7 @@ class PostTraining(lightning.LightningModule):
         for number in range(passes):
             counted = number < len(packs)
             losses = self.pack_losses(packs[min(number, len(packs) - 1)].to(self.device))
-            total = self._weighted(losses, counts)
+            total = self.weighted(losses, counts)
             reduce_after_this_pack(self.backbone, last=number == passes - 1)
             self.manual_backward(total if counted else 0 * total)
             if counted:
@@ -168,14 +172,33 @@ class PostTraining(lightning.LightningModule):
 
     def pack_losses(self, pack: PackedSequence) -> dict[str, Tensor]:
         """Summed losses of a pack by modality, float32 scalars with gradient."""
-        velocities = self.backbone(pack)
+        return self.losses_of(self.backbone(pack), pack)
+
+    def losses_of(self, velocities: Velocities, pack: PackedSequence) -> dict[str, Tensor]:
+        """The same of what the backbone has predicted."""
         losses = flow_matching.losses(velocities, pack)
         if pack.labels.numel():
             chunk = self.experiment.objective.logits_chunk
             losses[TEXT] = next_token.loss(velocities, pack, self.backbone.lm_head, chunk)
         return losses
 
+    def weighted(self, losses: dict[str, Tensor], counts: Tensor) -> Tensor:
+        """What a pack adds to the loss that is descended: its means over the step's `counts`, times their weights."""
+        weights, least_one = self._weights(), counts.clamp(min=1)
+        return torch.stack(
+            [weights[name] * value / least_one[LOSSES.index(name)] for name, value in losses.items()]
+        ).sum()
+
     # -------------------------------------------------------------------------------------------- what was measured
+
+    def require_progress(self) -> None:
+        """Raise `TrainingFailed` after too many skipped steps in a row."""
+        if self.position.skipped_in_a_row >= self.experiment.optimizer.patience:
+            raise TrainingFailed(
+                f"{self.position.skipped_in_a_row} steps in a row were skipped for their gradients "
+                f"(optimizer.patience); 'cosmos3 replay {self.experiment.name}' says which samples did it; mend the "
+                f"data, or lower optimizer.learning_rate"
+            )
 
     def measured(self) -> StepReport:
         """The last step's report with its losses over all ranks. Waits for the device: call it where it is shown."""
@@ -192,14 +215,9 @@ class PostTraining(lightning.LightningModule):
         objective = self.experiment.objective
         return {"video": objective.video, "action": objective.action, "sound": objective.sound, TEXT: objective.text}
 
-    def _weighted(self, losses: dict[str, Tensor], counts: Tensor) -> Tensor:
-        weights, least_one = self._weights(), counts.clamp(min=1)
-        return torch.stack(
-            [weights[name] * value / least_one[LOSSES.index(name)] for name, value in losses.items()]
-        ).sum()
-
     def _descend(self, drawn: int) -> None:
-        """Sum gradients over ranks, clip, step. A non-finite gradient leaves weights, moments and schedule alone."""
+        """Sum gradients over ranks, clip, step. A gradient that is not finite, or a spike, leaves weights, moments and
+        schedule alone."""
         config, training = self.experiment.optimizer, self.experiment.training
         parameters = list(self.trainables.parameters.values())
         meet(f"the gradients of step {self.position.step + 1}")
@@ -209,29 +227,28 @@ class PostTraining(lightning.LightningModule):
         measured = clip_gradients(parameters, config.clip)
         rate = set_learning_rate(self.optimizer, self.position.step, training.steps, config)
         self._compare_ranks_once(parameters, measured)
+        largest_allowed = largest_norm(self.position, config.spike)
         # AdamW's fused kernel asks the device whether to skip, so all of the step is queued before the host waits.
-        cast(Any, self.optimizer).found_inf = 1 - measured.isfinite().float()
+        cast(Any, self.optimizer).found_inf = 1 - (measured.isfinite() & (measured <= largest_allowed)).float()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         norm = float(measured)
-        finite = math.isfinite(norm)
-        if not finite:
-            logger.warning("step %d: gradient norm is %s; the step is skipped", self.position.step, norm)
+        made = math.isfinite(norm) and norm <= largest_allowed
+        if not made:
+            above = f", over {config.spike:g} times the usual {self.position.usual_norm:.3g} (optimizer.spike)"
+            reason = above if math.isfinite(norm) else ""
+            logger.warning("step %d: gradient norm is %.3g%s; the step is skipped", self.position.step, norm, reason)
         elif self.average is not None:
             self.average.update(self.trainables.parameters)
         self.position = Position(
-            step=self.position.step + int(finite),
+            step=self.position.step + int(made),
             drawn=drawn + 1,
             samples=self.position.samples + training.samples_per_step,
-            skipped=self.position.skipped + int(not finite),
-            skipped_in_a_row=0 if finite else self.position.skipped_in_a_row + 1,
+            skipped=self.position.skipped + int(not made),
+            skipped_in_a_row=0 if made else self.position.skipped_in_a_row + 1,
+            usual_norm=usual_norm(self.position, norm),
         )
-        self.report = StepReport(gradient_norm=norm, learning_rate=rate, skipped=not finite)
-        if self.position.skipped_in_a_row >= config.patience:
-            raise TrainingFailed(
-                f"{self.position.skipped_in_a_row} steps in a row had a non-finite gradient (optimizer.patience); "
-                f"lower optimizer.learning_rate, or look at the data with 'cosmos3 check'"
-            )
+        self.report = StepReport(gradient_norm=norm, learning_rate=rate, skipped=not made)
 
     def _compare_ranks_once(self, parameters: list[nn.Parameter], norm: Tensor) -> None:
         if not self._compared_ranks and bool(norm.isfinite()):

@@ -63,7 +63,9 @@ def test_evaluate_measures_a_run_with_the_statistics_it_was_trained_with(cosmos3
 
 
 def test_evaluate_measures_of_a_folder_every_error_that_the_dataset_allows(cosmos3, project, tiny_model, capsys):
-    moves = {episode: np.random.default_rng(episode).uniform(-9, 9, (10, 2)).astype(np.float32) for episode in range(16)}
+    moves = {
+        episode: np.random.default_rng(episode).uniform(-9, 9, (10, 2)).astype(np.float32) for episode in range(16)
+    }
     make_log(project / "few", [10] * 16, fps=5, actions=moves, cameras={"observation.images.top": (96, 96)})
     card = project / "few.yaml"
     names = {"name": "few", "embodiment": "pusht_moves", "tasks": ["policy", "inverse_dynamics"]}

@@ -33,7 +33,7 @@ def outputs(compile: bool, dtype: str = "bfloat16") -> dict[str, torch.Tensor]:
     samples = [make_sample("policy", number, text=40 + number, latent=(5, 16, 16)) for number in range(4)]
     parts = [noise_it(s, 0.5) for s in samples]
     step = PackedStep(
-        0, [pack(samples, [p[1] for p in parts], [p[2] for p in parts], Layout.of(backbone.config))], {}
+        0, [pack(samples, [p[1] for p in parts], [p[2] for p in parts], Layout.of(backbone.config))], {}, 4, []
     ).pin_memory()
     assert step.packs[0].video.is_pinned() and step.packs[0].joint_spans.offsets.is_pinned()
     found = backbone(step.packs[0].to(DEVICE))

@@ -161,6 +161,8 @@ def test_a_step_with_a_bad_gradient_is_left_out_by_every_rank(tmp_path):
     carry_out(root, job("full", "name=bad", few))
     on_processes(root, 2, job("full", "name=bad_fsdp2 strategy.name=fsdp2", few))
     ends = [position(root / "runs" / run, 6) for run in ("bad", "bad_fsdp2")]
+    norms = [end.pop("usual_norm") for end in ends]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
     assert ends[0] == ends[1] and ends[0]["skipped"] > 0
     assert_same_curve(root, "bad", "bad_fsdp2", steps=6)
 
