@@ -12,15 +12,22 @@ from typing import Any
 
 import lightning
 
-from cosmos3_train.runtime import is_first_rank
+from cosmos3_train.runtime import is_first_rank, world_size
 from cosmos3_train.training.checkpoints import Checkpoint, Saving
 from cosmos3_train.training.module import PostTraining
 from cosmos3_train.training.optimizer import optimizer_tensors
 from cosmos3_train.training.progress import SKIPPED, Bar, Metrics, write_status
 from cosmos3_train.training.sharding import lend, own_part, own_rows, shard_count, writes_shards
 from cosmos3_train.training.skipped import keep_skipped
-from cosmos3_train.training.strategy import PeerLost, any_rank, data_rank, meet, wait_for_first_rank
-from cosmos3_train.training.throughput import StepTime, Throughput
+from cosmos3_train.training.strategy import (
+    PeerLost,
+    any_rank,
+    data_rank,
+    from_all_ranks,
+    meet,
+    wait_for_first_rank,
+)
+from cosmos3_train.training.throughput import StepTime, Throughput, lagging, spread
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +93,7 @@ class RunLoop(lightning.Callback):
             assert self.module.packed is not None
             keep_skipped(self.folder, self.module.packed, report.gradient_norm)
             self.module.require_progress()
-        time = self._throughput.stop(report.tokens, report.samples, report.flops)
+        time = self._throughput.stop(report.tokens, report.samples, report.flops, self.module.own_time.seconds)
         if self.watch is not None:
             self.watch(time)
         if self._saving is not None:
@@ -137,6 +144,12 @@ class RunLoop(lightning.Callback):
         report = self.module.measured()
         assert self._bar is not None and self._throughput is not None
         rates = self._throughput.rates(data_rank(self.module.experiment.strategy)[1])
+        if rates and world_size() > 1:
+            own = [rates["own_seconds"], rates.get("peak_memory_gib", 0.0)]
+            ranks = from_all_ranks(own, f"the times of step {step}")
+            rates |= spread(ranks)
+            if is_first_rank() and (words := lagging(ranks)):
+                logger.warning("step %d: %s", step, words)
         self._bar.show({"all": report.total, **report.losses}, rates)
         values = {
             "loss": report.total,

@@ -34,7 +34,7 @@ from cosmos3_train.training.optimizer import clip_gradients, make_optimizer, set
 from cosmos3_train.training.sharding import reduce_after_this_pack
 from cosmos3_train.training.spikes import largest_norm, usual_norm
 from cosmos3_train.training.strategy import assert_same_on_all_ranks, largest, meet, peers, sum_gradients, summed
-from cosmos3_train.training.throughput import Arithmetic
+from cosmos3_train.training.throughput import Arithmetic, OwnTime
 from cosmos3_train.types import PackedSequence, StepBatch, Velocities
 
 logger = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ class PostTraining(lightning.LightningModule):
         self.packed: PackedStep | None = None
         """The last step's, until the next one is made."""
         self.report = StepReport()
+        self.own_time = OwnTime()
         self._compared_ranks = False
         self._unreached: list[nn.Parameter] = []
 
@@ -109,8 +110,10 @@ class PostTraining(lightning.LightningModule):
         step = self.packer(batch) if isinstance(batch, StepBatch) else batch
         counts = self.step_counts(step)
         passes = self._passes(step)
+        self.own_time.begin(self.device)
         with peers("what ranks exchange in a step") if self.sharded or self.sharing > 1 else nullcontext():
             sums = self.accumulate(step.packs, counts, passes)
+        self.own_time.end()
         self._descend(batch.step)
         self.report = replace(
             self.report,

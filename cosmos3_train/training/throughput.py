@@ -37,9 +37,15 @@ RATES = (
     "step_seconds",
     "mfu",
     "data_wait_share",
+    "own_seconds",
     "peak_memory_gib",
+    "slowest_rank",
+    "slowest_rank_own_seconds",
+    "largest_peak_memory_gib",
 )
-"""Names of what `Throughput.rates` measures: functions of the machine, not of the run."""
+"""Names of what `Throughput.rates` and `spread` measure: functions of the machine, not of the run."""
+SLOW = 1.2
+"""A rank is told of whose passes of a step take so many times what the middle one's do."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,7 @@ class StepTime:
     seconds: from the end of the step before, so reading, logging and everything around the step is in it
     waited:  seconds of these in which the loader had nothing ready (and Lightning's own moments)
     tokens, samples: of this process's share, or of its context group's;  flops: that this process must do
+    own:     seconds of these that went into its own forward and backward passes
     """
 
     seconds: float
@@ -142,6 +149,34 @@ class StepTime:
     tokens: int
     samples: int
     flops: int
+    own: float
+
+
+class OwnTime:
+    """How long a process works on a step by itself, up to where it waits for the others: by its GPU's clock, for the
+    host runs ahead of it. Where weights are sharded, ranks wait for each other within, and all take about as long."""
+
+    def __init__(self) -> None:
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self._began = self._ended = 0.0
+
+    def begin(self, device: torch.device) -> None:
+        if device.type == "cuda":
+            self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self._events[0].record()
+        self._began = time.perf_counter()
+
+    def end(self) -> None:
+        if self._events is not None:
+            self._events[1].record()
+        self._ended = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Of the last step, once the device has made it."""
+        if self._events is not None:
+            return self._events[0].elapsed_time(self._events[1]) / 1e3
+        return self._ended - self._began
 
 
 class Throughput:
@@ -165,10 +200,10 @@ class Throughput:
         """The step's data is here."""
         self._started = time.perf_counter()
 
-    def stop(self, tokens: int, samples: int, flops: int) -> StepTime:
+    def stop(self, tokens: int, samples: int, flops: int, own: float) -> StepTime:
         """The step is made."""
         now = time.perf_counter()
-        step = StepTime(now - self._since, self._started - self._since, tokens, samples, flops)
+        step = StepTime(now - self._since, self._started - self._since, tokens, samples, flops, own)
         self._since = self._started = now
         self._steps.append(step)
         return step
@@ -185,9 +220,33 @@ class Throughput:
             "samples_per_second": sum(step.samples for step in steps) * ranks / seconds,
             "step_seconds": seconds / len(steps),
             "data_wait_share": sum(step.waited for step in steps) / seconds,
+            "own_seconds": sum(step.own for step in steps) / len(steps),
         }
         if self._peak is not None:
             found["mfu"] = sum(step.flops for step in steps) / seconds / self._peak
         if self._device.type == "cuda":
             found["peak_memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
         return found
+
+
+def spread(ranks: Sequence[Sequence[float]]) -> dict[str, float]:
+    """What differs between ranks.
+
+    Args:
+        ranks: of every rank its `own_seconds` and its `peak_memory_gib` (0 where there is none).
+    """
+    own = [seconds for seconds, _ in ranks]
+    slowest = max(range(len(ranks)), key=own.__getitem__)
+    found = {"slowest_rank": float(slowest), "slowest_rank_own_seconds": own[slowest]}
+    largest = max(memory for _, memory in ranks)
+    return found | ({"largest_peak_memory_gib": largest} if largest else {})
+
+
+def lagging(ranks: Sequence[Sequence[float]]) -> str | None:
+    """A line about the slowest rank, None where it is about as fast as the others."""
+    own = sorted(seconds for seconds, _ in ranks)
+    middle, slowest = own[(len(own) - 1) // 2], own[-1]
+    if slowest < SLOW * middle:
+        return None
+    place = [seconds for seconds, _ in ranks].index(slowest)
+    return f"rank {place} is the slowest: its passes of a step take {slowest:.3g} s, the middle rank's {middle:.3g} s"

@@ -17,7 +17,7 @@ from cosmos3_train.flow.tasks import CONVERSATION
 from cosmos3_train.training.gpus import GPUS, find_gpu
 from cosmos3_train.training.loop import RunLoop
 from cosmos3_train.training.run import make_trainer
-from cosmos3_train.training.throughput import Arithmetic
+from cosmos3_train.training.throughput import Arithmetic, lagging, spread
 from cosmos3_train.types import StepBatch
 from tests.training.steps import CPU, make_module, mixed_samples
 
@@ -141,3 +141,13 @@ def test_a_gpu_is_found_by_the_name_that_torch_gives_it(name, key):
 
 def test_gpus_have_keys_of_their_own():
     assert len({gpu.key for gpu in GPUS}) == len(GPUS)
+
+
+def test_the_slowest_rank_is_named_where_it_holds_the_others_up():
+    ranks = [[1.0, 30.5], [1.1, 31.0], [2.0, 0.0], [1.05, 29.0]]
+    assert spread(ranks) == {
+        "slowest_rank": 2.0, "slowest_rank_own_seconds": 2.0, "largest_peak_memory_gib": 31.0
+    }  # fmt: skip
+    assert lagging(ranks) == "rank 2 is the slowest: its passes of a step take 2 s, the middle rank's 1.05 s"
+    assert lagging([[1.0, 0.0], [1.1, 0.0]]) is None
+    assert "largest_peak_memory_gib" not in spread([[1.0, 0.0], [1.1, 0.0]]), "on CPUs there is none"
