@@ -134,7 +134,10 @@ def _check_disk(loaded: Loaded, findings: Findings) -> None:
     if model is not None:
         # float32: weights, two moments and the average; one checkpoint more than are kept while it is written.
         one = model.trained * 4 * (3 + int(experiment.training.ema_decay > 0))
-        copies = experiment.training.keep_checkpoints + 1
+        training = experiment.training
+        copies = training.keep_checkpoints + 1
+        if training.keep_every_n_steps:
+            copies += training.steps // training.keep_every_n_steps
         exports = {"none": 0, "adapter": 8 * model.trained, "merged": model.stored_bytes}[experiment.export]
         there, exported = (_bytes_under(loaded.run_folder / name) for name in ("checkpoints", "export"))
         needs.append((loaded.run_folder, max(one, one * copies - there), f"{_size(one)} a checkpoint"))

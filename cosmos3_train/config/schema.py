@@ -589,6 +589,7 @@ class Training:
     ema_decay:                of the average of the trainables (0: none); it is what is evaluated and exported
     *_every_n_steps:          0 turns it off (of evaluating and saving; the last step is always evaluated and saved)
     keep_checkpoints:         how many of the newest to keep
+    keep_every_n_steps:       beside these, the checkpoints whose step this divides (0: none)
     """
 
     steps: int = 1000
@@ -600,13 +601,20 @@ class Training:
     evaluate_every_n_steps: int = 200
     checkpoint_every_n_steps: int = 200
     keep_checkpoints: int = 2
+    keep_every_n_steps: int = 0
 
     def __post_init__(self) -> None:
         positive = ("steps", "samples_per_step", "tokens_per_micro_batch", "log_every_n_steps", "keep_checkpoints")
         _require("training", self, "at least 1", lambda x: x >= 1, *positive)
         _require("training", self, "0 (none) to below 1", lambda x: 0 <= x < 1, "ema_decay")
-        every = ("evaluate_every_n_steps", "checkpoint_every_n_steps")
+        every = ("evaluate_every_n_steps", "checkpoint_every_n_steps", "keep_every_n_steps")
         _require("training", self, "at least 0 (0: never)", lambda x: x >= 0, *every)
+        saved = self.checkpoint_every_n_steps
+        if self.keep_every_n_steps and (not saved or self.keep_every_n_steps % saved):
+            fail(
+                f"training.keep_every_n_steps is {self.keep_every_n_steps}; it is a multiple of "
+                f"training.checkpoint_every_n_steps, {saved}, for only what was saved is kept"
+            )
 
 
 @dataclass(frozen=True)

@@ -82,9 +82,9 @@ class Checkpoint:
     writers: int = 1
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write `folder/step_NNNNNN` atomically, then remove all but the newest `keep`. As `Saving`, waited for."""
-    saving = Saving(folder, checkpoint, keep)
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int, keep_every: int = 0) -> Path:
+    """Write `folder/step_NNNNNN` atomically, then remove older ones. As `Saving`, waited for."""
+    saving = Saving(folder, checkpoint, keep, keep_every)
     saving.finish()
     return saving.target
 
@@ -100,15 +100,17 @@ class Saving:
     Args:
         folder: of the checkpoints.
         checkpoint: copied, so that the run may go on.
-        keep: of the checkpoints that are whole, the newest so many stay.
+        keep: of the checkpoints that are whole, the newest so many stay;
+        keep_every: and those whose step it divides (0: no others).
 
     Raises:
         UserError: the disk is full or read-only.
     """
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint, keep: int) -> None:
+    def __init__(self, folder: Path, checkpoint: Checkpoint, keep: int, keep_every: int = 0) -> None:
         name = f"step_{checkpoint.position.step:06d}"
-        self.folder, self.keep, self.step = folder, keep, checkpoint.position.step
+        self.folder, self.step = folder, checkpoint.position.step
+        self.keep, self.keep_every = keep, keep_every
         self.target, self._partial = folder / name, folder / f".{name}.partial"
         self._state = (json.dumps(asdict(checkpoint.position), indent=2) + "\n").encode()
         self._shards, self._written = bool(checkpoint.rows), threading.Event()
@@ -173,7 +175,8 @@ class Saving:
         self._partial.replace(self.target)
         _flush(self.folder)
         for old in list_checkpoints(self.folder)[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            if not self.keep_every or int(old.name.removeprefix("step_")) % self.keep_every:
+                shutil.rmtree(old, ignore_errors=True)
 
     @contextmanager
     def _one_line_of_a_full_disk(self) -> Iterator[None]:

@@ -197,7 +197,8 @@ class RunLoop(lightning.Callback):
         checkpoint = current_checkpoint(self.module)
         self._finish_saving()
         if is_first_rank() or checkpoint.rows:
-            self._saving = Saving(self.folder / "checkpoints", checkpoint, self.training.keep_checkpoints)
+            kept = self.training.keep_checkpoints, self.training.keep_every_n_steps
+            self._saving = Saving(self.folder / "checkpoints", checkpoint, *kept)
         if last:
             self._finish_saving()
             trainer.strategy.barrier()

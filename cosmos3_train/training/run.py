@@ -83,6 +83,7 @@ FREE = (
     "training.log_every_n_steps",
     "training.checkpoint_every_n_steps",
     "training.keep_checkpoints",
+    "training.keep_every_n_steps",
 )
 """Keys (* is any name) that may differ when a run goes on: they change how it is carried out, not what it computes."""
 

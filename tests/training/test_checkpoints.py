@@ -54,6 +54,12 @@ def test_the_newest_are_kept_in_the_order_of_their_steps(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["step_1000002"]
 
 
+def test_those_at_an_interval_are_kept_beside_the_newest(tmp_path):
+    for step in range(100, 1001, 100):
+        save_checkpoint(tmp_path, checkpoint(step), keep=2, keep_every=400)
+    assert [load_checkpoint(p).position.step for p in list_checkpoints(tmp_path)] == [400, 800, 900, 1000]
+
+
 def test_more_digits_do_not_lose_the_newest(tmp_path):
     for step in (999_999, 1_000_000):
         save_checkpoint(tmp_path, checkpoint(step), keep=1)
