@@ -20,7 +20,7 @@ from av.video.stream import VideoStream
 from torch import Tensor
 
 from cosmos3_train.config import UserError
-from cosmos3_train.data import archives
+from cosmos3_train.data import archives, torchcodec
 from cosmos3_train.data.kept import KeptFiles
 from cosmos3_train.data.pictures import read_pictures
 
@@ -155,6 +155,8 @@ def decode_frames(
     path = Path(path)
     times = [float(time) for time in timestamps]
     assert times and times == sorted(times)
+    if not inside and size is None and (sooner := torchcodec.frames(path, times)) is not None:
+        return sooner
     container = opened(path, inside)
     try:
         stream = container.streams.video[0]
