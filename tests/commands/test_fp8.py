@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from tests.commands.tiny import QUICK
 
 
+@pytest.mark.slow
 def test_a_run_on_a_rounded_base_is_exported_for_the_base_itself(cosmos3, project, tiny_model, capsys, caplog):
     line = (
         "experiments/nano_policy_hybrid.yaml",

@@ -19,6 +19,7 @@ def rows(name: str) -> str:
     return f"data.datasets.pusht_moves.prepared=prepared/{name}"
 
 
+@pytest.mark.slow
 def test_a_run_without_its_tower_is_measured_exported_and_evaluated(cosmos3, project, tiny_model, capsys, monkeypatch):
     towers: list[bool] = []
     understand = Cosmos3PackedTransformer.understand

@@ -42,6 +42,7 @@ def line(name: str, model, *more: str) -> tuple[str, ...]:
     return (EXPERIMENT, *QUICK, f"model.path={model}", *settings, "data.heldout_fraction=0.3", f"name={name}", *more)
 
 
+@pytest.mark.slow
 def test_a_run_with_sound_from_its_clips_to_its_adapter(clips, cosmos3, project, tiny_model, capsys, caplog):
     words = line("heard", tiny_model, f"{KEY}.cache_reasoner=true")
     assert cosmos3("check", *words) == 0

@@ -49,6 +49,7 @@ def test_another_world_size_goes_on_from_the_same_sample(robot):
 ROWS, FILES = 10_000_000, 40
 
 
+@pytest.mark.slow
 def test_resuming_among_ten_million_rows(tmp_path):
     """Opening, finding the place in the middle of an epoch and reading its first sample: under a second."""
     write_files(tmp_path, {"videos/a.mp4": mp4(12)})

@@ -117,6 +117,7 @@ def test_an_adapter_layer_by_layer_and_then_whole_in_bfloat16(backbone, tmp_path
     assert told.count("\n\n## Verified\n") == 1 and report.how in told and "The whole model in bfloat16: " in told
 
 
+@pytest.mark.slow
 def test_a_merge_layer_by_layer(backbone, tmp_path):
     folder = write_merged(backbone, PICO, tmp_path / "merged", run="a")
     samples = [*token_samples(), *odd_samples()]
