@@ -102,8 +102,6 @@ class _Shown:
             if not self._waiting[kind]:
                 raise Unusable(UNMATCHED, f"fewer {kind}s than the words name")
             own = self._waiting[kind].pop(0)
-        if own is None:
-            raise Unusable(UNMATCHED, f"the words name a {kind} that the row does not have")
         self.found.append(_reference(kind, own))
 
     def left(self) -> list[Reference]:
@@ -125,7 +123,7 @@ def _reference(kind: Literal["image", "video"], value: Any) -> Reference:
         return Reference(kind, content=content)
     path = value.get("path") if isinstance(value, Mapping) else value
     if not isinstance(path, str) or not path:
-        raise Unusable(UNMATCHED, f"the words name a {kind} that the row does not have")
+        raise Unusable(UNMATCHED, f"the words name {'an image' if kind == 'image' else 'a video'} that is not there")
     pure = PurePosixPath(path.removeprefix("file://"))
     if "://" in str(path).removeprefix("file://") or pure.is_absolute() or ".." in pure.parts or "\\" in path:
         raise Unusable(OUTSIDE, repr(path))

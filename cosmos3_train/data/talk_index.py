@@ -11,11 +11,11 @@ import io
 import json
 import multiprocessing
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -48,20 +48,28 @@ SCHEMA = pa.schema(
     ]
 )
 
-Measure = Callable[[Talk, Sequence[Shape], str], int]
-"""Counts the tokens of a conversation with pictures of these shapes; the words name it in errors. Goes to workers.
-`Unusable` leaves the row out, any other error ends the work."""
+
+class Measure(Protocol):
+    """Counts the tokens of a conversation with pictures of these shapes; the words name it in errors. Goes to workers.
+
+    `Unusable` leaves the row out, any other error ends the work.  fingerprint: of the model's part in the count
+    """
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def __call__(self, talk: Talk, shapes: Sequence[Shape], where: str) -> int: ...
 
 
 @dataclass(frozen=True)
 class TalkIndex:
-    """rows: of `SCHEMA`;  counted: whether tokens were;  dropped: reason → rows;  examples: reason → the first
-
-    total: rows of the set, where only some were looked at
+    """rows: of `SCHEMA`;  counted: by which `Measure` tokens were, "" by none
+    dropped: reason → rows;  examples: reason → the first
+    total:   rows of the set, where only some were looked at
     """
 
     rows: pa.Table
-    counted: bool
+    counted: str
     dropped: dict[str, int]
     examples: dict[str, str]
     reused: bool = False
@@ -104,7 +112,8 @@ def index_talks(
     talks = open_talks(source)
     made_of = _made_of(talks, card.pictures)
     there = None if folder is None else _read(folder, made_of)
-    if there is not None and (there.counted or measure is None):
+    counted = "" if measure is None else measure.fingerprint
+    if there is not None and counted in ("", there.counted):
         return there
     blocks = []
     for file, name in enumerate(talks.files):
@@ -115,14 +124,14 @@ def index_talks(
         blocks, folder = _first(blocks, most_rows), None
     work = _Work(card, source, measure, tuple(blocks))
     if folder is None:
-        found = _whole([_do_block(work, talks, number) for number in range(len(blocks))], measure is not None)
+        found = _whole([_do_block(work, talks, number) for number in range(len(blocks))], counted)
         return replace(_refuse_empty(found, source), total=total)
     with disk_full_is_the_users(folder):
         beside = folder.with_name(f"{folder.name}.partial")
         beside.parent.mkdir(parents=True, exist_ok=True)
-        open_work_folder(beside, f"{made_of} {measure is not None}")
+        open_work_folder(beside, f"{made_of} {counted}")
         _run_blocks(work, talks, beside, workers, progress)
-        found = _whole([_read_block(_block_path(beside, n)) for n in range(len(blocks))], measure is not None)
+        found = _whole([_read_block(_block_path(beside, n)) for n in range(len(blocks))], counted)
         _refuse_empty(found, source)
         _write(folder, found, made_of, card)
         shutil.rmtree(beside)
@@ -296,7 +305,7 @@ def _read_block(path: Path) -> _Block:
     return _Block(rows.to_pylist(), dropped, examples)
 
 
-def _whole(blocks: Sequence[_Block], counted: bool) -> TalkIndex:
+def _whole(blocks: Sequence[_Block], counted: str) -> TalkIndex:
     dropped: dict[str, int] = {}
     examples: dict[str, str] = {}
     for block in blocks:

@@ -97,5 +97,6 @@ def _file(root: Path, reference: Reference) -> Path | io.BytesIO:
 
 
 def _named(reference: Reference, error: Exception) -> str:
-    problem = " ".join(str(error).split())[:160]
+    unknown = isinstance(error, UnidentifiedImageError)  # its own words hold an address in memory
+    problem = "of no kind of image that is known" if unknown else " ".join(str(error).split())[:160]
     return f"{reference.path}: {problem}" if reference.path and reference.path not in problem else problem

@@ -3,6 +3,7 @@ function gives the positions, so that training sees what the deployed reasoner s
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,18 @@ class Counter:
             return Counter(parts, open_sight(model, parts, what))
         except UserError as error:
             return Counter(parts, error)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the tokenizer, its chat template and the processor's sizes."""
+        tokenizer, digest = cast(Any, self.parts.text_tokenizer), hashlib.sha256()
+        digest.update(f"{tokenizer.chat_template}{tokenizer.backend_tokenizer.to_str()}".encode())
+        if isinstance(self.sight, Sight):
+            processor = self.sight.processor
+            digest.update(
+                f"{processor.image_processor.to_json_string()}{processor.video_processor.to_json_string()}".encode()
+            )
+        return digest.hexdigest()[:32]
 
     def __call__(self, talk: Talk, shapes: Sequence[Shape], where: str) -> int:
         if not shapes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from diffusers import Cosmos3OmniTransformer
@@ -9,10 +11,12 @@ from peft import LoraConfig
 from transformers.video_utils import VideoMetadata
 
 from cosmos3_train.config import Model, UserError
+from cosmos3_train.data.talk import Reference, Talk
+from cosmos3_train.data.talk_pictures import Shape
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.loading import load_backbone, load_parts
 from cosmos3_train.model.packing import Layout, pack
-from cosmos3_train.model.sight import open_sight
+from cosmos3_train.model.sight import Counter, open_sight
 from cosmos3_train.model.slices import slice_of
 from cosmos3_train.model.vision import load_eyes
 from cosmos3_train.types import IGNORED_LABEL, NoiseLevels, Picture, Sample
@@ -231,6 +235,16 @@ def test_lora_gradients_equal_transformers(joint, checkpointed, model, both, sig
     for one, other in zip(mine, their, strict=True):
         assert torch.equal(one, other) and float(other.grad.norm()) > 0
         assert difference(one.grad, other.grad) <= 1e-5
+
+
+@pytest.mark.parametrize("name", [*TALKS, "plain"])
+def test_tokens_are_counted_without_pixels(name, model, encoder):
+    messages, pictures = TALKS.get(name, (PLAIN, []))
+    shapes = [Shape(tuple(p.frames.shape[2:]), p.numbers, p.fps, p.pixels) for p in pictures]
+    counter = pickle.loads(pickle.dumps(Counter.of(model, encoder.parts, "a test")))
+    assert counter.fingerprint == Counter.of(model, encoder.parts, "another").fingerprint
+    (sample,) = samples_of(encoder, name)
+    assert counter(Talk(messages, tuple(Reference("image") for _ in pictures)), shapes, "") == sample.text.numel()
 
 
 def test_a_slice_keeps_the_tokens_of_its_own(both, encoder):

@@ -179,7 +179,7 @@ def open_talks(source: Path) -> TalkSource:
         return made(source.parent, [source])
     if not source.is_dir():
         beside = [other.name for other in source.parent.glob("*.jsonl")] if source.parent.is_dir() else []
-        raise UserError(f"{source}: no such file.{nearest(source.name, beside)}")
+        raise UserError(f"{source}: no such file or folder.{nearest(source.name, beside)}")
     metas = [path for pattern in ("meta.json", "*/meta.json") for path in source.glob(pattern)]
     if metas:
         return VideoPhy(source, metas)
