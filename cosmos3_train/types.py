@@ -17,7 +17,7 @@ precision plugins cast every float tensor they can reach in a batch, and a posit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from typing import Any
@@ -307,7 +307,7 @@ class StepBatch:
 
     __slots__ = ("samples", "step")
 
-    def __init__(self, step: int, samples: list[Sample]) -> None:
+    def __init__(self, step: int, samples: Sequence[Sample | TokenSample]) -> None:
         self.step = step
         self.samples = samples
 

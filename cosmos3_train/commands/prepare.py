@@ -72,7 +72,9 @@ def run(
     root = project_root(card_path)
     if card.format == "conversations":
         _refuse_logs_options(embodiment=embodiment, stride=stride, cache=cache, tasks=tasks)
-        return _prepare_talks(card, source or card.source_folder(root), output, model, root, workers, heldout, tokens)
+        return _prepare_talks(
+            card, source or card.source_folder(root), output, model, root, workers, heldout, tokens, fresh=fresh
+        )
     if tokens is not None:
         raise UserError(f"--tokens {tokens}: {card.format} has no conversations; leave it out")
     contract = read_contract(card_path, card, embodiment, root)
@@ -123,7 +125,7 @@ def _refuse_logs_options(**given: object) -> None:
 
 def _prepare_talks(
     card: DatasetCard, source: Path, output: Path, model: str | None, root: Path, workers: int, heldout: float,
-    tokens: int | None,
+    tokens: int | None, *, fresh: bool,
 ) -> int:  # fmt: skip
     """Index a set of conversations; with a model, count their tokens."""
     from cosmos3_train.data.conversations import open_conversations
@@ -137,7 +139,7 @@ def _prepare_talks(
     counter = None if model is None else _counter(card, read_model(model, root))
     dataset = open_conversations(
         card, source, output, heldout_fraction=heldout, measure=counter, most_tokens=budget, workers=workers,
-        progress=True,
+        progress=True, fresh=fresh,
     )  # fmt: skip
     if counter is not None and dataset.shows_pictures:
         counter.needed()

@@ -63,7 +63,6 @@ class ConversationDataset:
             )
         self._files, self._numbers = index.column("file"), index.column("number")
         self._rows, self._shown = index.column("place"), index.column("pictures")
-        self._tokens = tokens
         held = np.array([self.source.heldout(file) for file in self.source.files])[self._files]
         if held.any() and not held.all():
             heldout = held
@@ -81,11 +80,6 @@ class ConversationDataset:
     def count(self, split: str) -> int:
         """Conversations of "train" or "heldout"."""
         return len(self._places[split])
-
-    def longest(self, split: str, count: int) -> list[int]:
-        """Indices of so many with the most tokens, or, where they were not counted, of the first."""
-        places = self._places[split]
-        return np.argsort(-self._tokens[places], kind="stable")[:count].tolist()
 
     def sample(self, split: str, index: int, task: str, number: int) -> Sample:
         """A conversation as a sample; `task` is "conversation".
@@ -114,7 +108,7 @@ class ConversationDataset:
 def open_conversations(
     card: DatasetCard, source: Path, folder: Path | None = None, *, heldout_fraction: float = 0.0, seed: int = 0,
     measure: Measure | None = None, most_tokens: int | None = None, workers: int = 1, progress: bool = False,
-    most_rows: int | None = None,
+    most_rows: int | None = None, fresh: bool = False,
 ) -> ConversationDataset:  # fmt: skip
     """A set, looked at where that has not been done.
 
@@ -123,7 +117,9 @@ def open_conversations(
         most_rows: only so many rows are looked at where they were not yet, and nothing is written.
         others: as of `talk_index.index_talks` and `ConversationDataset`.
     """
-    index = index_talks(card, source, folder, measure=measure, workers=workers, progress=progress, most_rows=most_rows)
+    index = index_talks(
+        card, source, folder, measure=measure, workers=workers, progress=progress, most_rows=most_rows, fresh=fresh
+    )
     if not index.reused:
         for reason, count in index.dropped.items():
             logger.info("%s: left out %s × %s, such as %s", card.name, f"{count:,}", reason, index.examples[reason])

@@ -303,7 +303,12 @@ def scan_talks(
             for start in range(0, len(places), AT_ONCE):
                 some = places[start : start + AT_ONCE]
                 looked: list[tuple[int, list[Future[str]]]] = []
-                for (number, _), row in zip(some.tolist(), talks.rows(file, some[:, 1].tolist()), strict=True):
+                try:
+                    rows = list(talks.rows(file, some[:, 1].tolist()))
+                except UserError as error:
+                    yield Finding(NO_TALK, str(talks.root / file), f"rows from {some[0, 0]}", str(error))
+                    continue
+                for (number, _), row in zip(some.tolist(), rows, strict=True):
                     try:
                         talk = talk_of(row)
                     except NoTalk as error:

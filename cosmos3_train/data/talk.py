@@ -132,10 +132,11 @@ def _reference(kind: Literal["image", "video"], value: Any) -> Reference:
 
 def _message(message: Any, place: int, shown: _Shown) -> dict[str, Any]:
     where = f"message {place}: "
-    if isinstance(message, Mapping) and set(message) == {"from", "value"}:
-        role, content = SHAREGPT.get(str(message["from"]), message["from"]), message["value"]
-    elif isinstance(message, Mapping) and set(message) == {"role", "content"}:
-        role, content = message["role"], message["content"]
+    said = {key: value for key, value in message.items() if value is not None} if isinstance(message, Mapping) else {}
+    if set(said) == {"from", "value"}:
+        role, content = SHAREGPT.get(str(said["from"]), said["from"]), said["value"]
+    elif set(said) == {"role", "content"}:
+        role, content = said["role"], said["content"]
     else:
         raise NoTalk(f"{where}exactly the keys 'role' and 'content', or 'from' and 'value', are expected")
     if role not in ROLES:

@@ -13,7 +13,7 @@ import multiprocessing
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -86,17 +86,20 @@ class TalkIndex:
 
 @dataclass(frozen=True)
 class _Work:
-    """What a block depends on. blocks: (file, numbers and places of its rows)"""
+    """What all blocks depend on."""
 
-    card: DatasetCard
-    source: Path
+    talks: TalkSource
+    options: PictureOptions
     measure: Measure | None
-    blocks: tuple[tuple[int, np.ndarray], ...]
+
+
+_BlockRows = tuple[int, np.ndarray]
+"""A file of the source, and the numbers and places of some of its rows."""
 
 
 def index_talks(
     card: DatasetCard, source: Path, folder: Path | None, *, measure: Measure | None = None, workers: int = 1,
-    progress: bool = False, most_rows: int | None = None,
+    progress: bool = False, most_rows: int | None = None, fresh: bool = False,
 ) -> TalkIndex:  # fmt: skip
     """Look at every row of a set.
 
@@ -104,6 +107,7 @@ def index_talks(
         source: its folder or file.
         folder: prepared folder where the index is kept and looked for; None keeps none.
         measure: None counts no tokens; an index with tokens serves all the same.
+        fresh: make an index anew that is there.
         most_rows: where no index is there, only so many rows are looked at, and nothing is written.
 
     Raises:
@@ -113,24 +117,24 @@ def index_talks(
     made_of = _made_of(talks, card.pictures)
     there = None if folder is None else _read(folder, made_of)
     counted = "" if measure is None else measure.fingerprint
-    if there is not None and counted in ("", there.counted):
+    if there is not None and not fresh and counted in ("", there.counted):
         return there
-    blocks = []
+    blocks: list[_BlockRows] = []
     for file, name in enumerate(talks.files):
         places = talks.places(name)
         blocks += [(file, places[first : first + BLOCK_ROWS]) for first in range(0, len(places), BLOCK_ROWS)]
     total = sum(len(places) for _, places in blocks)
     if most_rows is not None:
         blocks, folder = _first(blocks, most_rows), None
-    work = _Work(card, source, measure, tuple(blocks))
+    work = _Work(talks, card.pictures, measure)
     if folder is None:
-        found = _whole([_do_block(work, talks, number) for number in range(len(blocks))], counted)
+        found = _whole([_do_block(work, block) for block in blocks], counted)
         return replace(_refuse_empty(found, source), total=total)
     with disk_full_is_the_users(folder):
         beside = folder.with_name(f"{folder.name}.partial")
         beside.parent.mkdir(parents=True, exist_ok=True)
         open_work_folder(beside, f"{made_of} {counted}")
-        _run_blocks(work, talks, beside, workers, progress)
+        _run_blocks(work, blocks, beside, workers, progress, f"preparing {card.name}")
         found = _whole([_read_block(_block_path(beside, n)) for n in range(len(blocks))], counted)
         _refuse_empty(found, source)
         _write(folder, found, made_of, card)
@@ -138,7 +142,7 @@ def index_talks(
     return found
 
 
-def _first(blocks: Sequence[tuple[int, np.ndarray]], most: int) -> list[tuple[int, np.ndarray]]:
+def _first(blocks: Sequence[_BlockRows], most: int) -> list[_BlockRows]:
     found = []
     for file, places in blocks:
         if most > 0:
@@ -153,14 +157,23 @@ def _made_of(talks: TalkSource, options: PictureOptions) -> str:
 
 
 def _read(folder: Path, made_of: str) -> TalkIndex | None:
-    """The index that is there, None where there is none or one of other bytes."""
+    """The index that is there, None where there is none or one of other bytes.
+
+    Raises:
+        UserError: the folder holds the rows of a log.
+    """
     try:
         card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
-        if card.get("made_of") != made_of:
-            return None
+    except (OSError, ValueError):
+        return None
+    if not isinstance(card, dict) or "made_of" not in card:
+        raise UserError(f"{folder}: holds rows that are no conversations; name another prepared folder")
+    if card["made_of"] != made_of:
+        return None
+    try:
         rows = pq.read_table(folder / ROWS_FILE)
         return TalkIndex(rows, card["counted"], card["dropped"], card["examples"], reused=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException):
+    except (OSError, ValueError, KeyError, pa.ArrowException):
         return None
 
 
@@ -196,33 +209,37 @@ def _refuse_empty(index: TalkIndex, source: Path) -> TalkIndex:
 
 @dataclass
 class _Block:
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    dropped: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, str] = field(default_factory=dict)
+    """rows: of `SCHEMA`;  dropped, examples: as of `TalkIndex`"""
 
-    def drop(self, reason: str, example: str) -> None:
-        self.dropped[reason] = self.dropped.get(reason, 0) + 1
-        self.examples.setdefault(reason, example)
+    rows: pa.Table
+    dropped: dict[str, int]
+    examples: dict[str, str]
 
 
-def _do_block(work: _Work, talks: TalkSource, number: int) -> _Block:
-    file, places = work.blocks[number]
-    name, made = talks.files[file], _Block()
-    rows = talks.rows(name, places[:, 1].tolist())
+def _do_block(work: _Work, block: _BlockRows) -> _Block:
+    file, places = block
+    name, found, made = work.talks.files[file], list[tuple[int, ...]](), _Block(SCHEMA.empty_table(), {}, {})
+
+    def drop(reason: str, example: str) -> None:
+        made.dropped[reason] = made.dropped.get(reason, 0) + 1
+        made.examples.setdefault(reason, example)
+
+    rows = work.talks.rows(name, places[:, 1].tolist())
     for (turn, place), row in zip(places.tolist(), rows, strict=True):
-        where = talks.where(name, turn)
+        where = work.talks.where(name, turn)
         try:
             talk = talk_of(row)
-            tokens = _tokens(work, talk, talks.pictures(name), where)
+            tokens = _tokens(work, talk, work.talks.pictures(name), where)
         except NoTalk as error:
-            if talks.strict:
+            if work.talks.strict:
                 raise UserError(f"{where}: {error}") from None
-            made.drop(NO_TALK, f"{where}: {error}")
+            drop(NO_TALK, f"{where}: {error}")
         except Unusable as error:
-            made.drop(error.reason, f"{where}: {error.example}")
+            drop(error.reason, f"{where}: {error.example}")
         else:
-            content, pictures = content_of(talk), len(talk.pictures)
-            made.rows.append(dict(zip(SCHEMA.names, (file, place, turn, content, pictures, tokens), strict=True)))
+            found.append((file, place, turn, content_of(talk), len(talk.pictures), tokens))
+    if found:
+        made.rows = pa.Table.from_pydict(dict(zip(SCHEMA.names, zip(*found, strict=True), strict=True)), schema=SCHEMA)
     return made
 
 
@@ -249,28 +266,29 @@ def _tokens(work: _Work, talk: Talk, folder: Path, where: str) -> int:
         for reference in talk.pictures:
             check_there(folder, reference)
         return 0
-    shapes = [picture_shape(folder, reference, work.card.pictures) for reference in talk.pictures]
+    shapes = [picture_shape(folder, reference, work.options) for reference in talk.pictures]
     return work.measure(talk, shapes, where)
 
 
-def _run_blocks(work: _Work, talks: TalkSource, folder: Path, workers: int, progress: bool) -> None:
+def _run_blocks(
+    work: _Work, blocks: Sequence[_BlockRows], folder: Path, workers: int, progress: bool, words: str
+) -> None:
     """Do the blocks that are not done. Returns when all are."""
-    todo = [number for number in range(len(work.blocks)) if not _block_path(folder, number).exists()]
-    sizes = [len(places) for _, places in work.blocks]
+    todo = [number for number in range(len(blocks)) if not _block_path(folder, number).exists()]
+    sizes = [len(places) for _, places in blocks]
     done = sum(sizes) - sum(sizes[number] for number in todo)
-    with tqdm(
-        total=sum(sizes), initial=done, unit="row", desc=f"preparing {work.card.name}", disable=not progress
-    ) as bar:
+    with tqdm(total=sum(sizes), initial=done, unit="row", desc=words, disable=not progress) as bar:
         if workers == 1 or len(todo) <= 1:
             for number in todo:
-                _write_block(work, talks, folder, number)
+                _write_block(work, blocks[number], _block_path(folder, number))
                 bar.update(sizes[number])
             return
         # From a server that has only imported, as `blocks` says.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
-        with ProcessPoolExecutor(min(workers, len(todo)), mp_context=context) as pool:
-            futures = {pool.submit(_in_worker, work, folder, number): number for number in todo}
+        count = min(workers, len(todo))
+        with ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(work,)) as pool:
+            futures = {pool.submit(_in_worker, blocks[n], _block_path(folder, n)): n for n in todo}
             try:
                 for future in as_completed(futures):
                     future.result()
@@ -283,26 +301,33 @@ def _run_blocks(work: _Work, talks: TalkSource, folder: Path, workers: int, prog
                 pool.shutdown(cancel_futures=True)
 
 
-def _in_worker(work: _Work, folder: Path, number: int) -> None:
-    _write_block(work, open_talks(work.source), folder, number)
+_works: list[_Work] = []
+"""Of a worker, which gets it once: a tokenizer is too large to be sent with every block."""
+
+
+def _begin(work: _Work) -> None:
+    _works.append(work)
+
+
+def _in_worker(block: _BlockRows, path: Path) -> None:
+    _write_block(_works[0], block, path)
 
 
 def _block_path(folder: Path, number: int) -> Path:
     return folder / "blocks" / f"{number:05d}.parquet"
 
 
-def _write_block(work: _Work, talks: TalkSource, folder: Path, number: int) -> None:
+def _write_block(work: _Work, block: _BlockRows, path: Path) -> None:
     """Rows, with what was left out beside them in the file's own header: one file, whole or not there."""
-    made = _do_block(work, talks, number)
+    made = _do_block(work, block)
     told = json.dumps([made.dropped, made.examples]).encode()
-    rows = pa.Table.from_pylist(made.rows, schema=SCHEMA).replace_schema_metadata({b"left_out": told})
-    write_whole(_block_path(folder, number), _parquet_bytes(rows))
+    write_whole(path, _parquet_bytes(made.rows.replace_schema_metadata({b"left_out": told})))
 
 
 def _read_block(path: Path) -> _Block:
     rows = pq.read_table(path)
     dropped, examples = json.loads((rows.schema.metadata or {})[b"left_out"])
-    return _Block(rows.to_pylist(), dropped, examples)
+    return _Block(rows.replace_schema_metadata(None), dropped, examples)
 
 
 def _whole(blocks: Sequence[_Block], counted: str) -> TalkIndex:
@@ -312,5 +337,5 @@ def _whole(blocks: Sequence[_Block], counted: str) -> TalkIndex:
         for reason, count in block.dropped.items():
             dropped[reason] = dropped.get(reason, 0) + count
             examples.setdefault(reason, block.examples[reason])
-    rows = pa.Table.from_pylist([row for block in blocks for row in block.rows], schema=SCHEMA)
+    rows = pa.concat_tables([SCHEMA.empty_table(), *(block.rows for block in blocks)]).combine_chunks()
     return TalkIndex(rows, counted, dropped, examples)

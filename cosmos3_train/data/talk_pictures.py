@@ -41,8 +41,12 @@ def frame_numbers(count: int, fps: float, options: PictureOptions) -> tuple[int,
 
 def check_there(root: Path, reference: Reference) -> None:
     """Raise `Unusable` where a picture's file is missing."""
-    if reference.content is None and not (root / reference.path).is_file():
-        raise Unusable(MISSING, reference.path)
+    try:
+        there = reference.content is not None or (root / reference.path).is_file()
+    except OSError:  # a name that no file can have
+        there = False
+    if not there:
+        raise Unusable(MISSING, reference.path[:160])
 
 
 def picture_shape(root: Path, reference: Reference, options: PictureOptions) -> Shape:

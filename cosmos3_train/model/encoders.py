@@ -78,10 +78,16 @@ class Encoder:
         cards = self.embodiments if embodiments is None else embodiments
         return Encoder(self.parts, cards, seed=self.seed, sight=self.sight)
 
-    def encode(self, samples: Sequence[Sample]) -> list[TokenSample]:
-        """Token samples in the same order; clips of one shape share a call of the video tokenizer."""
-        latents = self._latents(samples)
-        return [self._token_sample(sample, latent) for sample, latent in zip(samples, latents, strict=True)]
+    def encode(self, samples: Sequence[Sample | TokenSample]) -> list[TokenSample]:
+        """Token samples in the same order, those that are already as they are; clips of one shape share a call of the
+        video tokenizer."""
+        left = [sample for sample in samples if isinstance(sample, Sample)]
+        found = iter([self._token_sample(*pair) for pair in zip(left, self._latents(left), strict=True)])
+        return [next(found) if isinstance(sample, Sample) else sample for sample in samples]
+
+    def see(self, sample: Sample) -> Sample | TokenSample:
+        """A conversation with pictures as tokens, on the CPU; any other sample as it is."""
+        return self._token_sample(sample, None) if sample.pictures else sample
 
     @property
     def sound_form(self) -> SoundForm | None:

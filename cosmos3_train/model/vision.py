@@ -64,6 +64,12 @@ def read_vision_config(folder: Path, model: Model, what: str) -> Qwen3VLVisionCo
     return config
 
 
+def vision_numbers(config: Qwen3VLVisionConfig) -> int:
+    """Weights of a vision encoder."""
+    with init_empty_weights():
+        return sum(parameter.numel() for parameter in Qwen3VLVisionModel(config).parameters())
+
+
 def load_eyes(model: Model, device: torch.device, what: str) -> Eyes:
     """The folder's vision encoder with its weights, meta first, in the run's dtype, on its device.
 

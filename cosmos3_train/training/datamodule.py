@@ -28,7 +28,7 @@ from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.reasoner_cache import Reasoner, distinct, ensure_reasoner, prompts_of
 from cosmos3_train.model.sight import Counter
 from cosmos3_train.runtime import ignore_sigterm, is_first_rank
-from cosmos3_train.training.batching import PackedSteps, Packer
+from cosmos3_train.training.batching import PackedSteps, Packer, SeenSteps
 from cosmos3_train.training.strategy import data_rank
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class StepData(lightning.LightningDataModule):
         place, places = data_rank(self.experiment.strategy)
         steps = StepDataset(self.mixture, training.samples_per_step, place, places, ENDLESS)
         return DataLoader(
-            PackedSteps(steps, self.packer) if self.packs_in_workers else steps,
+            PackedSteps(steps, self.packer) if self.packs_in_workers else SeenSteps(steps, self.packer.encoder),
             batch_size=None,
             sampler=_StepsFrom(self.first_step),
             num_workers=data.workers,

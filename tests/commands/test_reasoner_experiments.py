@@ -6,6 +6,7 @@ import json
 
 import pytest
 from safetensors.torch import load_file
+from transformers import Cosmos3OmniForConditionalGeneration
 
 from cosmos3_train.evaluation.pictures import read_metrics
 from tests.commands.tiny import QUICK, ROOT, make_model
@@ -56,13 +57,16 @@ def test_every_command_takes_such_a_set(name, cosmos3, project, seeing, capsys):
     assert all(key.startswith("transformer.layers.") for key in load_file(adapter)), "the vision encoder trains nothing"
     assert cosmos3("export", f"all_{name}", "--to", "merged") == 0
     merged = run / "export" / "merged"
-    for file in ("vision_encoder/model.safetensors", "preprocessor_config.json", "video_preprocessor_config.json"):
+    for file in ("preprocessor_config.json", "video_preprocessor_config.json"):
         assert (merged / file).read_bytes() == (seeing / file).read_bytes()
+    _, told = Cosmos3OmniForConditionalGeneration.from_pretrained(merged, output_loading_info=True)
+    assert not any(told.values()), told
     capsys.readouterr()
     assert cosmos3("evaluate", f"all_{name}", "--on", card) == 0
     assert "heldout/loss: " in capsys.readouterr().out
     assert cosmos3("plan", experiment, f"model.path={seeing}", "--gpu", "h100-80g") == 0
-    assert "conversation: 0 generation and" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "conversation: 0 generation and" in told and "vision encoder" in told
     assert cosmos3("show", experiment) == 0
     moved = ["prepare", card, "--source", f"downloads/{name}", "--output", f"prepared/{name}"]
     assert cosmos3(*moved) == 0

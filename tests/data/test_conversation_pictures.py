@@ -51,6 +51,7 @@ def of(row):
          [("image", "1.jpg"), ("image", "2.jpg")]),
         ([{**ASK, "content": "The tag <image> is HTML?"}, SAY], "The tag <image> is HTML?", []),
         ([{**ASK, "content": [TEXT]}, SAY], "What?", []),
+        ([{**ASK, "weight": None, "content": [{**TEXT, "image": None}]}, SAY], "What?", []),
         ({"messages": [{**ASK, "content": "<video><image>What?"}, SAY], "image": "a.jpg", "video": "v.mp4"},
          [VIDEO, IMAGE, TEXT], [("video", "v.mp4"), ("image", "a.jpg")]),
     ],
@@ -162,7 +163,7 @@ def test_what_is_left_out_is_counted(tmp_path):
     rows = [
         {"messages": [ASK, SAY], "image": "here.png"},
         {"messages": [ASK, SAY], "image": "gone.png"},
-        {"messages": [ASK, SAY], "image": "gone too.png"},
+        {"messages": [ASK, SAY], "image": "gone too.png" + 300 * "x"},
         {"messages": [ASK, SAY], "image": "../here.png"},
         {"messages": [ASK, SAY], "image": "cut.png"},
         {"messages": [ASK, SAY], "image": "large.png"},
@@ -220,8 +221,12 @@ def test_an_index_is_kept_and_made_anew_of_other_bytes(tmp_path, monkeypatch):
     assert not index_talks(CARD, source, one, measure=other).reused
     other = replace(CARD, pictures=PictureOptions(most_pixels=10_000))
     assert not index_talks(other, source, one).reused
+    assert not index_talks(other, source, one, fresh=True).reused
     write_llava(tmp_path / "set", rows=20)
     assert index_talks(other, source, one).rows.num_rows == 20
+    (one / "card.json").write_text('{"settings": {}}')
+    with pytest.raises(UserError, match="holds rows that are no conversations; name another"):
+        index_talks(other, source, one)
 
 
 def test_a_killed_index_goes_on(tmp_path, monkeypatch):

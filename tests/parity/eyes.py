@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import Cosmos3OmniConfig, Cosmos3OmniForConditionalGeneration
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
@@ -29,7 +32,8 @@ RENAMED = {
 
 
 def add_eyes(folder: Path) -> Path:
-    """Give a model folder `vision_encoder/` and the processor's files at its root, as published. Returns the folder."""
+    """Give a model folder what the published ones have for the reasoner: `vision_encoder/`, and at the root the
+    processor's files, transformers' config and the index of all weights. Returns the folder."""
     encoder = Qwen3VLVisionModel(Qwen3VLVisionConfig(**EYES))
     randomise(encoder, seed=5)
     encoder.save_pretrained(folder / "vision_encoder")
@@ -39,19 +43,25 @@ def add_eyes(folder: Path) -> Path:
               "size": {"shortest_edge": 4 * 32 * 32, "longest_edge": 8 * 64 * 64}}  # fmt: skip
     (folder / "preprocessor_config.json").write_text(json.dumps(images))
     (folder / "video_preprocessor_config.json").write_text(json.dumps(videos))
+    tokenizer = json.loads((folder / "text_tokenizer" / "tokenizer.json").read_text())
+    ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    tokens = {f"{kind}_token_id": ids[f"<|{kind}_pad|>"] for kind in ("image", "video")}
+    reasoner_config(json.loads((folder / "transformer" / "config.json").read_text()), tokens).save_pretrained(folder)
+    places = {}
+    for file in [*(folder / "transformer").glob("*.safetensors"), folder / "vision_encoder" / "model.safetensors"]:
+        with safe_open(file, framework="pt") as opened:
+            places |= dict.fromkeys(opened.keys(), file.relative_to(folder).as_posix())
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
 
 
-def reasoner(
-    ours: Cosmos3PackedTransformer, tokens: dict[str, int] | None = None, eyes: Qwen3VLVisionModel | None = None
-) -> Cosmos3OmniForConditionalGeneration:
-    """Transformers' class with the backbone's widths and weights.
+def reasoner_config(sizes: Mapping[str, Any], tokens: dict[str, int] | None = None) -> Cosmos3OmniConfig:
+    """Transformers' config of a backbone of these sizes with the tiny eyes.
 
     Args:
         tokens: ids of the tokens that stand for pictures.
-        eyes: its vision encoder's weights; None leaves them as they come, for words alone.
     """
-    sizes = ours.config
     text = {
         "model_type": "qwen3_vl_text",
         **{
@@ -66,7 +76,19 @@ def reasoner(
             "mrope_interleaved": True,
         },
     }  # fmt: skip
-    config = Cosmos3OmniConfig(text_config=text, vision_config=dict(EYES), **(tokens or {}))
+    return Cosmos3OmniConfig(text_config=text, vision_config=dict(EYES), **(tokens or {}))
+
+
+def reasoner(
+    ours: Cosmos3PackedTransformer, tokens: dict[str, int] | None = None, eyes: Qwen3VLVisionModel | None = None
+) -> Cosmos3OmniForConditionalGeneration:
+    """Transformers' class with the backbone's widths and weights.
+
+    Args:
+        tokens: as of `reasoner_config`.
+        eyes: its vision encoder's weights; None leaves them as they come, for words alone.
+    """
+    config = reasoner_config(ours.config, tokens)
     config._attn_implementation = "eager"
     made = Cosmos3OmniForConditionalGeneration(config)
     weights = {}

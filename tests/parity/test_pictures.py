@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import Cosmos3OmniTransformer
 from peft import LoraConfig
+from transformers import Cosmos3OmniForConditionalGeneration
 from transformers.video_utils import VideoMetadata
 
 from cosmos3_train.config import Model, UserError
@@ -170,6 +171,14 @@ def test_a_mixed_pack_has_transformers_logits(both, sight, encoder):
         expected = theirs(**their_inputs(sight, name)).logits[0, labelled(sample)]
         assert difference(mine, expected) <= 1e-5, name
         assert difference(alone[name], expected) <= 1e-5, name
+
+
+@torch.no_grad()
+def test_transformers_reads_the_same_folder(both, folder, sight, encoder):
+    theirs = Cosmos3OmniForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    (sample,) = samples_of(encoder, "mixed")
+    expected = theirs(**their_inputs(sight, "mixed")).logits[0, labelled(sample)]
+    assert difference(both[0].lm_head(both[0](packed(both[0], [sample])).text_hidden), expected) <= 1e-5
 
 
 @torch.no_grad()
