@@ -163,6 +163,7 @@ def _prepare(options: argparse.Namespace) -> int:
         cache=options.cache,
         model=options.model,
         tasks=options.tasks,
+        tokens=options.tokens,
     )
 
 
@@ -258,7 +259,7 @@ def _add_new_embodiment(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_prepare(commands: argparse._SubParsersAction) -> None:
-    words = "turn a robot's log or captioned video into prepared rows"
+    words = "turn a robot's log, captioned video or conversations into prepared rows"
     prepare = commands.add_parser("prepare", help=words, description=words)
     prepare.add_argument("card", type=Path, metavar="DATASET_CARD")
     prepare.add_argument("--embodiment", metavar="NAME", help="embodiment card (the dataset card's)")
@@ -284,6 +285,8 @@ def _add_prepare(commands: argparse._SubParsersAction) -> None:
         metavar="TASK[,TASK]",
         help="whose prompts and sound are kept (policy; of video, the card's)",
     )
+    words = "that a conversation may have, as --model counts them (training.tokens_per_micro_batch's default)"
+    prepare.add_argument("--tokens", type=int, metavar="N", help=words)
     prepare.set_defaults(command=_prepare)
 
 

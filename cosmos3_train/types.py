@@ -17,15 +17,32 @@ precision plugins cast every float tensor they can reach in a batch, and a posit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 IGNORED_LABEL = -100
 """The label of a text token that is not predicted (the value that cross-entropy ignores by default)."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image or a video of a conversation, decoded.
+
+    frames:  uint8 [T, 3, H, W], RGB; one for an image
+    numbers: of a video's frames in its file, from 0; None for an image
+    fps:     of a video's file
+    pixels:  least and most that it is resized to, of all its frames together; None takes the model's own
+    """
+
+    frames: Tensor
+    numbers: tuple[int, ...] | None = None
+    fps: float = 0.0
+    pixels: tuple[int | None, int | None] = (None, None)
 
 
 @dataclass(frozen=True)
@@ -47,7 +64,9 @@ class Sample:
     sound:    float32 [2, 64, S], mean and standard deviation of the sound's latent, for its tokenizer gives a
               distribution; from the cache, None when encoded online
     sound_caption: words of what is heard, "" where the set has none
-    messages: [{"role": ..., "content": ...}, ...] for a conversation
+    messages: [{"role": ..., "content": ...}, ...] for a conversation; content is words, or parts in the chat template's
+              form: {"type": "text", "text": ...}, {"type": "image"}, {"type": "video"}
+    pictures: those that the parts stand for, in their order
     embodiment: name of the embodiment card, None without a robot
     tier:     resolution tier of the frames
     """
@@ -65,9 +84,31 @@ class Sample:
     waveform: Tensor | None = None
     sound: Tensor | None = None
     sound_caption: str = ""
-    messages: list[dict[str, str]] | None = None
+    messages: list[dict[str, Any]] | None = None
+    pictures: tuple[Picture, ...] = ()
     embodiment: str | None = None
     tier: int = 256
+
+
+@dataclass(frozen=True)
+class PictureTokens:
+    """The pictures of one conversation, or of a pack's, as the vision encoder takes them: n patches, m text tokens.
+
+    patches: [n, P] normalised pixels in the encoder's dtype, pictures end to end in the order of the stream
+    cells:   int64 [n, 2], row and column of each;  grids: int64 [pictures, 3], each one's patches along t, h and w
+    taps, tap_weights: int64 and float32 [n, 4], how its learned positions are interpolated
+    frames:  borders of what attends to itself: every image, every two frames of a video
+    places:  int64 [m], in the understanding stream;  rows: int64 [m], of the encoder's output that stand there
+    """
+
+    patches: Tensor
+    cells: Tensor
+    grids: Tensor
+    taps: Tensor
+    tap_weights: Tensor
+    frames: Spans
+    places: Tensor
+    rows: Tensor
 
 
 @dataclass(frozen=True)
@@ -76,6 +117,7 @@ class TokenSample:
 
     text:         int64 [L] token ids of the understanding stream, end-of-turn and start-of-generation included
     labels:       int64 [L], the token to be predicted *at* each position (already shifted), IGNORED_LABEL elsewhere
+    positions:    float32 [3, L], of the text where it shows pictures; None counts from 0
     video:        float32 [C, t, h, w] clean latent, or None
     video_given:  bool [t], True where a latent frame is given
     action:       float32 [N, A] clean action rows, zero beyond `action_width`; row 0 is the state where there is one
@@ -90,6 +132,8 @@ class TokenSample:
     task: str
     text: Tensor
     labels: Tensor | None = None
+    positions: Tensor | None = None
+    pictures: PictureTokens | None = None
     fps: float = 24.0
     tier: int = 256
     video: Tensor | None = None
@@ -192,6 +236,7 @@ class PackedSequence:
                         read; action_out is grouped by domain as `action_out_domains` says
     text_out, labels    int64 [n]: places in the understanding stream where logits are read, and the tokens expected
     *_target            what the velocities are compared with; None when the pack is only for sampling
+    pictures            those of all conversations; None without
     slices              None, or of one rank's part of a pack (`model.slices`) how it is shared: then U and G count this
                         rank's tokens, and prompts, *_spans, *_lengths and joint_* are the whole pack's
     """
@@ -223,6 +268,7 @@ class PackedSequence:
     video_target: ModalityTarget | None = None
     sound_target: ModalityTarget | None = None
     action_target: ModalityTarget | None = None
+    pictures: PictureTokens | None = None
     slices: Slices | None = None
 
     def to(self, device: torch.device | str) -> PackedSequence:
@@ -261,7 +307,7 @@ class StepBatch:
 
     __slots__ = ("samples", "step")
 
-    def __init__(self, step: int, samples: list[Sample]) -> None:
+    def __init__(self, step: int, samples: Sequence[Sample | TokenSample]) -> None:
         self.step = step
         self.samples = samples
 
@@ -272,6 +318,6 @@ def _changed(record, change: Callable[[Tensor], Tensor]):
         value = getattr(record, field.name)
         if isinstance(value, Tensor):
             changes[field.name] = change(value)
-        elif isinstance(value, ModalityTarget | Spans | DomainRows):
+        elif isinstance(value, ModalityTarget | Spans | DomainRows | PictureTokens):
             changes[field.name] = _changed(value, change)
     return replace(record, **changes)

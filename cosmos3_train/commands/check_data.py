@@ -15,7 +15,7 @@ from cosmos3_train.config import Clips, Data, Dataset, Embodiment, Loaded, UserE
 from cosmos3_train.data.actions import Normaliser, check_actions
 from cosmos3_train.data.blocks import made_of_clips, make_plan
 from cosmos3_train.data.card import DatasetCard, load_card
-from cosmos3_train.data.conversations import ConversationDataset
+from cosmos3_train.data.conversations import open_conversations
 from cosmos3_train.data.filters import cut_episode
 from cosmos3_train.data.index import actions_of, check_log, columns_to_read, instructions
 from cosmos3_train.data.mixture import check_entry, refuse_silence
@@ -37,6 +37,8 @@ FAR_SHARE = 0.02
 ROWS = 2000
 FRAMES = 200_000
 CONVERSATIONS = 2000
+PICTURED = 24
+"""Conversations with pictures that are decoded, evenly over a set."""
 CLIPS = 100
 """Clips of a set that are opened, evenly over it."""
 TEMPORAL, SPATIAL = 4, 16
@@ -78,7 +80,8 @@ def check_dataset(loaded: Loaded, name: str, entry: Dataset) -> CheckedData:
     source = loaded.root / entry.source if entry.source else card.source_folder(loaded.root) if card else None
     if talks:
         assert source is not None
-        return _conversations(name, source, loaded.experiment.data.heldout_fraction)
+        assert card is not None
+        return _conversations(loaded, name, card, source, prepared)
     contract = contract_of(loaded, name, entry, card) if card is not None else None
     if entry.embodiment is None and not shows:
         raise UserError(f"{where}.embodiment has no value; a robot log needs its embodiment card")
@@ -116,12 +119,21 @@ def _check_settings(prepared: Path, data: Data, contract: Embodiment | Clips | N
             )
 
 
-def _conversations(name: str, source: Path, heldout_fraction: float) -> CheckedData:
-    dataset = ConversationDataset(source, heldout_fraction=heldout_fraction)
+def _conversations(loaded: Loaded, name: str, card: DatasetCard, source: Path, prepared: Path) -> CheckedData:
+    """Of a set that is not prepared its first rows are looked at."""
+    data, budget = loaded.experiment.data, loaded.experiment.training.tokens_per_micro_batch
+    dataset = open_conversations(
+        card, source, prepared, heldout_fraction=data.heldout_fraction, most_tokens=budget, most_rows=CONVERSATIONS
+    )
     train, heldout = dataset.count("train"), dataset.count("heldout")
-    samples = [dataset.sample("train", index, "conversation", index) for index in range(min(train, CONVERSATIONS))]
-    row = (f"data {name}", f"{train:,} conversations to train on, {heldout:,} held out: {dataset.path.name}")
-    return CheckedData(rows=[row], windows=train + heldout, longest=samples)
+    places = range(train)[:: max(1, -(-train // PICTURED))] if dataset.shows_pictures else range(train)[:CONVERSATIONS]
+    samples = [dataset.sample("train", index, "conversation", index) for index in places]
+    index = dataset.index
+    seen = f"; of {index.total:,} rows the first {index.seen:,} were looked at" if index.seen < index.total else ""
+    row = (f"data {name}", f"{train:,} conversations to train on, {heldout:,} held out: {source.name}{seen}")
+    left = dict(index.dropped) | ({f"of more than {budget:,} tokens": dataset.left_out} if dataset.left_out else {})
+    rows = [row, *((f"left out {name}", f"{count:,} × {reason}") for reason, count in left.items())]
+    return CheckedData(rows=rows, windows=train + heldout, longest=samples)
 
 
 def _prepared(name: str, entry: Dataset, dataset: PreparedDataset) -> CheckedData:

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from cosmos3_train.commands.check_data import CheckedData
-from cosmos3_train.config import Experiment, Loaded, Model
+from cosmos3_train.config import Experiment, Loaded
 from cosmos3_train.data.prepare import CARD_FILE
 from cosmos3_train.data.reader import PreparedDataset
+from cosmos3_train.flow.tasks import CONVERSATION
 from cosmos3_train.model.base_identity import check_shards
 from cosmos3_train.model.context import refuse_heads
 from cosmos3_train.model.encoders import Encoder
@@ -19,6 +20,7 @@ from cosmos3_train.model.fp8 import describe_fp8, require_fp8
 from cosmos3_train.model.loading import DTYPES, forget_understanding, load_parts, make_backbone
 from cosmos3_train.model.packing import Layout
 from cosmos3_train.model.reasoner_cache import Reasoner, missing_prompts, size_in_words
+from cosmos3_train.model.sight import open_sight
 from cosmos3_train.model.trainable import make_trainable
 from cosmos3_train.training.batching import split_into_packs
 from cosmos3_train.training.datamodule import run_prompts
@@ -118,13 +120,19 @@ def longest_sample(folder: Path, layout: Layout, experiment: Experiment, data: M
     Raises:
         UserError: the tokenizer cannot be read, or the sample is larger than the budget.
     """
-    parts = load_parts(Model(path=str(folder)), torch.device("cpu"), vae_weights=False)
-    encoder = Encoder(parts, experiment.embodiments)
+    model = replace(experiment.model, path=str(folder))
+    encoder = Encoder(load_parts(model, torch.device("cpu"), vae_weights=False), experiment.embodiments)
+    for name, checked in data.items():
+        if any(sample.pictures for sample in checked.longest):
+            encoder.sight = open_sight(model, encoder.parts, f"data.datasets.{name}")
     samples = encoder.encode([sample for checked in data.values() for sample in checked.longest])
     if not samples:
         return "no data to count"
-    longest = max(samples, key=layout.tokens)
-    budget, tokens = experiment.training.tokens_per_micro_batch, layout.tokens(longest)
+    budget = experiment.training.tokens_per_micro_batch
+    # Conversations over the budget are left out and counted when they are prepared.
+    fitting = [s for s in samples if s.task != CONVERSATION or layout.tokens(s) <= budget]
+    longest = max(fitting or samples, key=layout.tokens)
+    tokens = layout.tokens(longest)
     split_into_packs([longest], layout, budget)  # refuses one that is larger than the budget
     several = f"{budget // tokens} of them fit" if budget // tokens > 1 else "one fits"
     return f"{tokens:,} tokens ({longest.key}); {several} in training.tokens_per_micro_batch = {budget:,}"

@@ -24,7 +24,6 @@ from cosmos3_train.export.merged import write_merged
 from cosmos3_train.export.upstream_inputs import make_probes
 from cosmos3_train.export.usage import Robot
 from cosmos3_train.export.verify import VerifyReport, read_report, verify_adapter, verify_merged
-from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.loading import model_folder
 from cosmos3_train.model.packing import Layout, pack
 from cosmos3_train.training.measures import episodes_of, film_path, loss_of, read_evaluation
@@ -117,8 +116,7 @@ def probe_samples(run: Run) -> list[TokenSample]:
     for number in range(LOOKED_AT):
         pick = mixture.pick(number)
         kinds.setdefault((pick.dataset, pick.task), number)
-    encoder = Encoder(run.encoder.parts, run.experiment.embodiments, seed=run.experiment.training.seed)
-    return encoder.encode([mixture.sample(number) for number in sorted(kinds.values())[:VERIFIED]])
+    return run.encoder.plain().encode([mixture.sample(number) for number in sorted(kinds.values())[:VERIFIED]])
 
 
 # ------------------------------------------------------------------------------------------------ the report

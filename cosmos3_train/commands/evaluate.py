@@ -33,6 +33,7 @@ from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.loading import load_backbone, load_parts
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
 from cosmos3_train.model.sound import add_sound_tokenizer
+from cosmos3_train.model.vision import load_eyes
 from cosmos3_train.training.datamodule import open_dataset, without_reasoner_cache
 from cosmos3_train.training.run import build
 from cosmos3_train.training.strategy import device_for
@@ -135,7 +136,7 @@ def _encoder(trained_with: Encoder, robot: Embodiment | None, experiment: Experi
     for tokenizer in (trained_with.parts.vae, trained_with.parts.sound_tokenizer):
         if tokenizer is not None:
             tokenizer.to(device_for(experiment.strategy))
-    return Encoder(trained_with.parts, cards, seed=experiment.training.seed)
+    return trained_with.plain(cards)
 
 
 def _with_dataset(loaded: Loaded, card: DatasetCard, card_path: Path, robot: Embodiment | None) -> Loaded:
@@ -175,6 +176,8 @@ def _measure(subject: Subject, robot: Embodiment | None, episodes: int | None, b
     (name, entry), *_ = experiment.data.datasets.items()
     add_sound_tokenizer(subject.encoder.parts, subject.loaded.model, subject.device, sound_task(entry.tasks))
     dataset = open_dataset(subject.loaded, name, entry, subject.encoder)
+    if isinstance(dataset, ConversationDataset) and dataset.shows_pictures and subject.backbone.see is None:
+        subject.backbone.see = load_eyes(subject.loaded.model, subject.device, dataset.name)
     if isinstance(dataset, PreparedDataset) and subject.statistics is not None:
         dataset.statistics = subject.statistics  # before anything is measured: all of it on the scale of the training
         dataset.normaliser = Normaliser(dataset.embodiment, subject.statistics)

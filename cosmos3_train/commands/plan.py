@@ -12,6 +12,7 @@ from cosmos3_train.commands.plan_data import read_kinds
 from cosmos3_train.config import Loaded, UserError
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.loading import DTYPES, config_folder, load_parts
+from cosmos3_train.model.vision import vision_numbers
 from cosmos3_train.training.datamodule import caches_reasoner
 from cosmos3_train.training.gpus import Gpu, gpu_called
 from cosmos3_train.training.measured import MEASURED
@@ -84,6 +85,7 @@ def open_workload(loaded: Loaded, gpu: Gpu, gpus: int) -> Opened:
     architecture = read_architecture(folder / "transformer", experiment, model)
     encoder = None if parts is None else Encoder(parts, experiment.embodiments)
     data = read_kinds(loaded, architecture.layout, encoder)
+    sight = None if encoder is None else encoder.sight
     tokenizer = NANO_TOKENIZER if parts is None else sum(p.numel() for p in parts.vae.parameters())
     workload = Workload(
         experiment=experiment,
@@ -94,6 +96,7 @@ def open_workload(loaded: Loaded, gpu: Gpu, gpus: int) -> Opened:
         cached=caches_reasoner(loaded),
         tokenizer_bytes=tokenizer * DTYPES[model.vae_dtype].itemsize,
         architecture=architecture,
+        vision_bytes=0 if sight is None else vision_numbers(sight.config) * DTYPES[model.dtype].itemsize,
     )
     return Opened(workload, data.rows)
 

@@ -23,6 +23,7 @@ from cosmos3_train.flow.tasks import CONVERSATION, TASKS
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.packing import Layout
 from cosmos3_train.model.prompts import canvas
+from cosmos3_train.model.sight import open_sight
 from cosmos3_train.training.benchmark_log import is_own
 from cosmos3_train.training.datamodule import contract_of
 from cosmos3_train.training.plan_time import Kind
@@ -60,6 +61,8 @@ def read_kinds(loaded: Loaded, layout: Layout, encoder: Encoder | None) -> Plann
     for name, entry in datasets.items():
         samples, seen = _samples(loaded, name, entry)
         counts = encoder if seen == SEEN else None
+        if counts is not None and counts.sight is None and any(sample.pictures for sample in samples):
+            counts.sight = open_sight(loaded.model, counts.parts, f"data.datasets.{name}")
         for task, share, alike in _by_task(entry, samples):
             text, labelled = _text(loaded, task, alike, counts)
             generation = sum(_generation(loaded, layout, sample) for sample in alike) // len(alike)

@@ -14,6 +14,7 @@ from cosmos3_train.config import (
     Embodiment,
     Model,
     Strategy,
+    Training,
     UserError,
     find_part,
     from_plain,
@@ -27,6 +28,7 @@ from cosmos3_train.config import (
 if TYPE_CHECKING:
     from cosmos3_train.data.card import DatasetCard
     from cosmos3_train.data.prepare import PreparedSummary
+    from cosmos3_train.model.sight import Counter
 
 CACHES = ("latents", "reasoner")
 
@@ -44,6 +46,7 @@ def run(
     cache: Sequence[str],
     model: str | None,
     tasks: Sequence[str] | None,
+    tokens: int | None,
 ) -> int:
     """Prepare, and say what came of it.
 
@@ -55,6 +58,7 @@ def run(
             "reasoner" runs its understanding tower on every distinct prompt.
         tasks: whose prompts these are, and whether sound is encoded too; None takes policy, and for video without a
             robot the dataset card's. A run with others adds theirs.
+        tokens: that a conversation may have, as `model` counts them; None takes a run's default.
 
     Raises:
         UserError: the log, a card or the disk does not allow it.
@@ -66,6 +70,13 @@ def run(
 
     card = load_card(card_path)
     root = project_root(card_path)
+    if card.format == "conversations":
+        _refuse_logs_options(embodiment=embodiment, stride=stride, cache=cache, tasks=tasks)
+        return _prepare_talks(
+            card, source or card.source_folder(root), output, model, root, workers, heldout, tokens, fresh=fresh
+        )
+    if tokens is not None:
+        raise UserError(f"--tokens {tokens}: {card.format} has no conversations; leave it out")
     contract = read_contract(card_path, card, embodiment, root)
     if isinstance(contract, Clips) and stride is not None:
         contract = replace(contract, stride=stride)
@@ -104,6 +115,55 @@ def run(
         count = _cache_reasoner(output, contract, part, tasks)
         say(f"  keys and values of {count:,} prompts by {part.path}: {output / 'caches' / 'reasoner'}")
     return FINISHED
+
+
+def _refuse_logs_options(**given: object) -> None:
+    for name, value in given.items():
+        if value:
+            raise UserError(f"--{name} {value}: conversations have none; leave it out")
+
+
+def _prepare_talks(
+    card: DatasetCard, source: Path, output: Path, model: str | None, root: Path, workers: int, heldout: float,
+    tokens: int | None, *, fresh: bool,
+) -> int:  # fmt: skip
+    """Index a set of conversations; with a model, count their tokens."""
+    from cosmos3_train.data.conversations import open_conversations
+
+    for name, value, least in (("workers", workers, 1), ("tokens", tokens, 1)):
+        if value is not None and value < least:
+            raise UserError(f"--{name} is {value}; it is at least {least}")
+    if tokens is not None and model is None:
+        raise UserError(f"--tokens {tokens} needs --model PART, such as --model cosmos3_nano, whose tokens they are")
+    budget = tokens or Training().tokens_per_micro_batch
+    counter = None if model is None else _counter(card, read_model(model, root))
+    dataset = open_conversations(
+        card, source, output, heldout_fraction=heldout, measure=counter, most_tokens=budget, workers=workers,
+        progress=True, fresh=fresh,
+    )  # fmt: skip
+    if counter is not None and dataset.shows_pictures:
+        counter.needed()
+    say(f"{output}: {'was prepared already' if dataset.index.reused else 'prepared'}")
+    for split in ("train", "heldout"):
+        say(f"  {split}: {dataset.count(split):,} conversations")
+    for reason, count in dataset.index.dropped.items():
+        say(f"  left out: {count:,} × {reason}, such as {dataset.index.examples[reason]}")
+    if dataset.left_out:
+        say(f"  left out: {dataset.left_out:,} × more than {budget:,} tokens")
+    if dataset.index.counted:
+        say(f"  the longest has {dataset.index.column('tokens').max():,} tokens")
+    else:
+        say("  tokens were not counted; --model PART counts them, and so does a run")
+    return FINISHED
+
+
+def _counter(card: DatasetCard, model: Model) -> Counter:
+    import torch
+
+    from cosmos3_train.model.loading import load_parts
+    from cosmos3_train.model.sight import Counter
+
+    return Counter.of(model, load_parts(model, torch.device("cpu"), vae_weights=False), f"dataset {card.name!r}")
 
 
 def _say_sound(summary: PreparedSummary) -> None:

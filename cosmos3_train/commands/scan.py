@@ -13,11 +13,12 @@ from tqdm import tqdm
 from cosmos3_train.commands.console import FINISHED, USER_ERROR, say
 from cosmos3_train.commands.prepare import read_contract, read_model
 from cosmos3_train.config import Clips, Embodiment, UserError, project_root
-from cosmos3_train.data.card import load_card
+from cosmos3_train.data.card import DatasetCard, load_card
 from cosmos3_train.data.faults import LONG
 from cosmos3_train.data.index import check_log
-from cosmos3_train.data.scan import Finding, Scan, scan_clips, scan_log
+from cosmos3_train.data.scan import Finding, Scan, scan_clips, scan_log, scan_talks
 from cosmos3_train.data.sources import open_clips, open_log
+from cosmos3_train.data.sources.conversations import open_talks
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.loading import fetched_folder, load_parts
 
@@ -46,11 +47,11 @@ def run(
         if value < 1:
             raise UserError(f"--{name} is {value}; it is at least 1")
     root, card = project_root(path), load_card(path)
+    folder, counts, scan = source or card.source_folder(root), Counter[str](), Scan()
     if card.format == "conversations":
-        raise UserError(f"{path}: conversations have no frames to scan; check an experiment with them")
-    contract, scan = read_contract(path, card, embodiment, root), Scan()
-    folder = source or card.source_folder(root)
-    counts: Counter[str] = Counter()
+        _scan_talks(card, folder, scan, threads, counts)
+        return _say_found(scan, counts, "conversation", "picture", "")
+    contract = read_contract(path, card, embodiment, root)
     unit = "clip" if card.shows_clips else "episode"
     with tqdm(total=0, unit=unit, desc=f"scanning {card.name}") as bar:
         if isinstance(contract, Clips):
@@ -65,10 +66,22 @@ def run(
     long, counted = _captions(scan, contract, model, caption_tokens, root)
     for finding in long:
         _tell(finding, counts)
+    return _say_found(scan, counts, unit, "frame", f", {counted}")
+
+
+def _scan_talks(card: DatasetCard, source: Path, scan: Scan, threads: int, counts: Counter[str]) -> None:
+    talks = open_talks(source)
+    total = sum(len(talks.places(file)) for file in talks.files)
+    with tqdm(total=total, unit="conversation", desc=f"scanning {card.name}") as bar:
+        for finding in scan_talks(talks, card.pictures, scan, threads, bar.update):
+            _tell(finding, counts)
+
+
+def _say_found(scan: Scan, counts: Counter[str], unit: str, part: str, more: str) -> int:
     for kind, count in counts.items():
         if count > SHOWN:
             say(f"{kind}: {count - SHOWN:,} more")
-    say(f"scanned {scan.items:,} {unit}s, {scan.frames:,} frames, {counted}")
+    say(f"scanned {scan.items:,} {unit}s, {scan.frames:,} {part}s{more}")
     if counts:
         say("found: " + ", ".join(f"{count:,} × {kind}" for kind, count in counts.items()))
         return USER_ERROR

@@ -48,6 +48,44 @@ class Filters:
 
 
 @dataclass(frozen=True)
+class PictureOptions:
+    """How the pictures of conversations are taken.
+
+    least_pixels, most_pixels: area that an image is brought to, its sides whole tokens; None takes the model's own
+    video_least_pixels, video_most_pixels: the same of a video, the area of all its frames together
+    video_fps:    frames a second that are taken of a video
+    video_frames: most of them, spread evenly over it
+    """
+
+    least_pixels: int | None = None
+    most_pixels: int | None = None
+    video_least_pixels: int | None = None
+    video_most_pixels: int | None = None
+    video_fps: float = 2.0
+    video_frames: int = 32
+
+    def __post_init__(self) -> None:
+        for kind, (least, most) in {"": self.image_pixels, "video_": self.video_pixels}.items():
+            for name, value in ((f"{kind}least_pixels", least), (f"{kind}most_pixels", most)):
+                if value is not None and value < 1:
+                    raise UserError(f"pictures.{name} is {value}; it is at least 1 (leave it out for the model's own)")
+            if least is not None and most is not None and least > most:
+                raise UserError(f"pictures.{kind}least_pixels is {least}, above {kind}most_pixels, {most}; lower it")
+        if not self.video_fps > 0:
+            raise UserError(f"pictures.video_fps is {self.video_fps}; it is above 0")
+        if self.video_frames < 2:
+            raise UserError(f"pictures.video_frames is {self.video_frames}; it is at least 2")
+
+    @property
+    def image_pixels(self) -> tuple[int | None, int | None]:
+        return self.least_pixels, self.most_pixels
+
+    @property
+    def video_pixels(self) -> tuple[int | None, int | None]:
+        return self.video_least_pixels, self.video_most_pixels
+
+
+@dataclass(frozen=True)
 class DatasetCard:
     """A dataset card.
 
@@ -68,6 +106,7 @@ class DatasetCard:
     caption_template: what to say where none of these is there: "{a} in {b.c}", dotted keys in braces
     frames, least_frames, stride, resolution_tier: how such video is cut and framed, see `config.Clips`
     filters:          what of a robot's log is left out, see `Filters`
+    pictures:         how those of conversations are taken, see `PictureOptions`
     mapping:          for formats without names of their own for things (HDF5, Zarr, ...): what is what in the file, as
                       the source of that format says
     """
@@ -93,6 +132,7 @@ class DatasetCard:
     stride: int | None = None
     resolution_tier: int | None = None
     filters: Filters = field(default_factory=Filters)
+    pictures: PictureOptions = field(default_factory=PictureOptions)
     mapping: dict[str, Any] = field(default_factory=dict)
     known_faults: Any = None
     download: Any = None
@@ -103,6 +143,8 @@ class DatasetCard:
             raise UserError(f"dataset {self.name!r}: format is {self.format!r}.{nearest(self.format, FORMATS)}")
         if "/" in self.name:
             raise UserError(f"dataset {self.name!r}: name holds '/', which separates the parts of a sample's key")
+        if self.format != "conversations" and self.pictures != PictureOptions():
+            raise UserError(f"dataset {self.name!r}: pictures are of conversations; {self.format} has none")
         if self.shows_clips and self.filters != Filters():
             raise UserError(f"dataset {self.name!r}: filters are of robots' logs; {self.format} has no rows to filter")
 

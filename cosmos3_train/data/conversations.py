@@ -1,116 +1,132 @@
-"""Conversations as JSON lines: one list of {"role", "content"} a line, text only, for next-token prediction.
+"""Conversations for next-token prediction, their pictures read and decoded when a sample is.
 
-The file is read through once, which checks every line and notes where it begins; a sample then costs one seek.
+Every row is looked at once (`talk_index`); a sample then costs one seek and the decoding of its own pictures.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from cosmos3_train.config import UserError, nearest
+from cosmos3_train.config import UserError
+from cosmos3_train.data.card import DatasetCard
 from cosmos3_train.data.index import SPLITS, assign_splits
+from cosmos3_train.data.sources.conversations import open_talks
+from cosmos3_train.data.talk import NoTalk, Unusable
+from cosmos3_train.data.talk_index import Measure, TalkIndex, index_talks, talk_of
+from cosmos3_train.data.talk_pictures import read_picture
 from cosmos3_train.flow.tasks import CONVERSATION
-from cosmos3_train.runtime import fold
 from cosmos3_train.types import Sample
 
-ROLES = ("system", "user", "assistant")
+logger = logging.getLogger(__name__)
 
 
 class ConversationDataset:
-    """A .jsonl file of conversations, with the same `count` and `sample` as a `PreparedDataset`.
+    """A set of conversations, with the same `count` and `sample` as a `PreparedDataset`.
 
-    name: the file's stem;  fingerprint: of its bytes
+    name: the card's;  fingerprint: of what its samples are
+    shows_pictures: whether any has one;  left_out: conversations over the cap
     """
 
     def __init__(
-        self, path: str | Path, *, name: str | None = None, heldout_fraction: float = 0.0, seed: int = 0
+        self,
+        card: DatasetCard,
+        source: Path,
+        index: TalkIndex,
+        *,
+        heldout_fraction: float = 0.0,
+        seed: int = 0,
+        most_tokens: int | None = None,
     ) -> None:
         """Args:
-            path: the file, or a folder that holds exactly one .jsonl file.
-            heldout_fraction: share of the conversations, by a hash of (seed, content), that is "heldout": adding a line
-                moves no other, and copies of a conversation, here or in another file, are on one side.
+            source: the set's folder or file;  index: of it.
+            heldout_fraction: share of the conversations, by a hash of (seed, content), that is "heldout": adding a row
+                moves no other, and copies of a conversation, here or in another file, are on one side. A folder of
+                VideoPhy-2 that is for validation is held out whole, and then nothing else is.
+            most_tokens: conversations with more are left out, where the index has counted.
 
         Raises:
-            UserError: the file is missing, or a line is not a conversation; names file and line.
+            UserError: none is left.
         """
-        self.path = _file(Path(path))
-        self.name = name or self.path.stem
-        offsets, contents, digest = [], [], hashlib.sha256()
-        offset = 0
-        with self.path.open("rb") as file:
-            for line_number, line in enumerate(file, start=1):
-                if line.strip():
-                    messages = _parse(line, f"{self.path}, line {line_number}")
-                    offsets.append((line_number, offset))
-                    contents.append(_content(messages))
-                offset += len(line)
-                digest.update(line)
-        if not offsets:
-            raise UserError(f"{self.path}: the file has no conversation")
+        self.name, self.card, self.index = card.name, card, index
+        self.source = open_talks(source)
+        tokens, contents = index.column("tokens"), index.column("content")
+        kept = np.ones(len(tokens), dtype=bool) if most_tokens is None else tokens <= most_tokens
+        self.left_out = int((~kept).sum())
+        if not kept.any():
+            raise UserError(
+                f"{source}: all {len(tokens):,} conversations have more than {most_tokens:,} tokens, the shortest "
+                f"{tokens.min():,}; raise training.tokens_per_micro_batch, or lower the card's pictures.most_pixels"
+            )
+        self._files, self._numbers = index.column("file"), index.column("number")
+        self._rows, self._shown = index.column("place"), index.column("pictures")
+        held = np.array([self.source.heldout(file) for file in self.source.files])[self._files]
+        if held.any() and not held.all():
+            heldout = held
+        else:
+            different = list(dict.fromkeys(contents[kept].tolist()))
+            sides = assign_splits(CONVERSATION, different, heldout_fraction if len(different) > 1 else 0.0, seed)
+            heldout = np.array([sides.get(content) == "heldout" for content in contents.tolist()])
+        places = {"train": kept & ~heldout, "heldout": kept & heldout}
+        self._places = {split: np.flatnonzero(places[split]) for split in SPLITS}
+        self.shows_pictures = bool(self._shown[kept].any())
+        digest = hashlib.sha256(np.ascontiguousarray(contents[kept]).tobytes())
+        digest.update(repr(card.pictures).encode() if self.shows_pictures else b"")
         self.fingerprint = digest.hexdigest()[:32]
-        self._lines = np.asarray(offsets, dtype=np.int64)
-        different = list(dict.fromkeys(contents))
-        sides = assign_splits(CONVERSATION, different, heldout_fraction if len(different) > 1 else 0.0, seed)
-        splits = np.array([sides[content] for content in contents])
-        self._places: dict[str, np.ndarray] = {split: np.flatnonzero(splits == split) for split in SPLITS}
 
     def count(self, split: str) -> int:
         """Conversations of "train" or "heldout"."""
         return len(self._places[split])
 
     def sample(self, split: str, index: int, task: str, number: int) -> Sample:
-        """A conversation as a sample; `task` is "conversation"."""
+        """A conversation as a sample; `task` is "conversation".
+
+        Raises:
+            UserError: the source has changed, or a picture is damaged; names it.
+        """
         assert task == CONVERSATION
-        line_number, offset = (int(value) for value in self._lines[self._places[split][index]])
-        with self.path.open("rb") as file:
-            file.seek(offset)
-            messages = _parse(file.readline(), f"{self.path}, line {line_number}")
-        return Sample(key=f"{self.name}/line_{line_number:06d}", number=number, task=task, messages=messages)
-
-
-def _content(messages: list[dict[str, str]]) -> int:
-    """A number of what is said and by whom, however the line writes it."""
-    return fold(0, *(word for message in messages for word in (message["role"], message["content"])))
-
-
-def _file(path: Path) -> Path:
-    if path.is_dir():
-        found = sorted(path.glob("*.jsonl"))
-        if len(found) != 1:
-            raise UserError(f"{path}: holds {len(found)} .jsonl files; name one of them")
-        return found[0]
-    if not path.is_file():
-        beside = [other.name for other in path.parent.glob("*.jsonl")] if path.parent.is_dir() else []
-        raise UserError(f"{path}: no such file.{nearest(path.name, beside)}")
-    return path
-
-
-def _parse(line: bytes, where: str) -> list[dict[str, str]]:
-    """The messages of a line: {"messages": [...]} or the bare list."""
-    try:
-        content: Any = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: not valid JSON ({error})") from None
-    if isinstance(content, dict):
-        if "messages" not in content:
-            raise UserError(f"{where}: no 'messages'.{nearest('messages', content)}")
-        content = content["messages"]
-    if not isinstance(content, list) or not content:
-        raise UserError(f"{where}: a non-empty list of messages is expected")
-    for place, message in enumerate(content):
-        if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            raise UserError(f"{where}, message {place}: exactly the keys 'role' and 'content' are expected")
-        if message["role"] not in ROLES:
+        row = self._places[split][index]
+        file, turn = self.source.files[int(self._files[row])], int(self._numbers[row])
+        where = self.source.where(file, turn)
+        try:
+            talk = talk_of(self.source.row(file, int(self._rows[row])))
+            folder, options = self.source.pictures(file), self.card.pictures
+            pictures = tuple(read_picture(folder, reference, options) for reference in talk.pictures)
+        except NoTalk as error:
+            raise UserError(f"{where}: {error}; the set has changed, start the command again") from None
+        except Unusable as error:
             raise UserError(
-                f"{where}, message {place}: role {message['role']!r}.{nearest(str(message['role']), ROLES)}"
-            )
-        if not isinstance(message["content"], str):
-            raise UserError(f"{where}, message {place}: content is not text; only text conversations are read")
-    if content[-1]["role"] != "assistant":
-        raise UserError(f"{where}: the last message is not the assistant's, so nothing would be learned from it")
-    return content
+                f"{where}: {error}; cosmos3 check CARD --scan finds all such rows: mend them, or take them out"
+            ) from None
+        key = f"{self.name}/{self.source.called(file, turn)}"
+        return Sample(key, number, task, messages=talk.messages, pictures=pictures)
+
+
+def open_conversations(
+    card: DatasetCard, source: Path, folder: Path | None = None, *, heldout_fraction: float = 0.0, seed: int = 0,
+    measure: Measure | None = None, most_tokens: int | None = None, workers: int = 1, progress: bool = False,
+    most_rows: int | None = None, fresh: bool = False,
+) -> ConversationDataset:  # fmt: skip
+    """A set, looked at where that has not been done.
+
+    Args:
+        folder: prepared folder; None looks anew and writes nothing.
+        most_rows: only so many rows are looked at where they were not yet, and nothing is written.
+        others: as of `talk_index.index_talks` and `ConversationDataset`.
+    """
+    index = index_talks(
+        card, source, folder, measure=measure, workers=workers, progress=progress, most_rows=most_rows, fresh=fresh
+    )
+    if not index.reused:
+        for reason, count in index.dropped.items():
+            logger.info("%s: left out %s × %s, such as %s", card.name, f"{count:,}", reason, index.examples[reason])
+    made = ConversationDataset(
+        card, source, index, heldout_fraction=heldout_fraction, seed=seed, most_tokens=most_tokens
+    )
+    if made.left_out:
+        words = "%s: left out %s conversations of more than %s tokens"
+        logger.info(words, card.name, f"{made.left_out:,}", f"{most_tokens:,}")
+    return made

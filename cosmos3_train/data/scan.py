@@ -19,12 +19,17 @@ import numpy as np
 from cosmos3_train.config import Embodiment, UserError
 from cosmos3_train.data import faults
 from cosmos3_train.data.archives import range_of, split_place
-from cosmos3_train.data.card import DatasetCard
+from cosmos3_train.data.card import DatasetCard, PictureOptions
 from cosmos3_train.data.faults import Fault, Place, Whole
 from cosmos3_train.data.index import actions_of, columns_to_read, instructions, usable_rows
 from cosmos3_train.data.sound import sound_fault
-from cosmos3_train.data.sources.clips import ClipLog, ClipRecord, Unusable
+from cosmos3_train.data.sources import clips as clip_sources
+from cosmos3_train.data.sources.clips import ClipLog, ClipRecord
+from cosmos3_train.data.sources.conversations import TalkSource
 from cosmos3_train.data.sources.log import Episode, EpisodeRecord, Log, left_out_of
+from cosmos3_train.data.talk import NoTalk, Reference, Unusable
+from cosmos3_train.data.talk_index import NO_TALK, talk_of
+from cosmos3_train.data.talk_pictures import UNREADABLE, check_there, read_picture
 from cosmos3_train.data.video import Decoded, decode_whole, frames_at, is_video
 
 AT_ONCE = 64
@@ -250,7 +255,7 @@ def _clip(log: ClipLog, record: ClipRecord, video: Decoded) -> Iterator[Finding]
             yield Finding(fault.kind, place, where, fault.words)
     try:
         documents = log.documents(record.clip)
-    except Unusable:
+    except clip_sources.Unusable:
         return  # told already
     said = {key: value for document in reversed(documents) for key, value in document.items()}
     for frames in _numbers_of(said, "nb_frames"):
@@ -283,3 +288,57 @@ def _digest(root: Path, place: str) -> bytes:
             digest.update(part)
             left -= len(part)
     return digest.digest()
+
+
+# ------------------------------------------------------------------------------------------------ conversations
+
+
+def scan_talks(
+    talks: TalkSource, options: PictureOptions, scan: Scan, threads: int = 1, progress: Progress = lambda _: None
+) -> Iterator[Finding]:
+    """The same of conversations: every row, and every picture of them, videos whole."""
+    with ThreadPoolExecutor(threads) as pool:
+        for file in talks.files:
+            places = talks.places(file)
+            for start in range(0, len(places), AT_ONCE):
+                some = places[start : start + AT_ONCE]
+                looked: list[tuple[int, list[Future[str]]]] = []
+                try:
+                    rows = list(talks.rows(file, some[:, 1].tolist()))
+                except UserError as error:
+                    yield Finding(NO_TALK, str(talks.root / file), f"rows from {some[0, 0]}", str(error))
+                    continue
+                for (number, _), row in zip(some.tolist(), rows, strict=True):
+                    try:
+                        talk = talk_of(row)
+                    except NoTalk as error:
+                        yield Finding(NO_TALK, talks.where(file, number), "", str(error))
+                        continue
+                    except Unusable as error:
+                        yield Finding(error.reason, talks.where(file, number), "", error.example)
+                        continue
+                    folder = talks.pictures(file)
+                    faults_of = [pool.submit(_picture_fault, folder, part, options) for part in talk.pictures]
+                    looked.append((number, faults_of))
+                for number, wrong in looked:
+                    scan.frames += len(wrong)
+                    for words in (future.result() for future in wrong):
+                        if words:
+                            yield Finding(UNREADABLE, talks.where(file, number), "", words)
+                scan.items += len(some)
+                progress(len(some))
+
+
+def _picture_fault(folder: Path, reference: Reference, options: PictureOptions) -> str:
+    """What is wrong with a picture, "" where nothing is. From any thread, so a video is opened for itself alone."""
+    try:
+        check_there(folder, reference)
+        if reference.kind == "image" or reference.content is not None:
+            read_picture(folder, reference, options)
+            return ""
+    except Unusable as error:
+        return error.example
+    video = decode_whole(folder, reference.path)
+    if video.faults:
+        return f"{reference.path}: {video.faults[0][1]}"
+    return "" if len(video.times) > 1 else f"{reference.path}: the video has one frame"

@@ -29,12 +29,16 @@ from cosmos3_train.export.usage import Robot, merged_readme, write_robot_files
 from cosmos3_train.model.base_identity import identify_base, shard_files
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
 from cosmos3_train.model.trainable import ADAPTER
+from cosmos3_train.model.vision import VISION
 
 Change = Callable[[Tensor], Tensor]
 """From the base's tensor as it is on disk to the merged one in float32."""
 
 WEIGHT_FILES = (".safetensors", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt")
 """How files that hold a transformer's weights end: all but the merged shards stay behind, lest a deployer load them."""
+
+REASONER_FILES = (".json", ".jinja", ".txt")
+"""How small files at a folder's root end by which transformers loads it: its index of weights, processor, tokenizer."""
 
 
 def write_merged(
@@ -151,7 +155,8 @@ def _merge_shard(source: Path, target: Path, changes: dict[str, Change]) -> None
 
 
 def _component_files(base_folder: Path) -> list[Path]:
-    """The pipeline's index, its licence and every file of its components but the transformer's weights.
+    """The pipeline's index, its licence and every file of its components but the transformer's weights; and the vision
+    encoder with the small files beside the index, by which transformers loads the same folder as the reasoner.
 
     Raises:
         UserError: the index cannot be read, or a component that it names is missing.
@@ -164,8 +169,14 @@ def _component_files(base_folder: Path) -> list[Path]:
     found = [
         file
         for file in sorted(base_folder.iterdir())
-        if file.is_file() and (file.name == "model_index.json" or file.name.upper().startswith(("LICENSE", "NOTICE")))
+        if file.is_file()
+        and (
+            (file.suffix in REASONER_FILES and not file.name.endswith(WEIGHT_FILES))
+            or file.name.upper().startswith(("LICENSE", "NOTICE"))
+        )
     ]
+    if (base_folder / VISION).is_dir() and VISION not in components:  # no part of the pipeline
+        components.append(VISION)
     for component in components:
         if Path(component).name != component:
             raise UserError(f"{base_folder}/model_index.json: component {component!r} is no folder's; fetch it again")

@@ -42,6 +42,9 @@ def make_probes(samples: Sequence[TokenSample], layout: Layout, seed: int = 0) -
     all its text. Conversations get a random clip to generate, which sees what the adapter does to the text."""
     probes = []
     for place, sample in enumerate(samples):
+        if sample.pictures is not None:  # upstream's transformer has no eyes: of the words alone
+            words = torch.ones(sample.text.numel(), dtype=torch.bool).index_fill(0, sample.pictures.places, False)
+            sample = replace(sample, text=sample.text[words], positions=None, pictures=None)
         if sample.video is None:
             shape = (layout.channels, *SUBSTITUTE_LATENT)
             video = torch.randn(shape, generator=draw(seed, "export clip", sample.number))

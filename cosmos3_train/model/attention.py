@@ -83,6 +83,11 @@ def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Bac
     raise AssertionError("sdpa has no obstacle")
 
 
+def can_run(backend: Backend, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a backend runs there."""
+    return _obstacle(backend, device, dtype) is None
+
+
 def _obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run here, or None."""
     if backend == "sdpa":

@@ -31,6 +31,7 @@ from cosmos3_train.model.prompts import (
     whole,
     with_sound,
 )
+from cosmos3_train.model.sight import Sight
 from cosmos3_train.model.sound import form_of
 from cosmos3_train.runtime import draw
 from cosmos3_train.types import Sample, TokenSample
@@ -53,6 +54,7 @@ class Encoder:
             `sound.add_sound_tokenizer` then.
         embodiments: cards by name.
         caption_dropout: probability that a caption is emptied, drawn from (seed, sample number).
+        sight: reads conversations with pictures; None where none are met.
     """
 
     def __init__(
@@ -62,17 +64,30 @@ class Encoder:
         *,
         caption_dropout: float = 0.0,
         seed: int = 0,
+        sight: Sight | None = None,
     ) -> None:
         self.parts = parts
+        self.sight = sight
         self.embodiments = dict(embodiments)
         self.caption_dropout = caption_dropout
         self.seed = seed
         self._prompts: dict[tuple, Tensor] = {}
 
-    def encode(self, samples: Sequence[Sample]) -> list[TokenSample]:
-        """Token samples in the same order; clips of one shape share a call of the video tokenizer."""
-        latents = self._latents(samples)
-        return [self._token_sample(sample, latent) for sample, latent in zip(samples, latents, strict=True)]
+    def plain(self, embodiments: Mapping[str, Embodiment] | None = None) -> Encoder:
+        """The same that empties no caption, for other embodiments where these are given."""
+        cards = self.embodiments if embodiments is None else embodiments
+        return Encoder(self.parts, cards, seed=self.seed, sight=self.sight)
+
+    def encode(self, samples: Sequence[Sample | TokenSample]) -> list[TokenSample]:
+        """Token samples in the same order, those that are already as they are; clips of one shape share a call of the
+        video tokenizer."""
+        left = [sample for sample in samples if isinstance(sample, Sample)]
+        found = iter([self._token_sample(*pair) for pair in zip(left, self._latents(left), strict=True)])
+        return [next(found) if isinstance(sample, Sample) else sample for sample in samples]
+
+    def see(self, sample: Sample) -> Sample | TokenSample:
+        """A conversation with pictures as tokens, on the CPU; any other sample as it is."""
+        return self._token_sample(sample, None) if sample.pictures else sample
 
     @property
     def sound_form(self) -> SoundForm | None:
@@ -165,6 +180,10 @@ class Encoder:
     def _token_sample(self, sample: Sample, latent: Tensor | None) -> TokenSample:
         if sample.task == CONVERSATION:
             assert sample.messages is not None
+            if sample.pictures:
+                assert self.sight is not None, "pictures, and nothing to read them"
+                seen = self.sight.read(sample.messages, sample.pictures, sample.key)
+                return TokenSample(sample.key, sample.number, sample.task, **vars(seen))
             text, labels = conversation(self.parts, sample.messages, sample.key)
             return TokenSample(sample.key, sample.number, sample.task, text, labels=labels)
         task = TASKS[sample.task]

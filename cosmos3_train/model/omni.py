@@ -34,7 +34,7 @@ from cosmos3_train.model.attention import Backend, attend, kept_while_recomputin
 from cosmos3_train.model.compiling import Compiler, compiled
 from cosmos3_train.model.context import ContextGroup, Exchange, to_heads, to_tokens
 from cosmos3_train.model.projections import FusedLora, project, rejoin_shared
-from cosmos3_train.types import DomainRows, PackedSequence, Velocities
+from cosmos3_train.types import DomainRows, PackedSequence, PictureTokens, Velocities
 
 TIMESTEPS = 1000
 """Training timesteps: the network is told timestep = 1000·σ, which its `timestep_scale` brings back to [0, 1]."""
@@ -75,6 +75,19 @@ class Understood:
 
 Recall = Callable[[PackedSequence], Understood]
 """Remembers what the understanding tower left behind of a pack's text; stands for a tower that is not loaded."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a vision encoder makes of m text tokens' pictures. embeddings: [m, D], in place of the tokens' own;  deep:
+    [m, D] each, added to the stream there after the first layer, the second, …"""
+
+    embeddings: Tensor
+    deep: tuple[Tensor, ...]
+
+
+See = Callable[[PictureTokens], Seen]
+"""A vision encoder. It is no part of the backbone, whose parameters are those of upstream's transformer alone."""
 
 
 class _Joint(torch.autograd.Function):
@@ -182,6 +195,7 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
     understanding_trains: bool = True
     joint_layers: bool = False
     recall: Recall | None = None
+    see: See | None = None
     context: ContextGroup | None = None
     _compute_dtype: torch.dtype | None = None
 
@@ -243,12 +257,13 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
             return self._own_heads(self.recall(pack), pack)
         exchange, _ = self._exchanges(pack)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.understanding_trains):
-            hidden, rotary = self._text_in(pack)
+            hidden, rotary, deep = self._text_in(pack)
             spans, kept = pack.text_spans, []
-            for layer in self.layers:
+            for place, layer in enumerate(self.layers):
                 hidden, keys_values = self._layer(
                     layer, self.understanding_trains, "understanding", hidden, rotary, spans, spans, exchange
                 )
+                hidden = _deepened(hidden, pack, deep, place)
                 kept.append(keys_values)
             return Understood(keys_values=kept, text_hidden=self._text_out(hidden, pack))
 
@@ -279,12 +294,13 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
     def _understand_and_generate(self, pack: PackedSequence) -> Velocities:
         """Both towers, a layer of both at a time: where layers are sharded, so that one is gathered once a pass, not
         once a tower, and in backward not before its turn, for its keys and values do not leave it."""
-        (text, text_rotary), (hidden, rotary) = self._text_in(pack), self._generation_in(pack)
+        (text, text_rotary, deep), (hidden, rotary) = self._text_in(pack), self._generation_in(pack)
         queries, keys = (pack.text_spans, pack.generation_spans), (pack.text_spans, pack.joint_spans)
         joint = (pack.joint_order, pack.joint_places)
         both, rotaries, exchanges = (text, hidden), (text_rotary, rotary), self._exchanges(pack)
-        for layer in self.layers:
+        for place, layer in enumerate(self.layers):
             both, _ = self._layer(layer, True, "both", both, rotaries, queries, keys, exchanges, None, joint)
+            both = (_deepened(both[0], pack, deep, place), both[1])
         video, sound, action = self._generation_out(both[1], pack)
         return Velocities(video=video, sound=sound, action=action, text_hidden=self._text_out(both[0], pack))
 
@@ -302,10 +318,16 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
         own = [(self.context.own_heads(k), self.context.own_heads(v)) for k, v in understood.keys_values]
         return replace(understood, keys_values=own)
 
-    def _text_in(self, pack: PackedSequence) -> tuple[Tensor, Rotary]:
+    def _text_in(self, pack: PackedSequence) -> tuple[Tensor, Rotary, tuple[Tensor, ...]]:
+        """The text's first hidden states, its rotary embedding, and what pictures add to the first layers' output."""
         assert pack.text_positions.dtype == torch.float32, "text positions were cast"
-        hidden = self._as_input(self.embed_tokens(pack.text_ids).to(self.compute_dtype))
-        return hidden, self._rotary(pack.text_positions, hidden.dtype)
+        hidden, deep = self.embed_tokens(pack.text_ids).to(self.compute_dtype), ()
+        if pack.pictures is not None:
+            assert self.see is not None, "pictures, and no vision encoder"
+            seen = self.see(pack.pictures)
+            hidden = hidden.index_copy(0, pack.pictures.places, seen.embeddings.to(hidden.dtype))
+            deep = tuple(part.to(hidden.dtype) for part in seen.deep)
+        return self._as_input(hidden), self._rotary(pack.text_positions, hidden.dtype), deep
 
     def _text_out(self, hidden: Tensor, pack: PackedSequence) -> Tensor:
         if pack.text_out.numel():
@@ -362,6 +384,14 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
             how: dict[str, Any] = {"context_fn": _keeping_attention} if self.keep_attention else {}
             return checkpoint(layer, *arguments, use_reentrant=False, **how)  # pyright: ignore[reportReturnType]
         return layer(*arguments)
+
+
+def _deepened(hidden: Tensor, pack: PackedSequence, deep: tuple[Tensor, ...], place: int) -> Tensor:
+    """The text after layer `place`, with what pictures add to it there."""
+    if place >= len(deep):
+        return hidden
+    assert pack.pictures is not None
+    return hidden.index_add(0, pack.pictures.places, deep[place])
 
 
 def only_speaks(name: str, backbone: Cosmos3PackedTransformer) -> bool:

@@ -28,6 +28,7 @@ from cosmos3_train.types import (
     ModalityTarget,
     NoiseLevels,
     PackedSequence,
+    PictureTokens,
     Spans,
     TokenSample,
 )
@@ -422,12 +423,35 @@ def _text_fields(samples: Sequence[TokenSample], layout: Layout) -> dict:
     places = torch.nonzero(labels != IGNORED_LABEL).flatten()
     return {
         "text_ids": torch.cat([s.text for s in samples]),
-        "text_positions": torch.cat([_text_positions(n, layout.modulate) for n in spans.lengths], dim=1),
+        "text_positions": torch.cat(
+            [_text_positions(s.text.numel(), layout.modulate) if s.positions is None else s.positions for s in samples],
+            dim=1,
+        ),
+        "pictures": _pictures(samples, spans),
         "text_spans": spans,
         "prompts": tuple(prompt_key(s.text) for s in samples),
         "text_out": places,
         "labels": labels[places],
     }
+
+
+def _pictures(samples: Sequence[TokenSample], spans: Spans) -> PictureTokens | None:
+    """All pictures end to end: one pass of the vision encoder."""
+    starts = accumulate(spans.lengths, initial=0)
+    shown = [(start, s.pictures) for start, s in zip(starts, samples, strict=False) if s.pictures is not None]
+    if not shown:
+        return None
+    parts = [pictures for _, pictures in shown]
+    places = torch.cat([start + pictures.places for start, pictures in shown])
+    return PictureTokens(
+        **{
+            name: torch.cat([getattr(part, name) for part in parts])
+            for name in ("patches", "cells", "grids", "taps", "tap_weights")
+        },
+        frames=Spans.of(length for part in parts for length in part.frames.lengths),
+        places=places,
+        rows=torch.arange(places.numel()),
+    )
 
 
 @lru_cache(SHAPES_KEPT)

@@ -92,8 +92,19 @@ def dropped_prompt(parts: Cosmos3OmniPipeline) -> Tensor:
     return torch.tensor(ids, dtype=torch.long)
 
 
-def conversation(parts: Cosmos3OmniPipeline, messages: list[dict[str, str]], key: str) -> tuple[Tensor, Tensor]:
-    """Token ids of a conversation and the label of each position, both int64 [L].
+def conversation(parts: Cosmos3OmniPipeline, messages: list[dict[str, Any]], key: str) -> tuple[Tensor, Tensor]:
+    """Token ids of a conversation of words and the label of each position, both int64 [L].
+
+    Raises:
+        UserError: as `answer_labels`.
+    """
+    tokenizer = cast(Any, parts.text_tokenizer)
+    ids = list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
+    return torch.tensor(ids, dtype=torch.long), answer_labels(tokenizer, ids, key)
+
+
+def answer_labels(tokenizer: Any, ids: list[int], key: str) -> Tensor:
+    """The label of each position of a conversation's token ids, int64 [L].
 
     The assistant's words and the end of its turn are predicted; `<|im_start|>assistant\\n` and everything else is not.
     Labels are already shifted: position i holds the token i + 1 where that is to be predicted.
@@ -101,8 +112,6 @@ def conversation(parts: Cosmos3OmniPipeline, messages: list[dict[str, str]], key
     Raises:
         UserError: nothing in the conversation would be predicted; names the sample.
     """
-    tokenizer = cast(Any, parts.text_tokenizer)
-    ids = list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     header = tokenizer("assistant\n", add_special_tokens=False)["input_ids"]
     predicted, place = [False] * len(ids), 0
@@ -118,4 +127,4 @@ def conversation(parts: Cosmos3OmniPipeline, messages: list[dict[str, str]], key
     labels = [ids[i + 1] if i + 1 < len(ids) and predicted[i + 1] else IGNORED_LABEL for i in range(len(ids))]
     if all(label == IGNORED_LABEL for label in labels):
         raise UserError(f"{key}: no assistant turn in the conversation, so nothing to learn; add one or remove the row")
-    return torch.tensor(ids, dtype=torch.long), torch.tensor(labels, dtype=torch.long)
+    return torch.tensor(labels, dtype=torch.long)

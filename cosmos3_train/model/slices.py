@@ -8,7 +8,14 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from cosmos3_train.types import IGNORED_LABEL, DomainRows, ModalityTarget, PackedSequence, Slices
+from cosmos3_train.types import (
+    IGNORED_LABEL,
+    DomainRows,
+    ModalityTarget,
+    PackedSequence,
+    PictureTokens,
+    Slices,
+)
 
 
 def slice_of(pack: PackedSequence, place: int, size: int) -> PackedSequence:
@@ -44,6 +51,7 @@ def slice_of(pack: PackedSequence, place: int, size: int) -> PackedSequence:
         action_target=_target(pack.action_target, read["action_out"]),
         text_out=places,
         labels=labels,
+        pictures=_pictures(pack.pictures, text),
         slices=slices,
     )
 
@@ -73,6 +81,14 @@ def _target(target: ModalityTarget | None, kept: Tensor) -> ModalityTarget | Non
         return None
     parts = {name: getattr(target, name)[kept] for name in ("velocity", "valid", "sample", "levels")}
     return replace(target, **parts)
+
+
+def _pictures(pictures: PictureTokens | None, text: range) -> PictureTokens | None:
+    """All pictures, for each rank of a group encodes them itself, with those of their tokens that are in the slice."""
+    if pictures is None:
+        return None
+    kept = _within(pictures.places, text)
+    return replace(pictures, places=pictures.places[kept] - text.start, rows=pictures.rows[kept])
 
 
 def _text_out(pack: PackedSequence, text: range) -> tuple[Tensor, Tensor]:

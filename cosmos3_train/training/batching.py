@@ -18,7 +18,7 @@ from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.packing import Layout
 from cosmos3_train.model.slices import slice_of
 from cosmos3_train.objectives import flow_matching, next_token
-from cosmos3_train.types import IGNORED_LABEL, PackedSequence, StepBatch, TokenSample
+from cosmos3_train.types import IGNORED_LABEL, PackedSequence, Sample, StepBatch, TokenSample
 
 TEXT = "text"
 LOSSES: tuple[str, ...] = (*flow_matching.MODALITIES, TEXT)
@@ -112,6 +112,21 @@ def without_last(pack: PackedSequence) -> PackedSequence:
         text_out=torch.cat((pack.text_out, torch.tensor([pack.text_spans.total - 1]))),
         labels=torch.cat((pack.labels, torch.tensor([IGNORED_LABEL]))),
     )
+
+
+class SeenSteps(Dataset[StepBatch]):
+    """Steps whose conversations with pictures are tokens where they are read, lest the process that trains, which
+    encodes the latents of others, waits for pictures to be cut."""
+
+    def __init__(self, steps: StepDataset, encoder: Encoder) -> None:
+        self.steps, self.encoder = steps, encoder
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, step: int) -> StepBatch:
+        batch = self.steps[step]
+        return StepBatch(step, [self.encoder.see(s) if isinstance(s, Sample) else s for s in batch.samples])
 
 
 class PackedSteps(Dataset[PackedStep]):

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Sampler
 from cosmos3_train import config
 from cosmos3_train.config import Clips, Embodiment, Loaded, UserError
 from cosmos3_train.data.card import DatasetCard, load_card
-from cosmos3_train.data.conversations import ConversationDataset
+from cosmos3_train.data.conversations import ConversationDataset, open_conversations
 from cosmos3_train.data.mixture import Mixture, StepDataset, check_entry, refuse_silence
 from cosmos3_train.data.prepare import prepare
 from cosmos3_train.data.reader import PreparedDataset
@@ -26,8 +26,9 @@ from cosmos3_train.flow.tasks import sound_task
 from cosmos3_train.model.caches import ensure_latents
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.reasoner_cache import Reasoner, distinct, ensure_reasoner, prompts_of
+from cosmos3_train.model.sight import Counter
 from cosmos3_train.runtime import ignore_sigterm, is_first_rank
-from cosmos3_train.training.batching import PackedSteps, Packer
+from cosmos3_train.training.batching import PackedSteps, Packer, SeenSteps
 from cosmos3_train.training.strategy import data_rank
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class StepData(lightning.LightningDataModule):
         place, places = data_rank(self.experiment.strategy)
         steps = StepDataset(self.mixture, training.samples_per_step, place, places, ENDLESS)
         return DataLoader(
-            PackedSteps(steps, self.packer) if self.packs_in_workers else steps,
+            PackedSteps(steps, self.packer) if self.packs_in_workers else SeenSteps(steps, self.packer.encoder),
             batch_size=None,
             sampler=_StepsFrom(self.first_step),
             num_workers=data.workers,
@@ -140,7 +141,8 @@ def open_datasets(loaded: Loaded, encoder: Encoder | None, reasoner: Reasoner | 
     """Prepare what is not prepared yet, and open every dataset of the mixture.
 
     Args:
-        encoder: encodes the latents of datasets that cache them, and says in which form sound is read.
+        encoder: encodes the latents of datasets that cache them, says in which form sound is read, and counts the
+            tokens of conversations; where they show pictures, it is given what reads those.
         reasoner: makes the keys and values of datasets that cache them; None skips that.
     """
     opened: Opened = {
@@ -176,7 +178,7 @@ def open_dataset(
     data = loaded.experiment.data
     card = load_card(loaded.root / entry.card) if entry.card else None
     if card is not None and card.format == "conversations":
-        return ConversationDataset(_source(loaded, card, entry), heldout_fraction=data.heldout_fraction)
+        return _open_conversations(loaded, name, entry, card, encoder)
     embodiment = loaded.experiment.embodiments[entry.embodiment] if entry.embodiment else None
     prepared = loaded.root / entry.prepared
     contract = None if card is None else contract_of(loaded, name, entry, card)
@@ -204,6 +206,37 @@ def open_dataset(
         if entry.cache_reasoner and encoder is not None and reasoner is not None:
             ensure_reasoner(prepared, run_prompts(loaded, dataset, entry, encoder), reasoner)
     return dataset
+
+
+def _open_conversations(
+    loaded: Loaded, name: str, entry: config.Dataset, card: DatasetCard, encoder: Encoder | None
+) -> ConversationDataset:
+    """A set of conversations, those over the token budget left out and counted."""
+    experiment, prepared = loaded.experiment, loaded.root / entry.prepared
+    what = f"data.datasets.{name}"
+    counter = None if encoder is None else Counter.of(loaded.model, encoder.parts, what)
+    with _exclusive(prepared):
+        dataset = open_conversations(
+            card,
+            _source(loaded, card, entry),
+            prepared,
+            heldout_fraction=experiment.data.heldout_fraction,
+            measure=counter,
+            most_tokens=experiment.training.tokens_per_micro_batch,
+            workers=max(1, experiment.data.workers),
+            progress=is_first_rank(),
+        )
+    if encoder is not None and counter is not None and dataset.shows_pictures:
+        encoder.sight = counter.needed()
+    return dataset
+
+
+def pictures_in(opened: Opened) -> str | None:
+    """The first dataset that shows pictures, in words; None where none does."""
+    shown = (
+        n for n, (dataset, _) in opened.items() if isinstance(dataset, ConversationDataset) and dataset.shows_pictures
+    )
+    return next((f"data.datasets.{name}" for name in shown), None)
 
 
 def _tell_silence(name: str, dataset: PreparedDataset, entry: config.Dataset, heard: str) -> None:

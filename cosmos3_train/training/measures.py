@@ -31,7 +31,7 @@ def measure(run: Run) -> dict[str, float]:
     """Evaluate a run where it stands, write what was found, and return it as flat metrics."""
     config, step = run.experiment.evaluation, run.module.position.step
     border = step in (0, run.experiment.training.steps)
-    encoder = Encoder(run.encoder.parts, run.experiment.embodiments, seed=run.experiment.training.seed)
+    encoder = run.encoder.plain()
     found: dict[str, Any] = {"step": step}
     metrics: dict[str, float] = {}
     loss = measure_loss(run.backbone, encoder, run.opened, run.experiment)

@@ -29,6 +29,7 @@ class Workload:
     one_prompt: all samples have the same prompt
     cached:     the understanding tower's keys and values are, so a run does not load it
     tokenizer_bytes: of the video tokenizer
+    vision_bytes: of the vision encoder, 0 where no conversation shows pictures
     """
 
     experiment: Experiment
@@ -39,6 +40,7 @@ class Workload:
     cached: bool
     tokenizer_bytes: int
     architecture: Architecture
+    vision_bytes: int = 0
 
     def __post_init__(self) -> None:
         dtype = self.experiment.model.dtype
@@ -132,6 +134,7 @@ def predict(workload: Workload, repeated: bool | None = None) -> Plan:
             repeated=repeated,
             tokenizer_bytes=tokenizer,
             making=2 * sum(w.numbers for w in tower) + tokenizer if workload.cached else 0,
+            vision_bytes=workload.vision_bytes,
         )
         for kind, count in zip(workload.kinds, packs, strict=True)
     ]

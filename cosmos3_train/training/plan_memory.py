@@ -176,6 +176,7 @@ def predict_memory(
     repeated: bool,
     tokenizer_bytes: int,
     making: float,
+    vision_bytes: int = 0,
 ) -> Memory:
     """Memory of each of `ranks` processes.
 
@@ -185,6 +186,7 @@ def predict_memory(
         shards: processes that share one copy of the large weights; 1 where each holds them all.
         tokenizer_bytes: of the video tokenizer, where it stays on the device.
         making: of `Memory`.
+        vision_bytes: of the vision encoder, where conversations show pictures.
     """
     model, itemsize = experiment.model, DTYPES[experiment.model.dtype].itemsize
 
@@ -218,6 +220,7 @@ def predict_memory(
         Item(moments, trained * MASTER * (2 + bool(experiment.training.ema_decay))),
         Item("keys and values of prompts", _prompts(arithmetic, itemsize, pack, cached)),
         Item("video tokenizer", tokenizer_bytes),
+        *([Item("vision encoder", vision_bytes)] if vision_bytes else []),
     ]
     adapted, gradients = experiment.tuning.method in ("lora", "hybrid"), trained * MASTER
     activations, work = _activations(experiment, arithmetic, pack, itemsize, compiled, repeated)

@@ -34,6 +34,7 @@ from cosmos3_train.model.packing import Layout
 from cosmos3_train.model.reasoner_cache import Reasoner, ReasonerCache, remember
 from cosmos3_train.model.sound import add_sound_tokenizer
 from cosmos3_train.model.trainable import Trainables, arrange_frozen, make_trainable
+from cosmos3_train.model.vision import load_eyes
 from cosmos3_train.runtime import Interrupted, is_first_rank, node_count, rank, seed_everything, world_size
 from cosmos3_train.training.batching import Packer
 from cosmos3_train.training.checkpoints import (
@@ -43,7 +44,14 @@ from cosmos3_train.training.checkpoints import (
     load_checkpoint,
     load_result,
 )
-from cosmos3_train.training.datamodule import Opened, StepData, caches_reasoner, heard_task, open_datasets
+from cosmos3_train.training.datamodule import (
+    Opened,
+    StepData,
+    caches_reasoner,
+    heard_task,
+    open_datasets,
+    pictures_in,
+)
 from cosmos3_train.training.loop import RunLoop
 from cosmos3_train.training.module import PostTraining, TrainingFailed
 from cosmos3_train.training.optimizer import load_optimizer_tensors
@@ -250,6 +258,9 @@ def build(loaded: Loaded, purpose: Purpose = "train") -> Run:
     backbone = load_backbone(model, place, text_logits=text_logits, towers=towers, large=not sharded)
     if reasoner is not None:
         remember(backbone, caches)
+    shown = pictures_in(opened)
+    if shown is not None and purpose != "export":
+        backbone.see = load_eyes(loaded.model, place, shown)
     robots = list(experiment.embodiments.values())
     trainables = make_trainable(backbone, experiment.tuning, robots, experiment.training.seed)
     if sharded:

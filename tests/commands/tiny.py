@@ -40,15 +40,15 @@ def make_project(root: Path) -> Path:
     return root
 
 
-def make_model(folder: Path) -> Path:
+def make_model(folder: Path, layers: int = 2) -> Path:
     """A Cosmos 3 folder in the published layout: Pico's tokenizer and scheduler, two narrow layers, a narrow VAE, a
-    narrow sound tokenizer."""
+    narrow sound tokenizer. `tests.parity.eyes.add_eyes` gives it a narrow vision encoder."""
     for name in ("text_tokenizer", "scheduler"):
         shutil.copytree(PICO / name, folder / name)
     shutil.copy(PICO / "model_index.json", folder)
     parts = tiny_parts()
     parts.vae.save_pretrained(folder / "vae")
-    made = Cosmos3OmniTransformer(**{**TINY, "num_hidden_layers": 2, "vocab_size": len(parts.text_tokenizer)})
+    made = Cosmos3OmniTransformer(**{**TINY, "num_hidden_layers": layers, "vocab_size": len(parts.text_tokenizer)})
     randomise(made)
     made.save_pretrained(folder / "transformer")
     return add_tokenizer(folder)

@@ -40,6 +40,19 @@ def test_source_is_relative_to_the_project(tmp_path):
         ("name: moves\nformat: lerobot\n", "format is 'lerobot'. Did you mean 'lerobot_v3'"),
         ("name: moves\nformat: lerobot_v3\nrate_hz: fast\n", "rate_hz"),
         ("name: a/b\nformat: lerobot_v3\n", "name holds '/'"),
+        (
+            "name: m\nformat: lerobot_v3\npictures: {video_frames: 8}\n",
+            "pictures are of conversations; lerobot_v3 has none",
+        ),
+        (
+            "name: m\nformat: conversations\npictures: {video_frames: 1}\n",
+            "pictures.video_frames is 1; it is at least 2",
+        ),
+        (
+            "name: m\nformat: conversations\npictures: {least_pixels: 9, most_pixels: 4}\n",
+            "above most_pixels, 4; lower",
+        ),
+        ("name: m\nformat: conversations\npictures: {video_fps: 0}\n", "pictures.video_fps is 0.0; it is above 0"),
         ("- name\n", "a mapping of keys is expected"),
     ],
 )

@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from cosmos3_train.config import Dataset, UserError
-from cosmos3_train.data.conversations import ConversationDataset
+from cosmos3_train.data.card import DatasetCard
+from cosmos3_train.data.conversations import open_conversations
 from cosmos3_train.data.mixture import ROUND, Mixture, StepDataset, permute
 from tests.data.logs import prepared_logs
 
@@ -21,7 +22,7 @@ def datasets(tmp_path_factory):
     talk = root / "talk.jsonl"
     turns = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "that."}]
     talk.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(5)))
-    found["talk"] = ConversationDataset(talk)
+    found["talk"] = open_conversations(DatasetCard(name=talk.stem, format="conversations"), talk)
     return found
 
 

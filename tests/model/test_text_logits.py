@@ -4,54 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Cosmos3OmniConfig, Cosmos3OmniForConditionalGeneration
 
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
 from cosmos3_train.model.packing import Layout, pack
 from cosmos3_train.types import NoiseLevels, TokenSample
+from tests.parity.eyes import reasoner
 from tests.parity.upstream import TINY, make_sample, noise_it, randomise
-
-RENAMED = {
-    ".self_attn.to_q.": ".self_attn.q_proj.",
-    ".self_attn.to_k.": ".self_attn.k_proj.",
-    ".self_attn.to_v.": ".self_attn.v_proj.",
-    ".self_attn.to_out.": ".self_attn.o_proj.",
-    ".self_attn.norm_q.": ".self_attn.q_norm.",
-    ".self_attn.norm_k.": ".self_attn.k_norm.",
-}
-"""Upstream's own renaming of a published checkpoint (transformers' conversion mapping of `cosmos3_omni`)."""
-
-
-def reasoner(ours: Cosmos3PackedTransformer) -> Cosmos3OmniForConditionalGeneration:
-    """Transformers' class with the same widths and weights; its eyes are as small as they can be and not used."""
-    text = {
-        "model_type": "qwen3_vl_text",
-        **{
-            key: TINY[key]
-            for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-                        "intermediate_size", "vocab_size")
-        },
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": TINY["rope_theta"],
-            "mrope_section": TINY["rope_axes_dim"],
-            "mrope_interleaved": True,
-        },
-    }  # fmt: skip
-    eyes = {"model_type": "qwen3_vl_vision", "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2,
-            "out_hidden_size": 48, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}  # fmt: skip
-    config = Cosmos3OmniConfig(text_config=text, vision_config=eyes)
-    config._attn_implementation = "eager"
-    made = Cosmos3OmniForConditionalGeneration(config)
-    weights = {}
-    for name, value in ours.state_dict().items():
-        for old, new in RENAMED.items():
-            name = name.replace(old, new)
-        weights["lm_head.weight" if name == "lm_head.weight" else f"model.language_model.{name}"] = value
-    expected = {name for name in made.state_dict() if ".visual." not in name}
-    assert expected <= weights.keys()
-    made.load_state_dict({name: weights[name] for name in expected}, strict=False)
-    return made.eval()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,277 @@
+"""Where the rows of a conversation set lie, in three layouts: JSON lines, Parquet files, and VideoPhy-2's folders.
+
+talk.jsonl                                     a conversation a line
+**/*.parquet                                   a conversation a row, its pictures' bytes in a column
+[videophy2_train/]meta.json                    [{id, media, conversation}, …]; absent paths are media/video_ID.mp4
+[videophy2_train/]text/conversation_ID.json    and text/conversation_ID.json. A folder whose name ends in _val is
+[videophy2_train/]media/video_ID.mp4           held out whole
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cosmos3_train.config import UserError, nearest
+from cosmos3_train.data.kept import KeptFiles
+from cosmos3_train.data.talk import NoTalk
+
+COLUMNS = ("messages", "conversations", "image", "images", "video", "videos")
+"""Of a Parquet file, that are read."""
+VALIDATION = "_val"
+PAGE = 1 << 20
+"""Bytes of a column that are read at a time: without it, all that a row group has of it."""
+TAIL = 1 << 16
+"""Bytes at a Parquet file's end, which say where everything in it is, that count for a set's fingerprint."""
+
+
+class TalkSource:
+    """Rows of a set by file and place: the offset of a JSON line, the row of a Parquet file, the entry of meta.json.
+
+    root: the set's folder;  files: of rows, relative to it;  strict: a row that is no conversation is the user's to
+    mend, not to be counted
+    """
+
+    strict = False
+
+    def __init__(self, root: Path, files: Sequence[Path]) -> None:
+        self.root = root
+        self.files = tuple(file.relative_to(root).as_posix() for file in sorted(files))
+
+    def places(self, file: str) -> np.ndarray:
+        """int64 [n, 2]: number (from 0) and place of every row of a file."""
+        raise NotImplementedError
+
+    def rows(self, file: str, places: Sequence[int]) -> Iterator[Any]:
+        """Rows at rising places of a file: what `talk.parse_talk` takes, or a `NoTalk` that says why there is none."""
+        raise NotImplementedError
+
+    def row(self, file: str, place: int) -> Any:
+        """One row."""
+        return next(iter(self.rows(file, [place])))
+
+    def pictures(self, file: str) -> Path:
+        """The folder that pictures of a file's rows lie in."""
+        return (self.root / file).parent
+
+    def called(self, file: str, number: int) -> str:
+        """A row's name in keys."""
+        return f"{file}/{number:06d}"
+
+    def where(self, file: str, number: int) -> str:
+        """A row, in messages."""
+        return f"{self.root / file}, row {number}"
+
+    def heldout(self, file: str) -> bool:
+        """Whether all of a file is held out."""
+        return False
+
+    def fingerprint(self) -> str:
+        """Of all that says what the rows are."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(file.encode())
+            self._add(digest, self.root / file)
+        return digest.hexdigest()[:32]
+
+    def _add(self, digest: Any, path: Path) -> None:
+        with path.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+
+
+class JsonLines(TalkSource):
+    """One file of them."""
+
+    strict = True
+
+    def places(self, file: str) -> np.ndarray:
+        found, offset = [], 0
+        with (self.root / file).open("rb") as lines:
+            for number, line in enumerate(lines):
+                if line.strip():
+                    found.append((number, offset))
+                offset += len(line)
+        return np.asarray(found, dtype=np.int64).reshape(-1, 2)
+
+    def rows(self, file: str, places: Sequence[int]) -> Iterator[Any]:
+        with (self.root / file).open("rb") as lines:
+            for place in places:
+                lines.seek(place)
+                yield _json(lines.readline())
+
+    def called(self, file: str, number: int) -> str:
+        return f"line_{number + 1:06d}"
+
+    def where(self, file: str, number: int) -> str:
+        return f"{self.root / file}, line {number + 1}"
+
+
+class ParquetRows(TalkSource):
+    """Files of them, such as LLaVA-OneVision's. Of a row group only the pages before a row are read."""
+
+    def places(self, file: str) -> np.ndarray:
+        return _numbered(_parquet(self.root / file).metadata.num_rows)
+
+    def rows(self, file: str, places: Sequence[int]) -> Iterator[Any]:
+        path, wanted = self.root / file, list(places)
+        opened, start = _parquet(path), 0
+        names = [name for name in opened.schema_arrow.names if name in COLUMNS]
+        if not {"messages", "conversations"} & set(names):
+            near = nearest("conversations", opened.schema_arrow.names)
+            raise UserError(f"{path}: no column 'messages' or 'conversations'.{near}")
+        for group in range(opened.metadata.num_row_groups):
+            count = opened.metadata.row_group(group).num_rows
+            here = [place - start for place in wanted if start <= place < start + count]
+            yield from _of_group(path, opened, group, names, here)
+            start += count
+
+    def _add(self, digest: Any, path: Path) -> None:
+        with path.open("rb") as content:
+            size = path.stat().st_size
+            content.seek(max(0, size - TAIL))
+            digest.update(str(size).encode() + content.read())
+
+
+class VideoPhy(TalkSource):
+    """meta.json with the conversation of each entry in a file of its own."""
+
+    def places(self, file: str) -> np.ndarray:
+        return _numbered(len(_meta(self.root / file)))
+
+    def rows(self, file: str, places: Sequence[int]) -> Iterator[Any]:
+        path = self.root / file
+        entries = _meta(path)
+        for place in places:
+            yield _joined(path.parent, entries[place])
+
+    def called(self, file: str, number: int) -> str:
+        """See `TalkSource.called`: by the entry's id."""
+        folder = Path(file).parent.as_posix()
+        name = str(_meta(self.root / file)[number].get("id", number))
+        return name if folder == "." else f"{folder}/{name}"
+
+    def heldout(self, file: str) -> bool:
+        return Path(file).parent.name.endswith(VALIDATION)
+
+    def _add(self, digest: Any, path: Path) -> None:
+        super()._add(digest, path)
+        texts = sorted((path.parent / "text").glob("*.json"))
+        digest.update(json.dumps([(text.name, text.stat().st_size) for text in texts]).encode())
+
+
+def open_talks(source: Path) -> TalkSource:
+    """The rows of a set at a file or in a folder, by its layout.
+
+    Raises:
+        UserError: there is none, or several .jsonl files and nothing says which.
+    """
+    _tables.close()  # what was open may have been written anew
+    _metas.close()
+    if source.is_file():
+        made = {".jsonl": JsonLines, ".parquet": ParquetRows}.get(source.suffix, JsonLines)
+        return made(source.parent, [source])
+    if not source.is_dir():
+        beside = [other.name for other in source.parent.glob("*.jsonl")] if source.parent.is_dir() else []
+        raise UserError(f"{source}: no such file or folder.{nearest(source.name, beside)}")
+    metas = [path for pattern in ("meta.json", "*/meta.json") for path in source.glob(pattern)]
+    if metas:
+        return VideoPhy(source, metas)
+    tables = list(source.rglob("*.parquet"))
+    if tables:
+        return ParquetRows(source, tables)
+    lines = sorted(source.glob("*.jsonl"))
+    if len(lines) != 1:
+        raise UserError(f"{source}: holds {len(lines)} .jsonl files; name one of them")
+    return JsonLines(source, lines)
+
+
+def _numbered(count: int) -> np.ndarray:
+    return np.repeat(np.arange(count, dtype=np.int64)[:, None], 2, axis=1)
+
+
+def _json(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        return NoTalk(f"not valid JSON ({error})")
+
+
+def _joined(folder: Path, entry: Mapping[str, Any]) -> Any:
+    """A row of VideoPhy-2: its conversation, with the videos that its entry names."""
+    name, media = entry.get("id"), entry.get("media")
+    text = entry.get("conversation") or f"text/conversation_{name}.json"
+    if not isinstance(text, str) or Path(text).is_absolute() or ".." in Path(text).parts:
+        return NoTalk(f"its conversation {text!r} is no path inside the set's folder")
+    try:
+        row = _json((folder / text).read_bytes())
+    except OSError as error:
+        return NoTalk(f"{text}: cannot be read ({error.strerror})")
+    if isinstance(media, Mapping):
+        media = list(media.values())
+    videos = [media] if isinstance(media, str) else media or [f"media/video_{name}.mp4"]
+    if isinstance(row, Mapping):
+        return {key: row[key] for key in ("messages", "conversations") if key in row} | {"videos": videos}
+    return {"messages": row, "videos": videos} if isinstance(row, list) else row
+
+
+def _meta(path: Path) -> list[dict[str, Any]]:
+    return _metas.get(path)
+
+
+def _read_meta(path: Path, _: str) -> list[dict[str, Any]]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); fetch it again") from None
+    if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
+        raise UserError(f"{path}: a list of mappings with id, media and conversation is expected")
+    return content
+
+
+def _parquet(path: Path) -> pq.ParquetFile:
+    try:
+        return _tables.get(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: the Parquet file is missing; fetch it again") from None
+
+
+def _open_parquet(path: Path, _: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path, buffer_size=PAGE)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise _damaged(path, error) from None
+
+
+def _of_group(path: Path, opened: pq.ParquetFile, group: int, names: list[str], rows: list[int]) -> Iterator[Any]:
+    """Rows of a row group, at rising places in it."""
+    if not rows:
+        return
+    left, before = list(rows), 0
+    try:
+        for batch in opened.iter_batches(batch_size=16, row_groups=[group], columns=names, use_threads=False):
+            here = [row - before for row in left if row < before + batch.num_rows]
+            if here:
+                for row in batch.take(pa.array(here)).to_pylist():
+                    yield {name: value for name, value in row.items() if value is not None}
+                left = left[len(here) :]
+            if not left:
+                return
+            before += batch.num_rows
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    problem = " ".join(str(error).split())[:160]
+    return UserError(f"{path}: not a readable Parquet file ({problem}); fetch it again")
+
+
+_tables = KeptFiles(_open_parquet, lambda opened: opened.close())
+_metas = KeptFiles(_read_meta, lambda _: None)

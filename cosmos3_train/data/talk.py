@@ -1,0 +1,175 @@
+"""A row of a conversation set as one form: messages as the chat template takes them, and where their pictures are.
+
+Read are role/content and ShareGPT's from/value messages, bare or below "messages" or "conversations". A picture is a
+part of the content, {"type": "image", "image": PATH}, or `<image>` or `<video>` in the words, with the row's `image`,
+`images`, `video` or `videos` beside, in order: a path inside the set's folder, or the file's bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+from cosmos3_train.config import nearest
+
+ROLES = ("system", "user", "assistant")
+SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+"""ShareGPT's names of them."""
+
+UNMATCHED = "its words and its pictures do not match"
+OUTSIDE = "a picture is outside the set's folder"
+
+_PLACEHOLDER = re.compile(r"\n?<(image|video)>\n?")
+"""With the line breaks that set it apart: the chat template puts none."""
+
+
+class NoTalk(Exception):
+    """A row that is no conversation; says why."""
+
+
+class Unusable(Exception):
+    """A conversation that cannot be used for its pictures' sake. Holds the reason that is counted, and an example."""
+
+    def __init__(self, reason: str, example: str) -> None:
+        super().__init__(f"{reason}: {example}")
+        self.reason, self.example = reason, example
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A picture before it is read: kind, and its path inside the set's folder, or the bytes of its file."""
+
+    kind: Literal["image", "video"]
+    path: str = ""
+    content: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Talk:
+    """messages: as of `Sample`;  pictures: one for each part of them that is one, in their order"""
+
+    messages: list[dict[str, Any]]
+    pictures: tuple[Reference, ...] = ()
+
+
+def parse_talk(row: Any) -> Talk:
+    """The conversation of a row.
+
+    Raises:
+        NoTalk: it is none, or its last message is not the assistant's.
+        Unusable: its pictures are not those that its words name, or lie elsewhere.
+    """
+    given, media = row, {}
+    if isinstance(row, Mapping):
+        given = next((row[key] for key in ("messages", "conversations") if key in row), None)
+        if given is None:
+            raise NoTalk(f"no 'messages'.{nearest('messages', [str(key) for key in row])}")
+        media = {kind: _given(row, kind) for kind in ("image", "video")}
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes) or not given:
+        raise NoTalk("a non-empty list of messages is expected")
+    shown = _Shown(media)
+    messages = [_message(message, place, shown) for place, message in enumerate(given)]
+    if messages[-1]["role"] != "assistant":
+        raise NoTalk("the last message is not the assistant's, so nothing would be learned from it")
+    left = shown.left()
+    if left and not shown.found:  # no word says where: before the first question, as upstream puts them
+        first = next((message for message in messages if message["role"] == "user"), None)
+        if first is None:
+            raise Unusable(UNMATCHED, f"{len(left)} pictures and no question")
+        content = first["content"]
+        words = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        first["content"] = [*({"type": reference.kind} for reference in left), *words]
+        return Talk(messages, tuple(left))
+    if left:
+        raise Unusable(UNMATCHED, f"{len(left)} pictures more than the words name")
+    return Talk(messages, tuple(shown.found))
+
+
+class _Shown:
+    """The pictures of a row, handed out in the order in which its words name them."""
+
+    def __init__(self, media: Mapping[str, list[Any]]) -> None:
+        self.named = {kind: bool(values) for kind, values in media.items()}
+        self._waiting = {kind: list(values) for kind, values in media.items()}
+        self.found: list[Reference] = []
+
+    def take(self, kind: Literal["image", "video"], own: Any) -> None:
+        """The next of a kind: the row's where it lists any, else what the part itself names."""
+        if self.named.get(kind):
+            if not self._waiting[kind]:
+                raise Unusable(UNMATCHED, f"fewer {kind}s than the words name")
+            own = self._waiting[kind].pop(0)
+        self.found.append(_reference(kind, own))
+
+    def left(self) -> list[Reference]:
+        return [_reference(kind, value) for kind in ("image", "video") for value in self._waiting.get(kind, [])]
+
+
+def _given(row: Mapping[str, Any], kind: str) -> list[Any]:
+    """What a row lists of a kind."""
+    for key in (kind, f"{kind}s"):
+        value = row.get(key)
+        if value is not None:
+            return list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
+    return []
+
+
+def _reference(kind: Literal["image", "video"], value: Any) -> Reference:
+    content = value.get("bytes") if isinstance(value, Mapping) else value
+    if isinstance(content, bytes) and content:
+        return Reference(kind, content=content)
+    path = value.get("path") if isinstance(value, Mapping) else value
+    if not isinstance(path, str) or not path:
+        raise Unusable(UNMATCHED, f"the words name {'an image' if kind == 'image' else 'a video'} that is not there")
+    pure = PurePosixPath(path.removeprefix("file://"))
+    if "://" in str(path).removeprefix("file://") or pure.is_absolute() or ".." in pure.parts or "\\" in path:
+        raise Unusable(OUTSIDE, repr(path))
+    return Reference(kind, path=pure.as_posix())
+
+
+def _message(message: Any, place: int, shown: _Shown) -> dict[str, Any]:
+    where = f"message {place}: "
+    said = {key: value for key, value in message.items() if value is not None} if isinstance(message, Mapping) else {}
+    if set(said) == {"from", "value"}:
+        role, content = SHAREGPT.get(str(said["from"]), said["from"]), said["value"]
+    elif set(said) == {"role", "content"}:
+        role, content = said["role"], said["content"]
+    else:
+        raise NoTalk(f"{where}exactly the keys 'role' and 'content', or 'from' and 'value', are expected")
+    if role not in ROLES:
+        raise NoTalk(f"{where}role {role!r}.{nearest(str(role), ROLES)}")
+    if isinstance(content, str):
+        return {"role": role, "content": _words(content, shown)}
+    if not isinstance(content, Sequence) or not content:
+        raise NoTalk(f"{where}content is neither words nor a list of parts")
+    parts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            parts.append({"type": "text", "text": part["text"]})
+        elif kind in ("image", "video"):
+            shown.take(kind, part.get(kind))
+            parts.append({"type": kind})
+        else:
+            raise NoTalk(f"{where}a part is none of text, image and video: {str(part)[:60]}")
+    only_words = all(part["type"] == "text" for part in parts)
+    return {"role": role, "content": "".join(part["text"] for part in parts) if only_words else parts}
+
+
+def _words(words: str, shown: _Shown) -> str | list[dict[str, Any]]:
+    """Words as they are, or cut where they name the row's pictures."""
+    parts, after = [], 0
+    for match in _PLACEHOLDER.finditer(words):
+        kind = "image" if match[1] == "image" else "video"
+        if not shown.named.get(kind):
+            continue  # a row without pictures may talk about tags
+        parts += [{"type": "text", "text": words[after : match.start()]}] if match.start() > after else []
+        shown.take(kind, None)
+        parts.append({"type": kind})
+        after = match.end()
+    if not parts:
+        return words
+    return [*parts, *([{"type": "text", "text": words[after:]}] if after < len(words) else [])]

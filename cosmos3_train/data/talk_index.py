@@ -1,0 +1,341 @@
+"""The index of a conversation set: which rows can be used, what each is made of, how many tokens it has.
+
+Made in blocks by several processes, the same bytes for any number of them, and kept in the prepared folder: what is
+killed goes on where it was. It is of the source's bytes: of others it is made anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import multiprocessing
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from cosmos3_train.config import UserError, to_plain
+from cosmos3_train.data.blocks import open_work_folder
+from cosmos3_train.data.card import DatasetCard, PictureOptions
+from cosmos3_train.data.files import disk_full_is_the_users, write_whole
+from cosmos3_train.data.sources.conversations import TalkSource, open_talks
+from cosmos3_train.data.talk import NoTalk, Talk, Unusable, parse_talk
+from cosmos3_train.data.talk_pictures import Shape, check_there, picture_shape
+from cosmos3_train.runtime import fold
+
+VERSION = 1
+ROWS_FILE, CARD_FILE = "conversations.parquet", "card.json"
+BLOCK_ROWS = 1024
+NO_TALK = "no conversation"
+UNTAKEN = "cannot be turned into tokens"
+
+SCHEMA = pa.schema(
+    [
+        ("file", pa.int32()),  # of the source's files
+        ("place", pa.int64()),  # in it
+        ("number", pa.int64()),  # of the row in its file, from 0
+        ("content", pa.int64()),  # a hash of what is said and shown, and by whom
+        ("pictures", pa.int32()),
+        ("tokens", pa.int64()),  # 0 where they were not counted
+    ]
+)
+
+
+class Measure(Protocol):
+    """Counts the tokens of a conversation with pictures of these shapes; the words name it in errors. Goes to workers.
+
+    `Unusable` leaves the row out, any other error ends the work.  fingerprint: of the model's part in the count
+    """
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def __call__(self, talk: Talk, shapes: Sequence[Shape], where: str) -> int: ...
+
+
+@dataclass(frozen=True)
+class TalkIndex:
+    """rows: of `SCHEMA`;  counted: by which `Measure` tokens were, "" by none
+    dropped: reason → rows;  examples: reason → the first
+    total:   rows of the set, where only some were looked at
+    """
+
+    rows: pa.Table
+    counted: str
+    dropped: dict[str, int]
+    examples: dict[str, str]
+    reused: bool = False
+    total: int = 0
+
+    @property
+    def seen(self) -> int:
+        """Rows that were looked at."""
+        return self.rows.num_rows + sum(self.dropped.values())
+
+    def column(self, name: str) -> np.ndarray:
+        return self.rows.column(name).to_numpy()
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What all blocks depend on."""
+
+    talks: TalkSource
+    options: PictureOptions
+    measure: Measure | None
+
+
+_BlockRows = tuple[int, np.ndarray]
+"""A file of the source, and the numbers and places of some of its rows."""
+
+
+def index_talks(
+    card: DatasetCard, source: Path, folder: Path | None, *, measure: Measure | None = None, workers: int = 1,
+    progress: bool = False, most_rows: int | None = None, fresh: bool = False,
+) -> TalkIndex:  # fmt: skip
+    """Look at every row of a set.
+
+    Args:
+        source: its folder or file.
+        folder: prepared folder where the index is kept and looked for; None keeps none.
+        measure: None counts no tokens; an index with tokens serves all the same.
+        fresh: make an index anew that is there.
+        most_rows: where no index is there, only so many rows are looked at, and nothing is written.
+
+    Raises:
+        UserError: a file cannot be read, a JSON line is no conversation, or no row can be used.
+    """
+    talks = open_talks(source)
+    made_of = _made_of(talks, card.pictures)
+    there = None if folder is None else _read(folder, made_of)
+    counted = "" if measure is None else measure.fingerprint
+    if there is not None and not fresh and counted in ("", there.counted):
+        return there
+    blocks: list[_BlockRows] = []
+    for file, name in enumerate(talks.files):
+        places = talks.places(name)
+        blocks += [(file, places[first : first + BLOCK_ROWS]) for first in range(0, len(places), BLOCK_ROWS)]
+    total = sum(len(places) for _, places in blocks)
+    if most_rows is not None:
+        blocks, folder = _first(blocks, most_rows), None
+    work = _Work(talks, card.pictures, measure)
+    if folder is None:
+        found = _whole([_do_block(work, block) for block in blocks], counted)
+        return replace(_refuse_empty(found, source), total=total)
+    with disk_full_is_the_users(folder):
+        beside = folder.with_name(f"{folder.name}.partial")
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        open_work_folder(beside, f"{made_of} {counted}")
+        _run_blocks(work, blocks, beside, workers, progress, f"preparing {card.name}")
+        found = _whole([_read_block(_block_path(beside, n)) for n in range(len(blocks))], counted)
+        _refuse_empty(found, source)
+        _write(folder, found, made_of, card)
+        shutil.rmtree(beside)
+    return found
+
+
+def _first(blocks: Sequence[_BlockRows], most: int) -> list[_BlockRows]:
+    found = []
+    for file, places in blocks:
+        if most > 0:
+            found.append((file, places[:most]))
+        most -= len(places)
+    return found
+
+
+def _made_of(talks: TalkSource, options: PictureOptions) -> str:
+    settings = json.dumps([VERSION, talks.fingerprint(), to_plain(options)], sort_keys=True)
+    return hashlib.sha256(settings.encode()).hexdigest()[:32]
+
+
+def _read(folder: Path, made_of: str) -> TalkIndex | None:
+    """The index that is there, None where there is none or one of other bytes.
+
+    Raises:
+        UserError: the folder holds the rows of a log.
+    """
+    try:
+        card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(card, dict) or "made_of" not in card:
+        raise UserError(f"{folder}: holds rows that are no conversations; name another prepared folder")
+    if card["made_of"] != made_of:
+        return None
+    try:
+        rows = pq.read_table(folder / ROWS_FILE)
+        return TalkIndex(rows, card["counted"], card["dropped"], card["examples"], reused=True)
+    except (OSError, ValueError, KeyError, pa.ArrowException):
+        return None
+
+
+def _write(folder: Path, index: TalkIndex, made_of: str, card: DatasetCard) -> None:
+    """The card last: it says that the index is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CARD_FILE).unlink(missing_ok=True)
+    write_whole(folder / ROWS_FILE, _parquet_bytes(index.rows))
+    content = {"name": card.name, "format": card.format, "made_of": made_of, "counted": index.counted,
+               "rows": index.rows.num_rows, "dropped": index.dropped, "examples": index.examples}  # fmt: skip
+    write_whole(folder / CARD_FILE, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _parquet_bytes(rows: pa.Table) -> bytes:
+    written = io.BytesIO()
+    pq.write_table(rows, written)
+    return written.getvalue()
+
+
+def _refuse_empty(index: TalkIndex, source: Path) -> TalkIndex:
+    if not index.rows.num_rows:
+        reasons = [f"{n:,} × {reason}, such as {index.examples[reason]}" for reason, n in index.dropped.items()]
+        raise UserError(
+            f"{source}: no conversation can be used: {'; '.join(reasons)}"
+            if reasons
+            else f"{source}: the file has no conversation"
+        )
+    return index
+
+
+# ------------------------------------------------------------------------------------------------ blocks
+
+
+@dataclass
+class _Block:
+    """rows: of `SCHEMA`;  dropped, examples: as of `TalkIndex`"""
+
+    rows: pa.Table
+    dropped: dict[str, int]
+    examples: dict[str, str]
+
+
+def _do_block(work: _Work, block: _BlockRows) -> _Block:
+    file, places = block
+    name, found, made = work.talks.files[file], list[tuple[int, ...]](), _Block(SCHEMA.empty_table(), {}, {})
+
+    def drop(reason: str, example: str) -> None:
+        made.dropped[reason] = made.dropped.get(reason, 0) + 1
+        made.examples.setdefault(reason, example)
+
+    rows = work.talks.rows(name, places[:, 1].tolist())
+    for (turn, place), row in zip(places.tolist(), rows, strict=True):
+        where = work.talks.where(name, turn)
+        try:
+            talk = talk_of(row)
+            tokens = _tokens(work, talk, work.talks.pictures(name), where)
+        except NoTalk as error:
+            if work.talks.strict:
+                raise UserError(f"{where}: {error}") from None
+            drop(NO_TALK, f"{where}: {error}")
+        except Unusable as error:
+            drop(error.reason, f"{where}: {error.example}")
+        else:
+            found.append((file, place, turn, content_of(talk), len(talk.pictures), tokens))
+    if found:
+        made.rows = pa.Table.from_pydict(dict(zip(SCHEMA.names, zip(*found, strict=True), strict=True)), schema=SCHEMA)
+    return made
+
+
+def talk_of(row: Any) -> Talk:
+    """`talk.parse_talk` of what a source gives."""
+    if isinstance(row, NoTalk):
+        raise row
+    return parse_talk(row)
+
+
+def content_of(talk: Talk) -> int:
+    """A number of what is said and shown, however the row writes it."""
+    words = [
+        part if isinstance(part, str) else json.dumps(part, ensure_ascii=False)
+        for message in talk.messages
+        for part in (message["role"], message["content"])
+    ]
+    pictures = [r.path or hashlib.blake2b(r.content or b"", digest_size=16).hexdigest() for r in talk.pictures]
+    return fold(0, *words, *pictures)
+
+
+def _tokens(work: _Work, talk: Talk, folder: Path, where: str) -> int:
+    if work.measure is None:
+        for reference in talk.pictures:
+            check_there(folder, reference)
+        return 0
+    shapes = [picture_shape(folder, reference, work.options) for reference in talk.pictures]
+    return work.measure(talk, shapes, where)
+
+
+def _run_blocks(
+    work: _Work, blocks: Sequence[_BlockRows], folder: Path, workers: int, progress: bool, words: str
+) -> None:
+    """Do the blocks that are not done. Returns when all are."""
+    todo = [number for number in range(len(blocks)) if not _block_path(folder, number).exists()]
+    sizes = [len(places) for _, places in blocks]
+    done = sum(sizes) - sum(sizes[number] for number in todo)
+    with tqdm(total=sum(sizes), initial=done, unit="row", desc=words, disable=not progress) as bar:
+        if workers == 1 or len(todo) <= 1:
+            for number in todo:
+                _write_block(work, blocks[number], _block_path(folder, number))
+                bar.update(sizes[number])
+            return
+        # From a server that has only imported, as `blocks` says.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        count = min(workers, len(todo))
+        with ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(work,)) as pool:
+            futures = {pool.submit(_in_worker, blocks[n], _block_path(folder, n)): n for n in todo}
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    bar.update(sizes[futures[future]])
+            except BaseException:
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
+                raise
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+_works: list[_Work] = []
+"""Of a worker, which gets it once: a tokenizer is too large to be sent with every block."""
+
+
+def _begin(work: _Work) -> None:
+    _works.append(work)
+
+
+def _in_worker(block: _BlockRows, path: Path) -> None:
+    _write_block(_works[0], block, path)
+
+
+def _block_path(folder: Path, number: int) -> Path:
+    return folder / "blocks" / f"{number:05d}.parquet"
+
+
+def _write_block(work: _Work, block: _BlockRows, path: Path) -> None:
+    """Rows, with what was left out beside them in the file's own header: one file, whole or not there."""
+    made = _do_block(work, block)
+    told = json.dumps([made.dropped, made.examples]).encode()
+    write_whole(path, _parquet_bytes(made.rows.replace_schema_metadata({b"left_out": told})))
+
+
+def _read_block(path: Path) -> _Block:
+    rows = pq.read_table(path)
+    dropped, examples = json.loads((rows.schema.metadata or {})[b"left_out"])
+    return _Block(rows.replace_schema_metadata(None), dropped, examples)
+
+
+def _whole(blocks: Sequence[_Block], counted: str) -> TalkIndex:
+    dropped: dict[str, int] = {}
+    examples: dict[str, str] = {}
+    for block in blocks:
+        for reason, count in block.dropped.items():
+            dropped[reason] = dropped.get(reason, 0) + count
+            examples.setdefault(reason, block.examples[reason])
+    rows = pa.concat_tables([SCHEMA.empty_table(), *(block.rows for block in blocks)]).combine_chunks()
+    return TalkIndex(rows, counted, dropped, examples)

@@ -1,0 +1,106 @@
+"""Pictures of conversations: their size without decoding, and decoded."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from cosmos3_train.config import UserError
+from cosmos3_train.data.card import PictureOptions
+from cosmos3_train.data.talk import Reference, Unusable
+from cosmos3_train.data.video import frames_at, opened, video_times
+from cosmos3_train.types import Picture
+
+MISSING = "a picture is missing"
+UNREADABLE = "a picture cannot be read"
+LEAST_FRAMES = 4
+"""That are taken of a video, as transformers' own processor does where it has them."""
+
+_BROKEN = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+class Shape(NamedTuple):
+    """What a picture's tokens depend on. size: (H, W) in pixels;  numbers, fps, pixels: as of `Picture`"""
+
+    size: tuple[int, int]
+    numbers: tuple[int, ...] | None
+    fps: float
+    pixels: tuple[int | None, int | None]
+
+
+def frame_numbers(count: int, fps: float, options: PictureOptions) -> tuple[int, ...]:
+    """Which of a video's frames are taken: evenly, first and last included, as transformers' processor takes them."""
+    wanted = min(max(int(count / fps * options.video_fps), LEAST_FRAMES), options.video_frames, count)
+    return tuple(np.linspace(0, count - 1, wanted).round().astype(int).tolist())
+
+
+def check_there(root: Path, reference: Reference) -> None:
+    """Raise `Unusable` where a picture's file is missing."""
+    try:
+        there = reference.content is not None or (root / reference.path).is_file()
+    except OSError:  # a name that no file can have
+        there = False
+    if not there:
+        raise Unusable(MISSING, reference.path[:160])
+
+
+def picture_shape(root: Path, reference: Reference, options: PictureOptions) -> Shape:
+    """A picture's shape, from its header or its index.
+
+    Raises:
+        Unusable: it is missing, no picture, or a video of one frame.
+    """
+    check_there(root, reference)
+    try:
+        if reference.kind == "video":
+            numbers, fps, _ = _film(root, reference, options)
+            stream = opened(root / reference.path).streams.video[0]
+            return Shape((stream.height, stream.width), numbers, fps, options.video_pixels)
+        with Image.open(_file(root, reference)) as image:
+            return Shape((image.height, image.width), None, 0.0, options.image_pixels)
+    except (UserError, *_BROKEN) as error:
+        raise Unusable(UNREADABLE, _named(reference, error)) from None
+
+
+def read_picture(root: Path, reference: Reference, options: PictureOptions) -> Picture:
+    """A picture, decoded.
+
+    Raises:
+        Unusable: it is missing or damaged.
+    """
+    check_there(root, reference)
+    try:
+        if reference.kind == "video":
+            numbers, fps, times = _film(root, reference, options)
+            frames = frames_at(root, reference.path, times[list(numbers)])
+            return Picture(frames, numbers, fps, options.video_pixels)
+        with Image.open(_file(root, reference)) as image:
+            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB")).transpose(2, 0, 1)
+        return Picture(torch.from_numpy(np.ascontiguousarray(pixels))[None], pixels=options.image_pixels)
+    except (UserError, *_BROKEN) as error:
+        raise Unusable(UNREADABLE, _named(reference, error)) from None
+
+
+def _film(root: Path, reference: Reference, options: PictureOptions) -> tuple[tuple[int, ...], float, np.ndarray]:
+    """The frames that are taken of a video, its rate, and when each of its frames is shown."""
+    if reference.content is not None:
+        raise Unusable(UNREADABLE, "a video that lies in a column; only files are read")
+    times, fps = video_times(root, reference.path)
+    if len(times) < 2:
+        raise Unusable(UNREADABLE, f"{reference.path}: the video has one frame")
+    return frame_numbers(len(times), fps, options), fps, times
+
+
+def _file(root: Path, reference: Reference) -> Path | io.BytesIO:
+    return root / reference.path if reference.content is None else io.BytesIO(reference.content)
+
+
+def _named(reference: Reference, error: Exception) -> str:
+    unknown = isinstance(error, UnidentifiedImageError)  # its own words hold an address in memory
+    problem = "of no kind of image that is known" if unknown else " ".join(str(error).split())[:160]
+    return f"{reference.path}: {problem}" if reference.path and reference.path not in problem else problem

@@ -1,0 +1,129 @@
+"""The published sets of conversations with pictures, from their files to two steps, on small files of their layout."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+from transformers import Cosmos3OmniForConditionalGeneration
+
+from cosmos3_train.evaluation.pictures import read_metrics
+from tests.commands.tiny import QUICK, ROOT, make_model
+from tests.data.talks import picture_bytes, write_llava, write_videophy
+from tests.parity.eyes import add_eyes
+
+SETS = {"llava_onevision": write_llava, "videophy2": write_videophy}
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+    return add_eyes(make_model(tmp_path_factory.mktemp("model") / "seeing"))
+
+
+def settings(model, *more):
+    return [f"model.path={model}", *QUICK, "training.tokens_per_micro_batch=200", "data.heldout_fraction=0.2", *more]
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", pytest.param("videophy2", marks=pytest.mark.slow)])
+def test_two_steps_on_a_tiny_model(name, cosmos3, project, seeing, capsys):
+    experiment = f"experiments/nano_reasoner_{name}.yaml"
+    SETS[name](project / "downloads" / name)
+    line = settings(seeing, "export=none")
+    assert cosmos3("check", experiment, *line) == 0
+    assert "conversations to train on" in capsys.readouterr().out
+    assert cosmos3("train", experiment, *line) == 0
+    run = project / "runs" / f"nano_reasoner_{name}"
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+    assert read_metrics(run / "metrics.csv")["loss"][0] == [1, 2]
+    numbers = json.loads((run / "report.json").read_text())
+    assert numbers["heldout_loss_before"] != numbers["heldout_loss_after"]
+    index = json.loads((project / "prepared" / name / "card.json").read_text())
+    assert (index["rows"], index["dropped"]) == ({"llava_onevision": 24, "videophy2": 8}[name], {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETS)
+def test_every_command_takes_such_a_set(name, cosmos3, project, seeing, capsys):
+    card, experiment = f"data/published/{name}.yaml", f"experiments/nano_reasoner_{name}.yaml"
+    SETS[name](project / "downloads" / name)
+    assert cosmos3("check", "--scan", card, "--source", f"downloads/{name}") == 0
+    assert "nothing wrong was found" in capsys.readouterr().out
+    line = settings(seeing, "export=adapter", f"name=all_{name}", f"data.datasets.{name}.prepared=prepared/all_{name}")
+    assert cosmos3("train", experiment, *line) == 0
+    run = project / "runs" / f"all_{name}"
+    assert json.loads((run / "report.json").read_text())["export_relative_difference"] <= 1e-5
+    (adapter,) = (run / "export" / "adapter").glob("*.safetensors")
+    assert all(key.startswith("transformer.layers.") for key in load_file(adapter)), "the vision encoder trains nothing"
+    assert cosmos3("export", f"all_{name}", "--to", "merged") == 0
+    merged = run / "export" / "merged"
+    for file in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        assert (merged / file).read_bytes() == (seeing / file).read_bytes()
+    _, told = Cosmos3OmniForConditionalGeneration.from_pretrained(merged, output_loading_info=True)
+    assert not any(told.values()), told
+    capsys.readouterr()
+    assert cosmos3("evaluate", f"all_{name}", "--on", card) == 0
+    assert "heldout/loss: " in capsys.readouterr().out
+    assert cosmos3("plan", experiment, f"model.path={seeing}", "--gpu", "h100-80g") == 0
+    told = capsys.readouterr().out
+    assert "conversation: 0 generation and" in told and "vision encoder" in told
+    assert cosmos3("show", experiment) == 0
+    moved = ["prepare", card, "--source", f"downloads/{name}", "--output", f"prepared/{name}"]
+    assert cosmos3(*moved) == 0
+
+
+def test_prepare_counts_tokens_and_what_is_over_the_cap(cosmos3, project, seeing, capsys):
+    def change(row):
+        if row["id"] == "row_3":
+            row["image"]["bytes"] = picture_bytes(3, (256, 256))
+        if row["id"] == "row_4":
+            row["image"]["bytes"] = b"no picture"
+        return row
+
+    write_llava(project / "llava", change=change)
+    part = project / "seeing.yaml"
+    part.write_text(f"path: {seeing}\n")
+    line = ["prepare", "data/published/llava_onevision.yaml", "--source", "llava", "--output", "prepared/llava"]
+    assert cosmos3(*line, "--model", part, "--tokens", "37") == 0
+    told = capsys.readouterr().out
+    assert (
+        "left out: 1 × a picture cannot be read, such as " in told
+        and "row 4: of no kind of image that is known" in told
+    )
+    assert "left out: 1 × more than 37 tokens" in told
+    assert cosmos3(*line) == 0
+    assert "was prepared already" in capsys.readouterr().out
+    assert cosmos3(*line, "--tokens", "40") == 2 and "needs --model" in capsys.readouterr().err
+    assert cosmos3(*line, "--embodiment", "pusht") == 2 and "conversations have none" in capsys.readouterr().err
+    assert cosmos3("check", "--scan", "data/published/llava_onevision.yaml", "--source", "llava") == 2
+    assert "found: 1 × a picture cannot be read" in capsys.readouterr().out
+
+
+def test_a_model_without_eyes_is_refused_before_any_work(cosmos3, project, tiny_model, capsys):
+    write_videophy(project / "downloads" / "videophy2")
+    experiment = "experiments/nano_reasoner_videophy2.yaml"
+    line = settings(tiny_model, "name=blind", "data.datasets.videophy2.prepared=prepared/blind")
+    for command in (("check", experiment, *line), ("train", experiment, *line)):
+        assert cosmos3(*command) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "data.datasets.videophy2 shows pictures, but model.path" in error
+        assert "has no vision encoder (vision_encoder/); take Cosmos3-Nano or Cosmos3-Super" in error
+
+
+@pytest.mark.slow
+def test_pictures_and_robots_train_together(cosmos3, project, seeing):
+    write_videophy(project / "downloads" / "videophy2")
+    line = settings(
+        seeing, "name=mixed", "export=none", "training.samples_per_step=6", "model.checkpoint_activations=true"
+    )
+    line += ["data.datasets.pusht.card=data/pusht/log.yaml", "data.datasets.pusht.prepared=prepared/quick_pusht"]
+    line += ["data.datasets.pusht.embodiment=pusht", "data.workers=1"]
+    line += ["tuning.towers=[understanding,generation]", "training.tokens_per_micro_batch=500"]
+    assert cosmos3("train", "experiments/nano_reasoner_videophy2.yaml", *line) == 0
+    columns = read_metrics(project / "runs" / "mixed" / "metrics.csv")
+    assert {"loss/text", "loss/action"} <= set(columns)
+
+
+def test_the_cards_say_what_is_read():
+    for name in SETS:
+        assert "not read yet" not in (ROOT / "data" / "published" / f"{name}.yaml").read_text()

@@ -1,0 +1,319 @@
+"""Conversations with images and videos: the published layouts, what is left out, and what is read."""
+
+import io
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+from transformers.video_utils import VideoMetadata
+
+from cosmos3_train.config import UserError
+from cosmos3_train.data.card import DatasetCard, PictureOptions
+from cosmos3_train.data.conversations import open_conversations
+from cosmos3_train.data.talk import NoTalk, Unusable, parse_talk
+from cosmos3_train.data.talk_index import index_talks
+from cosmos3_train.data.talk_pictures import frame_numbers
+from tests.data.talks import llava_row, picture_bytes, write_llava, write_video, write_videophy
+from tests.data.test_fuzz import BYTES, retyped
+
+CARD = DatasetCard(name="seen", format="conversations")
+ASK, SAY = {"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A cup."}
+TEXT = {"type": "text", "text": "What?"}
+IMAGE, VIDEO = {"type": "image"}, {"type": "video"}
+
+
+def of(row):
+    talk = parse_talk(row)
+    return talk.messages[0]["content"], [(r.kind, r.path or r.content) for r in talk.pictures]
+
+
+@pytest.mark.parametrize(
+    ("row", "content", "pictures"),
+    [
+        ({"messages": [ASK, SAY], "image": "a.jpg"}, [IMAGE, TEXT], [("image", "a.jpg")]),
+        ({"messages": [ASK, SAY], "images": [{"bytes": b"x"}]}, [IMAGE, TEXT], [("image", b"x")]),
+        ({"messages": [ASK, SAY], "images": [{"bytes": None, "path": "b/c.png"}]},
+         [IMAGE, TEXT], [("image", "b/c.png")]),
+        ({"messages": [{**ASK, "content": "What?"}, SAY], "video": "v.mp4"}, [VIDEO, TEXT], [("video", "v.mp4")]),
+        ([{**ASK, "content": [{**IMAGE, "image": "a.jpg"}, TEXT]}, SAY], [IMAGE, TEXT], [("image", "a.jpg")]),
+        ({"messages": [{**ASK, "content": [{**VIDEO, "video": "video_0"}, TEXT]}, SAY], "videos": ["m/7.mp4"]},
+         [VIDEO, TEXT], [("video", "m/7.mp4")]),
+        ({"conversations": [{"from": "human", "value": "A <image>\nB\n<image>"}, {"from": "gpt", "value": "C"}],
+          "image": ["1.jpg", "2.jpg"]},
+         [{"type": "text", "text": "A "}, IMAGE, {"type": "text", "text": "B"}, IMAGE],
+         [("image", "1.jpg"), ("image", "2.jpg")]),
+        ([{**ASK, "content": "The tag <image> is HTML?"}, SAY], "The tag <image> is HTML?", []),
+        ([{**ASK, "content": [TEXT]}, SAY], "What?", []),
+        ([{**ASK, "weight": None, "content": [{**TEXT, "image": None}]}, SAY], "What?", []),
+        ({"messages": [{**ASK, "content": "<video><image>What?"}, SAY], "image": "a.jpg", "video": "v.mp4"},
+         [VIDEO, IMAGE, TEXT], [("video", "v.mp4"), ("image", "a.jpg")]),
+    ],
+)  # fmt: skip
+def test_rows(row, content, pictures):
+    assert of(row) == (content, pictures)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"messages": [ASK, SAY], "images": ["a.jpg", "b.jpg"]}, "do not match: 1 pictures more"),
+        ({"messages": [{**ASK, "content": "<image><image>"}, SAY], "images": ["a.jpg"]}, "fewer images"),
+        ([{**ASK, "content": [IMAGE]}, SAY], "the words name an image that is not there"),
+        ({"messages": [ASK, SAY], "image": "../a.jpg"}, "outside the set's folder: '../a.jpg'"),
+        ({"messages": [ASK, SAY], "image": "/etc/passwd"}, "outside"),
+        ({"messages": [ASK, SAY], "image": "file:///etc/passwd"}, "outside"),
+        ({"messages": [ASK, SAY], "image": "https://a.b/c.jpg"}, "outside"),
+        ({"messages": [ASK, SAY], "image": "x/../../a.jpg"}, "outside"),
+        ({"messages": [ASK, SAY], "image": "..\\a.jpg"}, "outside"),
+        ({"messages": [ASK, SAY], "image": 7}, "that is not there"),
+    ],
+)
+def test_pictures_that_cannot_be_used(row, words):
+    with pytest.raises(Unusable, match=words):
+        parse_talk(row)
+
+
+@pytest.mark.parametrize("row", [{"conversations": []}, {"conversations": None}, 7, [{"from": "bot", "value": "a"}]])
+def test_rows_that_are_no_conversation(row):
+    with pytest.raises(NoTalk):
+        parse_talk(row)
+
+
+def shown(dataset, split="train"):
+    return [dataset.sample(split, place, "conversation", place) for place in range(dataset.count(split))]
+
+
+def test_llava_onevision(tmp_path):
+    dataset = open_conversations(CARD, write_llava(tmp_path))
+    assert (dataset.count("train"), dataset.shows_pictures) == (24, True)
+    for number, sample in enumerate(shown(dataset)):
+        row = llava_row(number)
+        assert sample.messages[1] == {"role": "assistant", "content": f"A thing, {number}."}
+        assert sample.key == f"seen/ai2d(gpt4v)/train-0000{number // 12}-of-00002.parquet/{number % 12:06d}"
+        if row["image"] is None:
+            assert sample.messages[0]["content"] == f"What is {number}?" and not sample.pictures
+            continue
+        assert sample.messages[0]["content"] == [IMAGE, {"type": "text", "text": f"What is in place {number}?"}]
+        (picture,) = sample.pictures
+        expected = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])))
+        assert torch.equal(picture.frames[0].permute(1, 2, 0), torch.tensor(expected))
+
+
+def test_videophy2(tmp_path):
+    dataset = open_conversations(CARD, write_videophy(tmp_path), heldout_fraction=0.3)
+    assert (dataset.count("train"), dataset.count("heldout")) == (6, 2), "its validation part is what is held out"
+    for place, sample in enumerate(shown(dataset)):
+        count = 20 + 3 * place
+        assert sample.key == f"seen/videophy2_train/{place}"
+        assert sample.messages[0]["content"][0] == VIDEO
+        (film,) = sample.pictures
+        assert film.numbers == frame_numbers(count, 10.0, CARD.pictures) and film.fps == 10.0
+        lightness = film.frames.float().mean(dim=(1, 2, 3))
+        assert torch.allclose(lightness, 40 + 5.0 * torch.tensor(film.numbers), atol=4)
+    alone = open_conversations(CARD, tmp_path / "videophy2_train", heldout_fraction=0.3)
+    assert (alone.count("train") + alone.count("heldout"), alone.count("heldout") > 0) == (6, True)
+
+
+@pytest.mark.parametrize("count", [2, 3, 7, 48, 500, 5000])
+@pytest.mark.parametrize("fps", [1.0, 12.0, 29.97])
+def test_frames_are_those_that_transformers_takes(count, fps):
+    processor = Qwen3VLVideoProcessor(max_frames=32)
+    theirs = processor.sample_frames(VideoMetadata(total_num_frames=count, fps=fps), fps=2)
+    assert frame_numbers(count, fps, PictureOptions()) == tuple(theirs.tolist())
+
+
+def test_pictures_beside_json_lines_turned_and_of_every_mode(tmp_path):
+    turned = Image.fromarray(np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3))
+    exif = Image.Exif()
+    exif[274] = 6  # to be seen a quarter turned
+    turned.save(tmp_path / "turned.png", exif=exif)
+    Image.new("L", (5, 3), 70).save(tmp_path / "grey.png")
+    rows = [{"messages": [ASK, SAY], "image": name} for name in ("turned.png", "grey.png")]
+    (tmp_path / "talk.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    first, second = shown(open_conversations(CARD, tmp_path))
+    assert first.pictures[0].frames.shape == (1, 3, 6, 4)
+    assert second.pictures[0].frames.shape == (1, 3, 3, 5) and second.pictures[0].frames.unique().tolist() == [70]
+
+
+class Area:
+    """Counts tokens by area alone, and does `before` first."""
+
+    fingerprint = "area"
+
+    def __init__(self, before=lambda where: None):
+        self.before = before
+
+    def __call__(self, talk, shapes, where):
+        self.before(where)
+        return 10 + sum(shape.size[0] * shape.size[1] // 1024 for shape in shapes)
+
+
+def test_what_is_left_out_is_counted(tmp_path):
+    (tmp_path / "here.png").write_bytes(picture_bytes(0, form="PNG"))
+    (tmp_path / "large.png").write_bytes(picture_bytes(0, (320, 320), "PNG"))
+    (tmp_path / "cut.png").write_bytes(picture_bytes(0, form="PNG")[:20])
+    write_video(tmp_path / "one.mp4", frames=1)
+    rows = [
+        {"messages": [ASK, SAY], "image": "here.png"},
+        {"messages": [ASK, SAY], "image": "gone.png"},
+        {"messages": [ASK, SAY], "image": "gone too.png" + 300 * "x"},
+        {"messages": [ASK, SAY], "image": "../here.png"},
+        {"messages": [ASK, SAY], "image": "cut.png"},
+        {"messages": [ASK, SAY], "image": "large.png"},
+        {"messages": [ASK, SAY], "images": ["here.png", "here.png"]},
+        {"messages": [{**ASK, "content": "What?"}, SAY], "video": "one.mp4"},
+        {"messages": [{**ASK, "content": "What?"}, SAY]},
+    ]
+    (tmp_path / "talk.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    index = index_talks(CARD, tmp_path, None, measure=Area())
+    assert index.dropped == {
+        "a picture is missing": 2,
+        "a picture is outside the set's folder": 1,
+        "a picture cannot be read": 2,
+        "its words and its pictures do not match": 1,
+    }
+    assert "line 2: gone.png" in index.examples["a picture is missing"]
+    assert index.rows.num_rows + sum(index.dropped.values()) == len(rows)
+    dataset = open_conversations(CARD, tmp_path, measure=Area(), most_tokens=50)
+    assert (dataset.count("train"), dataset.left_out) == (2, 1)
+    assert dataset.fingerprint != open_conversations(CARD, tmp_path, measure=Area()).fingerprint
+    with pytest.raises(UserError, match="all 3 conversations have more than 9 tokens, the shortest 10"):
+        open_conversations(CARD, tmp_path, measure=Area(), most_tokens=9)
+
+
+def test_damage_that_a_header_does_not_show_is_named_when_it_is_read(tmp_path):
+    content = picture_bytes(0, (200, 200))
+    (tmp_path / "cut.jpg").write_bytes(content[: len(content) // 2])
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": [ASK, SAY], "image": "cut.jpg"}))
+    dataset = open_conversations(CARD, tmp_path)
+    with pytest.raises(UserError, match=r"talk\.jsonl, line 1: a picture cannot be read: cut\.jpg.*check CARD --scan"):
+        dataset.sample("train", 0, "conversation", 0)
+
+
+@pytest.mark.slow  # its workers import torch
+def test_an_index_is_the_same_for_any_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr("cosmos3_train.data.talk_index.BLOCK_ROWS", 5)
+    source = write_llava(tmp_path / "set")
+    one, two = tmp_path / "one", tmp_path / "two"
+    index_talks(CARD, source, one)
+    index_talks(CARD, source, two, workers=2)
+    assert [path.read_bytes() for path in sorted(one.iterdir())] == [p.read_bytes() for p in sorted(two.iterdir())]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_an_index_is_kept_and_made_anew_of_other_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr("cosmos3_train.data.talk_index.BLOCK_ROWS", 5)
+    source, one = write_llava(tmp_path / "set"), tmp_path / "one"
+    assert not index_talks(CARD, source, one).reused
+    assert index_talks(CARD, source, one).reused
+    counted = index_talks(CARD, source, one, measure=Area())
+    assert not counted.reused and counted.column("tokens").min() == 10
+    assert index_talks(CARD, source, one).column("tokens").min() == 10
+    other = Area()
+    other.fingerprint = "of another model"
+    assert not index_talks(CARD, source, one, measure=other).reused
+    other = replace(CARD, pictures=PictureOptions(most_pixels=10_000))
+    assert not index_talks(other, source, one).reused
+    assert not index_talks(other, source, one, fresh=True).reused
+    write_llava(tmp_path / "set", rows=20)
+    assert index_talks(other, source, one).rows.num_rows == 20
+    (one / "card.json").write_text('{"settings": {}}')
+    with pytest.raises(UserError, match="holds rows that are no conversations; name another"):
+        index_talks(other, source, one)
+
+
+def test_a_killed_index_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("cosmos3_train.data.talk_index.BLOCK_ROWS", 5)
+    source, seen = write_llava(tmp_path / "set"), []
+
+    def killed(where):
+        if len(seen) == 8:
+            raise KeyboardInterrupt
+        seen.append(where)
+
+    with pytest.raises(KeyboardInterrupt):
+        index_talks(CARD, source, tmp_path / "index", measure=Area(killed))
+    again = []
+    index_talks(CARD, source, tmp_path / "index", measure=Area(again.append))
+    assert len(again) == 24 - 5 and len(set(again) | set(seen)) == 24
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda root: (root / "meta.json").write_text("{"), r"meta\.json: not valid JSON"),
+        (lambda root: (root / "meta.json").write_text("[7]"), r"meta\.json: a list of mappings"),
+        (lambda root: (root / "meta.json").write_text('[{"id": 0, "conversation": "../../x.json"}]'), "no path inside"),
+        (lambda root: (root / "text" / "conversation_0.json").unlink(), "cannot be read"),
+        (lambda root: (root / "text" / "conversation_0.json").write_text("[1"), "not valid JSON"),
+    ],
+)
+def test_damaged_videophy(tmp_path, damage, words):
+    write_videophy(tmp_path, train=1, val=0)
+    damage(tmp_path / "videophy2_train")
+    with pytest.raises(UserError, match=words):
+        open_conversations(CARD, tmp_path / "videophy2_train")
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    path = sorted(write_llava(tmp_path).rglob("*.parquet"))[0]
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"train-00000-of-00002\.parquet: not a readable Parquet file"):
+        open_conversations(CARD, tmp_path)
+
+
+def beside(folder):
+    """JSON lines with a JPEG, a PNG and an mp4 beside."""
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(picture_bytes(1))
+    (folder / "b.png").write_bytes(picture_bytes(2, form="PNG"))
+    write_video(folder / "c.mp4")
+    rows = [
+        {"messages": [ASK, SAY], "image": "a.jpg"},
+        {"messages": [ASK, SAY], "image": "b.png"},
+        {"messages": [{**ASK, "content": [VIDEO, TEXT]}, SAY], "video": "c.mp4"},
+    ]
+    (folder / "talk.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "pattern", "damages"),
+    [
+        (write_llava, "**/*.parquet", BYTES),
+        (write_videophy, "**/*.mp4", BYTES),
+        (write_videophy, "**/*.json", (*BYTES, retyped)),
+        (beside, "*.jsonl", (*BYTES, retyped)),
+        (beside, "*.jpg", BYTES),
+        (beside, "*.png", BYTES),
+        (beside, "*.mp4", BYTES),
+    ],
+)
+def test_damage_is_an_error_in_one_line_or_counted(tmp_path, make, pattern, damages):
+    pristine, outcomes = make(tmp_path / "pristine"), Counter()
+    whole = open_conversations(CARD, pristine, measure=Area()).index.rows.num_rows
+    for number in range(30):
+        random, folder = Random(f"{pattern} {number}"), tmp_path / str(number)
+        shutil.copytree(pristine, folder)
+        path = random.choice(sorted(folder.glob(pattern)))
+        path.write_bytes(random.choice(damages)(path.read_bytes(), random))
+        try:
+            dataset = open_conversations(CARD, folder, measure=Area())
+            index = dataset.index
+            gone = whole - index.rows.num_rows
+            assert gone <= sum(index.dropped.values()) or pattern.endswith("l") or "meta" in path.name, "gone, not told"
+            shown(dataset), shown(dataset, "heldout")
+            outcomes["read" if not gone else "counted"] += 1
+        except UserError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000
+            outcomes["refused"] += 1
+        shutil.rmtree(folder)
+    assert outcomes["refused"] + outcomes["counted"] > 5, outcomes
