@@ -19,14 +19,16 @@ from torch import Tensor
 from cosmos3_train.config import UserError
 from cosmos3_train.runtime import rank
 from cosmos3_train.training.batching import PackedStep
-from cosmos3_train.types import DomainRows, ModalityTarget, PackedSequence, Slices, Spans
+from cosmos3_train.types import DomainRows, ModalityTarget, PackedSequence, PictureTokens, Slices, Spans
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "skipped"
 KEPT = 8
 """Steps of which the files stay."""
-RECORDS = {record.__name__: record for record in (PackedSequence, ModalityTarget, Spans, DomainRows, Slices)}
+RECORDS = {
+    record.__name__: record for record in (PackedSequence, ModalityTarget, Spans, DomainRows, PictureTokens, Slices)
+}
 
 
 def keep_skipped(run_folder: Path, step: PackedStep, norm: float) -> None:
