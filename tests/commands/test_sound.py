@@ -50,8 +50,8 @@ def test_a_run_with_sound_from_its_clips_to_its_adapter(clips, cosmos3, project,
     assert "8 of 10 windows that were looked at have it; the others are left out" in told
     assert f"2 × {NO_TRACK} (mute)" in told and "takes 48,000 Hz, 2 channels" in told and "cached sound" in told
     assert cosmos3("train", *words) == 0
-    assert "training windows have no sound and are left out, since 'text_to_video_sound' needs it" in caplog.text
-    capsys.readouterr()
+    said = capsys.readouterr().err + caplog.text  # the one where the package's logger has been set up, else the other
+    assert "training windows have no sound and are left out, since 'text_to_video_sound' needs it" in said
     run, prepared = project / "runs" / "heard", project / "prepared" / "heard"
     metrics = read_metrics(run / "metrics.csv")
     assert metrics["loss"][0] == [1, 2] and metrics["loss/sound"][0] == [1, 2]
