@@ -640,8 +640,8 @@ class Strategy:
             fail(f"strategy.shards is {self.shards}; hsdp alone reads it, not {self.name!r}: leave it out")
         if self.offload and not self.name.startswith("deepspeed"):
             fail(
-                f"strategy.offload is true; deepspeed_zero2 and deepspeed_zero3 alone read it, not {self.name!r}: leave "
-                "it out"
+                f"strategy.offload is true; deepspeed_zero2 and deepspeed_zero3 alone read it, not {self.name!r}: "
+                "leave it out"
             )
         if self.context_parallel > 1 and self.name.startswith("deepspeed"):
             fail(
@@ -740,6 +740,11 @@ class Experiment:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             fail(f"name is {self.name!r}; it is a folder under runs/: letters, digits, '.', '_' and '-', no path")
+        if self.model.compile is True and self.strategy.name == "deepspeed_zero3":
+            fail(
+                "model.compile is true, but strategy.name 'deepspeed_zero3' gathers weights by hooks within what would "
+                "be compiled; use 'auto' or false, or fsdp2"
+            )
         if self.model.base_precision == "fp8":
             if self.tuning.method in ("tower", "full"):
                 fail(
@@ -751,7 +756,12 @@ class Experiment:
                     "model.base_precision is 'fp8', but tuning.dora needs the norms of the exact weights; set one of "
                     "them back (dtype, false)"
                 )
-            if self.strategy.name in ("fsdp2", "hsdp", "deepspeed_zero2", "deepspeed_zero3"):
+            if self.strategy.name == "deepspeed_zero2":
+                fail(
+                    "model.base_precision is 'fp8', with which strategy.name 'deepspeed_zero2' was never run; use ddp, "
+                    "or base_precision=dtype"
+                )
+            if self.strategy.name in ("fsdp2", "hsdp", "deepspeed_zero3"):
                 fail(
                     f"model.base_precision is 'fp8', but strategy.name {self.strategy.name!r} spreads weights over "
                     "processes in their own dtype; use ddp, where each holds all of them, or base_precision=dtype"

@@ -2,8 +2,9 @@
 
 A checkpoint is a folder `step_000200/`, of one form for every strategy. `trainables.safetensors` (and `average`,
 `optimizer`) holds what every rank has whole, `trainables.shard_00003.safetensors` the rows that rank 3 has of what is
-sharded (under ZeRO elements, flat), `files_00003.json` the hashes of what rank 3 wrote, `state.json` the position. Rows are read as they are
-wanted, so a run goes on from it on any number of ranks and under any strategy, and one process exports it.
+sharded (under ZeRO elements, flat), `files_00003.json` the hashes of what rank 3 wrote, `state.json` the position. Rows
+are read as they are wanted, so a run goes on from it on any number of ranks and under any strategy, and one process
+exports it.
 
 It is written beside its name and renamed into place, so a kill at any moment leaves the last whole one. No random state
 is kept: every draw of a run is a function of the seed and the place where it is made.

@@ -171,6 +171,8 @@ def _carry_out(loaded: Loaded, evaluate: Evaluate | None, deliver: Deliver | Non
         if not run.module.sharded:
             run.module.to(run.device)  # Lightning's teardown has moved it to the CPU
         elif loaded.experiment.export != "none":
+            if run.module.zero is not None:
+                run.module.zero.close()
             del run
             gc.collect()  # units refer to each other in circles
             torch.cuda.empty_cache()

@@ -196,7 +196,9 @@ def lend(backbone: Cosmos3PackedTransformer, work: Callable[[], None]) -> None:
         root.reshard()
 
 
-def tell_passes(backbone: Cosmos3PackedTransformer, work: Callable[[], None], gather_layers: Callable[[], None]) -> None:
+def tell_passes(
+    backbone: Cosmos3PackedTransformer, work: Callable[[], None], gather_layers: Callable[[], None]
+) -> None:
     """Do the work on the first rank; on the others gather all layers, one after the other, in every pass that it makes.
 
     A pass of either tower goes through all layers, so one word a pass is enough.

@@ -1,19 +1,19 @@
 """ZeRO: DeepSpeed's optimizers of stages 2 and 3 under our loop.
 
 They are driven here, and neither by Lightning's strategy nor by DeepSpeed's engine. Lightning's refuses any device but
-CUDA, so nothing of it could be proved on a CPU, and casts every float of a batch, positions and noise levels among them.
-The engine wants one dtype for the whole model, where ours has float32 masters among frozen weights in the run's dtype;
-it clips by the norm of what it manages alone; and it steps a weight that no sample of the step reaches. What it does
-around the optimizers is a dozen calls, which `one_pass` and `step` make.
+CUDA, so nothing of it could be proved on a CPU, and casts every float of a batch, positions and noise levels too. The
+engine wants one dtype for the whole model, where ours has float32 masters among frozen weights in the run's dtype; it
+clips by the norm of what it manages alone; and it steps weights that no sample of the step reaches. What it does around
+the optimizers is a dozen calls, which `one_pass` and `step` make.
 
-Managed are the same weights that `sharding` shards, and their adapters. Stage 2: every rank holds all weights, and of
-those that train a part of the masters, moments and summed gradients, elements of all of them laid end to end. Stage 3:
-a part of every weight, the frozen ones among them, gathered a decoder layer at a time. Heads are whole on every rank, as
-there, for a rank's samples may not use them.
+Managed are the weights that `sharding` shards, and their adapters. Stage 2: every rank holds all weights, and of those
+that train a part of the masters, moments and summed gradients, elements of all of them laid end to end. Stage 3: a part
+of every weight, the frozen ones too, gathered a decoder layer at a time. Heads are whole on every rank, as in
+`sharding`, for a rank's samples may not use them.
 
-Both sum gradients over ranks as soon as backward has made them, in buckets that are filled in the order of their making.
-So all ranks run the same passes and reach the same weights in the same order, by the means of `sharding`: a last pack
-run again, and padding. No pass accumulates without communication: what would, would hold whole gradients.
+Both stages sum gradients over ranks as backward makes them, in buckets filled in that order. So all ranks run the same
+passes, which reach the same weights in the same order, by the means of `sharding`: a last pack that is run again, and
+padding. No pass accumulates without communication: to do so it would hold whole gradients.
 
 DeepSpeed is imported where a run asks for it: that takes seconds.
 """
@@ -36,6 +36,8 @@ from cosmos3_train.runtime import choose_accelerator, is_first_rank, rank, world
 from cosmos3_train.training.optimizer import clip_factor
 from cosmos3_train.training.sharding import Part, Reach, reach, set_part, tell_passes
 from cosmos3_train.training.strategy import peers, summed, zero_stage
+
+logger = logging.getLogger(__name__)
 
 BUCKET = 50_000_000
 """Numbers that are reduced at once: a buffer of so many float32, and no fewer than a matrix has in Super's MLP would be
@@ -132,10 +134,17 @@ class Zero:
         self.zero.step()
         self.zero.zero_grad()
 
+    def close(self) -> None:
+        """Let go of the model, to which DeepSpeed's hooks and lists refer for good."""
+        from deepspeed.runtime.zero import parameter_offload
+
+        self.zero.destroy()
+        parameter_offload.FWD_MODULE_STACK.clear()
+
     def _gradients(self) -> list[Tensor]:
         """This rank's part of the step's mean over ranks."""
         if self.offload:
-            return [flat.grad for flat in self._flats()]
+            return [cast(Tensor, flat.grad) for flat in self._flats()]
         return [part for parts in self.zero.averaged_gradients.values() for part in parts]
 
     # -------------------------------------------------------------------------------------------- measuring
@@ -156,10 +165,12 @@ class Zero:
         for hook in (*offload.forward_hooks, *offload.backward_hooks):
             hook.remove()
         offload.forward_hooks, offload.backward_hooks = [], []
-        hooks = [hook for layer in layers for hook in _gathering(layer, zero.GatheredParameters)] if is_first_rank() else []
-        with peers("the weights that are lent for measuring"):
-            with zero.GatheredParameters([parameter for unit in rest for parameter in unit.parameters()]):
-                tell_passes(self.backbone, work, gather_layers)
+        hooks = []
+        if is_first_rank():
+            hooks = [hook for layer in layers for hook in _gathering(layer, zero.GatheredParameters)]
+        gathered = zero.GatheredParameters([parameter for unit in rest for parameter in unit.parameters()])
+        with peers("the weights that are lent for measuring"), gathered:
+            tell_passes(self.backbone, work, gather_layers)
         for hook in hooks:
             hook.remove()
         offload._register_deepspeed_module(offload.module)
@@ -196,7 +207,7 @@ class Zero:
                 set_part(parameter, part)
 
     def _layout(self, group: int, size: int) -> Iterator[tuple[Any, int, int, int]]:
-        """Of each parameter of a group (itself, where it lies in this rank's flat tensor, first element, their number)."""
+        """(parameter, place in this rank's flat tensor, first element, number of elements) for all of a group."""
         if self.stage == 3:
             place = 0
             for parameter in self.zero.fp16_groups[group]:
@@ -233,8 +244,8 @@ class Zero:
 
         class Stage3(DeepSpeedZeroOptimizer_Stage3):
             def create_reduce_and_remove_grad_hooks(self) -> None:
-                # Of a module that is gathered whole, gradients would be taken by a hook on its inputs and outputs, which
-                # sees no tensors in tuples. Each weight's own hook does.
+                # Of a module that is gathered whole, gradients would be taken by a hook on its inputs and outputs,
+                # which sees no tensors within tuples. So each weight has a hook of its own.
                 for parameter in (each for group in self.fp16_groups for each in group):
                     del parameter.ds_z3_leaf_module
                 super().create_reduce_and_remove_grad_hooks()
@@ -276,7 +287,9 @@ def partition(backbone: Cosmos3PackedTransformer, model: Model, device: torch.de
     for unit in _units(backbone)[len(backbone.layers) :]:
         zero.Init(module=unit, config_dict_or_path=_config())
     backbone.joint_layers = backbone.understanding_trains
-    backbone.compiler = None  # hooks run within what would be compiled
+    if backbone.compiler is not None:
+        logger.info("layers are not compiled after all: stage 3's hooks run within them")
+        backbone.compiler = None
 
 
 def _gathering(layer: nn.Module, gathered: Any) -> list[Any]:
@@ -336,7 +349,9 @@ def _common(device: torch.device) -> dict[str, Any]:
 def _offload(wanted: bool, device: torch.device) -> Any:
     from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
 
-    return DeepSpeedZeroOffloadOptimizerConfig(device="cpu", pin_memory=device.type == "cuda") if wanted else None
+    if not wanted:
+        return None
+    return DeepSpeedZeroOffloadOptimizerConfig.model_validate({"device": "cpu", "pin_memory": device.type == "cuda"})
 
 
 def _prepare(device: torch.device) -> None:
