@@ -13,7 +13,8 @@ of every weight, the frozen ones too, gathered a decoder layer at a time. Heads 
 
 Both stages sum gradients over ranks as backward makes them, in buckets filled in that order. So all ranks run the same
 passes, which reach the same weights in the same order, by the means of `sharding`: a last pack that is run again, and
-padding. No pass accumulates without communication: to do so it would hold whole gradients.
+padding. (Autograd takes what is ready by the order of the forward, which within the layers is every rank's; only heads
+differ.) No pass accumulates without communication: to do so it would hold whole gradients.
 
 DeepSpeed is imported where a run asks for it: that takes seconds.
 """
@@ -40,11 +41,11 @@ from cosmos3_train.training.strategy import peers, summed, zero_stage
 logger = logging.getLogger(__name__)
 
 BUCKET = 50_000_000
-"""Numbers that are reduced at once: a buffer of so many float32, and no fewer than a matrix has in Super's MLP would be
-summed by itself."""
+"""Numbers of gradients that are summed over ranks at once, and a buffer of so many; a larger matrix goes by itself."""
 AHEAD = 50_000_000
 """Numbers of stage 3's weights that are gathered before their layer runs."""
 WHOLE_GROUP = 10**15
+"""Numbers of a group that are updated at once: all."""
 
 
 class FlatAdamW(torch.optim.AdamW):
@@ -131,7 +132,8 @@ class Zero:
         """
         self.base.scale, self.base.left_out = clip_factor(norm, largest) * world_size(), left_out
         cast(Any, self.base).found_inf = 1 - norm.isfinite().float()
-        self.zero.step()
+        with peers("what ranks exchange of a step's weights"):
+            self.zero.step()
         self.zero.zero_grad()
 
     def close(self) -> None:
@@ -184,7 +186,8 @@ class Zero:
     def publish(self) -> None:
         """Bring every rank's copies up to date after parts were written; every rank calls it."""
         if self.stage == 2:
-            self.zero.update_lp_params()
+            with peers("weights that were written"):
+                self.zero.update_lp_params()
             return
         for group in range(len(self._flats())):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)

@@ -22,8 +22,9 @@ HOWS = {
 }
 RUNS = [
     *((tuning, how) for tuning in ("lora", "hybrid", "full") for how in ("zero2", "zero3")),
-    *((tuning, how) for tuning in ("lora", "full") for how in ("zero2_offload", "zero3_offload")),
-    ("dora", "zero3"),
+    ("full", "zero2_offload"),
+    ("lora", "zero3_offload"),
+    ("full", "zero3_offload"),
     ("cached", "zero3"),
 ]
 
@@ -64,15 +65,15 @@ def test_each_process_writes_its_half_of_what_is_managed(root, how):
 def test_through_the_launcher_it_is_stopped_goes_on_and_is_exported(project):
     folder = project / "runs" / "launched"
     named = ("name=launched", "strategy.name=deepspeed_zero3", "export=adapter")
-    arguments = (*named, *LONG, "training.steps=40")
+    arguments = (*named, *LONG, "training.steps=30")
     process = local(project, *arguments)
     wait_for_step(process, folder, 5)
     process.send_signal(signal.SIGTERM)
     ended(process)
     told = status(folder)
-    assert told["state"] == "interrupted" and 5 <= told["step"] < 40
+    assert told["state"] == "interrupted" and 5 <= told["step"] < 30
     code, output = ended(local(project, *arguments))
     assert code == 0 and f"resumed at step {told['step']}" in output, output
     assert status(folder)["state"] == "finished"
-    assert [int(step) for step, name, _ in rows(folder)[1:] if name == "loss"] == list(range(1, 41))
+    assert [int(step) for step, name, _ in rows(folder)[1:] if name == "loss"] == list(range(1, 31))
     assert (folder / "export").is_dir(), output
