@@ -96,7 +96,7 @@ class Zero:
         self.backbone = backbone
         self.base = FlatAdamW(groups, betas=optimizer.betas, eps=optimizer.eps, fused=True)
         self.base.scale = torch.ones((), device=device)
-        self.zero: Any = (self._second if self.stage == 2 else self._third)(backbone, names)
+        self.optimizer: Any = (self._second if self.stage == 2 else self._third)(backbone, names)
         self._tell_parts()
 
     # -------------------------------------------------------------------------------------------- the step
@@ -107,16 +107,16 @@ class Zero:
 
         last: of the step, whose gradients are complete after it.
         """
-        self.zero.clear_backward_seen_flag()
+        self.optimizer.clear_backward_seen_flag()
         if self.stage == 3:
-            self.zero.parameter_offload.get_param_coordinator().reset_step()
-        self.zero.set_gradient_accumulation_boundary(last)
-        self.zero.backward_prologue()
-        self.zero.enter_backward()
+            self.optimizer.parameter_offload.get_param_coordinator().reset_step()
+        self.optimizer.set_gradient_accumulation_boundary(last)
+        self.optimizer.backward_prologue()
+        self.optimizer.enter_backward()
         yield
-        self.zero.overlapping_partition_gradients_reduce_epilogue()
-        self.zero.backward_epilogue()
-        self.zero.exit_backward()
+        self.optimizer.overlapping_partition_gradients_reduce_epilogue()
+        self.optimizer.backward_epilogue()
+        self.optimizer.exit_backward()
 
     def squared_norm(self) -> Tensor:
         """Of the gradients of everything managed, summed over ranks, float32 scalar on the device."""
@@ -133,21 +133,21 @@ class Zero:
         self.base.scale, self.base.left_out = clip_factor(norm, largest) * world_size(), left_out
         cast(Any, self.base).found_inf = 1 - norm.isfinite().float()
         with peers("what ranks exchange of a step's weights"):
-            self.zero.step()
-        self.zero.zero_grad()
+            self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def close(self) -> None:
         """Let go of the model, to which DeepSpeed's hooks and lists refer for good."""
         from deepspeed.runtime.zero import parameter_offload
 
-        self.zero.destroy()
+        self.optimizer.destroy()
         parameter_offload.FWD_MODULE_STACK.clear()
 
     def _gradients(self) -> list[Tensor]:
         """This rank's part of the step's mean over ranks."""
         if self.offload:
             return [cast(Tensor, flat.grad) for flat in self._flats()]
-        return [part for parts in self.zero.averaged_gradients.values() for part in parts]
+        return [part for parts in self.optimizer.averaged_gradients.values() for part in parts]
 
     # -------------------------------------------------------------------------------------------- measuring
 
@@ -163,7 +163,7 @@ class Zero:
                     pass
 
         # Its own hooks would gather ahead, and their record of what follows what is that of a step.
-        offload = self.zero.parameter_offload
+        offload = self.optimizer.parameter_offload
         for hook in (*offload.forward_hooks, *offload.backward_hooks):
             hook.remove()
         offload.forward_hooks, offload.backward_hooks = [], []
@@ -181,20 +181,23 @@ class Zero:
 
     def _flats(self) -> list[Tensor]:
         """This rank's part of every group's masters."""
-        return self.zero.single_partition_of_fp32_groups if self.stage == 2 else self.zero.fp32_partitioned_groups_flat
+        if self.stage == 2:
+            return self.optimizer.single_partition_of_fp32_groups
+        return self.optimizer.fp32_partitioned_groups_flat
 
     def publish(self) -> None:
         """Bring every rank's copies up to date after parts were written; every rank calls it."""
         if self.stage == 2:
             with peers("weights that were written"):
-                self.zero.update_lp_params()
+                self.optimizer.update_lp_params()
             return
         for group in range(len(self._flats())):
-            self.zero._reassign_or_swap_out_partitioned_parameters(group)
+            self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
 
     def _tell_parts(self) -> None:
         for group, flat in enumerate(self._flats()):
             state = self.base.state[flat]
+            # One count for all of a group, which under every strategy have made the same steps: `reach` cuts them so.
             state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
             for parameter, place, first, count in self._layout(group, flat.numel()):
@@ -213,15 +216,15 @@ class Zero:
         """(parameter, place in this rank's flat tensor, first element, number of elements) for all of a group."""
         if self.stage == 3:
             place = 0
-            for parameter in self.zero.fp16_groups[group]:
+            for parameter in self.optimizer.fp16_groups[group]:
                 each = parameter.partition_numel()
                 first = min(parameter.ds_numel, each * rank())
                 yield parameter, place, first, min(each, parameter.ds_numel - first)
                 place += each
             return
         begin = size * rank()
-        offsets = self.zero.round_robin_bit16_offsets[group]
-        for parameter, offset in zip(self.zero.round_robin_bit16_groups[group], offsets, strict=True):
+        offsets = self.optimizer.round_robin_bit16_offsets[group]
+        for parameter, offset in zip(self.optimizer.round_robin_bit16_groups[group], offsets, strict=True):
             low, high = max(begin, offset), min(begin + size, offset + parameter.numel())
             count = max(0, high - low)
             yield parameter, (low - begin if count else 0), (low - offset if count else 0), count
