@@ -60,6 +60,11 @@ def launched() -> bool:
     return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def choose_accelerator(kind: str) -> None:
+    """Tell DeepSpeed, before it is imported, whether to run on "cuda" or "cpu"; else it guesses, with a warning."""
+    os.environ["DS_ACCELERATOR"] = kind
+
+
 def fold(seed: int, *place: int | str) -> int:
     """A 63-bit seed that depends on every argument: the same on every machine and Python version."""
     digest = hashlib.blake2b(repr((seed, *place)).encode(), digest_size=8).digest()

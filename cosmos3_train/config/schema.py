@@ -622,10 +622,13 @@ class Strategy:
     """How the run is spread.
 
     name:        single; ddp (every process holds the model); fsdp2 (each holds a part of every layer's weights, and
-                 gathers a layer while it runs); hsdp (several copies of the model, each spread as in fsdp2); auto is
-                 single for one process and ddp for several
+                 gathers a layer while it runs); hsdp (several copies of the model, each spread as in fsdp2);
+                 deepspeed_zero2 (every process holds the model, and a part of the masters, moments and gradients of
+                 what trains), deepspeed_zero3 (a part of every layer's weights too); auto is single for one process and
+                 ddp for several
     devices:     processes on each machine; under torchrun it must equal what torchrun started
     shards:      hsdp: processes that share one copy of the model; 0: those of a machine
+    offload:     deepspeed_zero2 and 3: masters and moments stay in the host's memory, which updates them
     context_parallel: neighbouring processes that share packs, each with a slice of their tokens: for clips that do not
                  fit one GPU; it divides the processes, and the model's key/value heads
     accelerator: auto takes a GPU where there is one
@@ -633,9 +636,10 @@ class Strategy:
                  run ends with its rank in the error; not while the first rank measures, which takes what it takes
     """
 
-    name: Literal["auto", "single", "ddp", "fsdp2", "hsdp"] = "auto"
+    name: Literal["auto", "single", "ddp", "fsdp2", "hsdp", "deepspeed_zero2", "deepspeed_zero3"] = "auto"
     devices: int = 1
     shards: int = 0
+    offload: bool = False
     context_parallel: int = 1
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     collective_timeout_seconds: float = 1800.0
@@ -646,6 +650,16 @@ class Strategy:
         _require("strategy", self, "at least 0", lambda x: x >= 0, "shards")
         if self.shards and self.name != "hsdp":
             fail(f"strategy.shards is {self.shards}; hsdp alone reads it, not {self.name!r}: leave it out")
+        if self.offload and not self.name.startswith("deepspeed"):
+            fail(
+                f"strategy.offload is true; deepspeed_zero2 and deepspeed_zero3 alone read it, not {self.name!r}: "
+                "leave it out"
+            )
+        if self.context_parallel > 1 and self.name.startswith("deepspeed"):
+            fail(
+                f"strategy.context_parallel is {self.context_parallel}, which strategy.name {self.name!r} does not do; "
+                "use ddp or fsdp2"
+            )
 
 
 @dataclass(frozen=True)
@@ -738,6 +752,11 @@ class Experiment:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             fail(f"name is {self.name!r}; it is a folder under runs/: letters, digits, '.', '_' and '-', no path")
+        if self.model.compile is True and self.strategy.name == "deepspeed_zero3":
+            fail(
+                "model.compile is true, but strategy.name 'deepspeed_zero3' gathers weights by hooks within what would "
+                "be compiled; use 'auto' or false, or fsdp2"
+            )
         if self.model.base_precision == "fp8":
             if self.tuning.method in ("tower", "full"):
                 fail(
@@ -749,7 +768,12 @@ class Experiment:
                     "model.base_precision is 'fp8', but tuning.dora needs the norms of the exact weights; set one of "
                     "them back (dtype, false)"
                 )
-            if self.strategy.name in ("fsdp2", "hsdp"):
+            if self.strategy.name == "deepspeed_zero2":
+                fail(
+                    "model.base_precision is 'fp8', with which strategy.name 'deepspeed_zero2' was never run; use ddp, "
+                    "or base_precision=dtype"
+                )
+            if self.strategy.name in ("fsdp2", "hsdp", "deepspeed_zero3"):
                 fail(
                     f"model.base_precision is 'fp8', but strategy.name {self.strategy.name!r} spreads weights over "
                     "processes in their own dtype; use ddp, where each holds all of them, or base_precision=dtype"

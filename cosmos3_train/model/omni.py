@@ -400,7 +400,7 @@ def only_speaks(name: str, backbone: Cosmos3PackedTransformer) -> bool:
     Not the last queries' where their product is those keys' too: without text their gradient is there, and 0.
     """
     ends = ["self_attn.to_out.", "self_attn.norm_q.", "mlp.", "post_attention_layernorm."]
-    if not isinstance(cast(Any, backbone.layers[-1]).self_attn.to_q, FusedLora):
+    if not isinstance(getattr(cast(Any, backbone.layers[-1]).self_attn, "to_q", None), FusedLora):
         ends.append("self_attn.to_q.")
     last = f"layers.{len(backbone.layers) - 1}."
     return name.startswith(("lm_head.", "norm.", *(last + end for end in ends)))

@@ -2,8 +2,9 @@
 
 A checkpoint is a folder `step_000200/`, of one form for every strategy. `trainables.safetensors` (and `average`,
 `optimizer`) holds what every rank has whole, `trainables.shard_00003.safetensors` the rows that rank 3 has of what is
-sharded, `files_00003.json` the hashes of what rank 3 wrote, `state.json` the position. Rows are read as they are
-wanted, so a run goes on from it on any number of ranks and under any strategy, and one process exports it.
+sharded (under ZeRO elements, flat), `files_00003.json` the hashes of what rank 3 wrote, `state.json` the position. Rows
+are read as they are wanted, so a run goes on from it on any number of ranks and under any strategy, and one process
+exports it.
 
 It is written beside its name and renamed into place, so a kill at any moment leaves the last whole one. No random state
 is kept: every draw of a run is a function of the seed and the place where it is made.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import threading
@@ -59,11 +61,15 @@ class Position:
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows of a tensor: `count` of `total`, from `first` on."""
+    """Which rows of a tensor: `count` of `total`, from `first` on.
+
+    shape: where they are not rows, but elements of the flattened tensor, its shape
+    """
 
     first: int
     count: int
     total: int
+    shape: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -295,8 +301,27 @@ def _check_hashes(path: Path, parts: Sequence[str], reader: int = 0, readers: in
             raise ValueError(f"{name} has changed since it was written")
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Elements of a tensor that is flattened, from `first` on, as a file holds them: flat, or as rows of `width`."""
+
+    file: Path
+    first: int
+    count: int
+    shape: tuple[int, ...]
+    width: int
+
+    def read(self, name: str, low: int, high: int) -> Tensor:
+        """The elements [low, high) of the tensor, which the file has."""
+        low, high = low - self.first, high - self.first
+        begin, end = low // self.width, -(-high // self.width)
+        with safe_open(self.file, framework="pt") as opened:
+            found: Tensor = opened.get_slice(name)[begin:end]
+        return found.flatten()[low - begin * self.width : high - begin * self.width]
+
+
 def _read_part(path: Path, part: str, wanted: Mapping[str, Rows]) -> Iterator[tuple[str, Tensor]]:
-    pieces: dict[str, list[tuple[Rows | None, Path]]] = {}  # None: a scalar
+    pieces: dict[str, list[_Piece]] = {}
     for file in (path / f"{part}.safetensors", *sorted(path.glob(f"{part}.shard_*.safetensors"))):
         if not file.is_file():
             continue
@@ -304,34 +329,46 @@ def _read_part(path: Path, part: str, wanted: Mapping[str, Rows]) -> Iterator[tu
             places = opened.metadata() or {}
             for name in opened.keys():  # noqa: SIM118  it is no mapping
                 shape = opened.get_slice(name).get_shape()
-                held = Rows(0, shape[0], shape[0]) if shape else None
-                if name in places:
-                    held = Rows(**json.loads(places[name]))
-                pieces.setdefault(name, []).append((held, file))
+                if not shape:
+                    yield name, opened.get_tensor(name)
+                    continue
+                held = Rows(**json.loads(places[name])) if name in places else Rows(0, shape[0], shape[0])
+                pieces.setdefault(name, []).append(_piece(file, held, shape[1:]))
     for name, found in pieces.items():
-        held = [(rows, file) for rows, file in found if rows is not None]
-        if not held:
-            with safe_open(found[0][1], framework="pt") as opened:
-                yield name, opened.get_tensor(name)
-            continue
-        total = held[0][0].total
-        own = wanted.get(_parameter(name, part), Rows(0, total, total))
-        if sum(rows.count for rows, _ in held) != total or own.total != total:
+        total = math.prod(found[0].shape)
+        own = wanted.get(_parameter(name, part))
+        low, high, shape = (0, total, found[0].shape) if own is None else _elements(own, found[0].shape)
+        if sum(piece.count for piece in found) != total or high > total:
             raise ValueError(f"rows of {part} {name!r} are missing")
-        yield name, _joined(name, sorted(held, key=lambda piece: piece[0].first), own)
+        yield name, _joined(name, sorted(found, key=lambda piece: piece.first), low, high).view(shape)
 
 
-def _joined(name: str, pieces: list[tuple[Rows, Path]], wanted: Rows) -> Tensor:
-    """The wanted rows of a tensor, read from those files that hold some of them."""
-    parts = []
-    for held, file in pieces:
-        first = max(held.first, wanted.first)
-        stop = max(first, min(held.first + held.count, wanted.first + wanted.count))
-        if first < stop or not wanted.count:
-            with safe_open(file, framework="pt") as opened:
-                parts.append(opened.get_slice(name)[first - held.first : stop - held.first])
-        if not wanted.count:
-            break
+def _piece(file: Path, held: Rows, rest: Sequence[int]) -> _Piece:
+    if held.shape is not None:
+        return _Piece(file, held.first, held.count, tuple(held.shape), 1)
+    width = math.prod(rest)
+    return _Piece(file, held.first * width, held.count * width, (held.total, *rest), width)
+
+
+def _elements(wanted: Rows, shape: tuple[int, ...]) -> tuple[int, int, tuple[int, ...]]:
+    """The wanted rows of a tensor of that shape as elements: first, the one after the last, and the rows' shape."""
+    if wanted.total != (shape[0] if wanted.shape is None else math.prod(shape)):
+        raise ValueError(f"{wanted.total} rows are expected of a tensor of {list(shape)}")
+    if wanted.shape is not None:
+        return wanted.first, wanted.first + wanted.count, (wanted.count,)
+    width = math.prod(shape[1:])
+    return wanted.first * width, (wanted.first + wanted.count) * width, (wanted.count, *shape[1:])
+
+
+def _joined(name: str, pieces: list[_Piece], low: int, high: int) -> Tensor:
+    """The elements [low, high) of a tensor, read from those files that hold some of them."""
+    parts = [
+        piece.read(name, max(piece.first, low), min(piece.first + piece.count, high))
+        for piece in pieces
+        if max(piece.first, low) < min(piece.first + piece.count, high)
+    ]
+    if not parts:
+        return pieces[0].read(name, pieces[0].first, pieces[0].first)
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 

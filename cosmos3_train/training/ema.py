@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from cosmos3_train.training.sharding import own_part
+from cosmos3_train.training.sharding import own_part, write_own_parts
 
 
 class Average:
@@ -31,14 +31,8 @@ class Average:
     def in_place_of(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
         """Within the block the parameters hold the average."""
         kept = {name: own_part(p).clone() for name, p in parameters.items()}
-        _write(parameters, self.values)
+        write_own_parts(parameters, self.values)
         try:
             yield
         finally:
-            _write(parameters, kept)
-
-
-@torch.no_grad()
-def _write(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
-    for name, parameter in parameters.items():
-        own_part(parameter).copy_(values[name])
+            write_own_parts(parameters, kept)

@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 import lightning
+from torch.distributed.fsdp import FSDPModule
 
 from cosmos3_train.runtime import is_first_rank, world_size
 from cosmos3_train.training.checkpoints import Checkpoint, Saving
@@ -178,8 +179,10 @@ class RunLoop(lightning.Callback):
             return
         module.backbone.eval()
         with nullcontext() if module.average is None else module.average.in_place_of(module.trainables.parameters):
-            if module.sharded:
+            if isinstance(module.backbone, FSDPModule):
                 lend(module.backbone, self._measure)
+            elif module.zero is not None and module.zero.stage == 3:
+                module.zero.lend(self._measure)
             else:
                 self._measure()
         module.backbone.train()

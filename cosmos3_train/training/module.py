@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from cosmos3_train.config import Experiment
-from cosmos3_train.model.omni import Cosmos3PackedTransformer, is_understanding, only_speaks
+from cosmos3_train.model.omni import Cosmos3PackedTransformer
 from cosmos3_train.model.trainable import Trainables
 from cosmos3_train.objectives import flow_matching, next_token
 from cosmos3_train.runtime import fold, rank
@@ -31,10 +31,11 @@ from cosmos3_train.training.batching import LOSSES, TEXT, PackedStep, Packer
 from cosmos3_train.training.checkpoints import Position
 from cosmos3_train.training.ema import Average
 from cosmos3_train.training.optimizer import clip_gradients, make_optimizer, set_learning_rate
-from cosmos3_train.training.sharding import reduce_after_this_pack
+from cosmos3_train.training.sharding import Reach, part_of, reach, reduce_after_this_pack
 from cosmos3_train.training.spikes import largest_norm, usual_norm
 from cosmos3_train.training.strategy import assert_same_on_all_ranks, largest, meet, peers, sum_gradients, summed
 from cosmos3_train.training.throughput import Arithmetic, OwnTime
+from cosmos3_train.training.zero import Zero
 from cosmos3_train.types import PackedSequence, StepBatch, Velocities
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class PostTraining(lightning.LightningModule):
         packer: turns samples into packs; what it holds is no submodule, so nothing casts or saves it.
         to_train: without it there are no moments and no average: no step can be made, and 8 bytes of a trained weight
             are saved, or 12.
+        zero: what manages most trainables, under its strategies.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class PostTraining(lightning.LightningModule):
         packer: Packer,
         *,
         to_train: bool = True,
+        zero: Zero | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -87,6 +90,7 @@ class PostTraining(lightning.LightningModule):
         self.packer = packer
         self.experiment = experiment
         self.to_train = to_train
+        self.zero = zero
         self.sharing = experiment.strategy.context_parallel
         if to_train:
             self.optimizer = make_optimizer(trainables, experiment.optimizer)
@@ -99,7 +103,7 @@ class PostTraining(lightning.LightningModule):
         self.report = StepReport()
         self.own_time = OwnTime()
         self._compared_ranks = False
-        self._unreached: list[nn.Parameter] = []
+        self._left_out: frozenset[Reach] = frozenset()
 
     # -------------------------------------------------------------------------------------------- the step
 
@@ -138,10 +142,12 @@ class PostTraining(lightning.LightningModule):
         sums = dict.fromkeys(LOSSES, torch.zeros((), device=self.device))
         for number in range(passes):
             counted = number < len(packs)
-            losses = self.pack_losses(packs[min(number, len(packs) - 1)].to(self.device))
-            total = self.weighted(losses, counts)
-            reduce_after_this_pack(self.backbone, last=number == passes - 1)
-            self.manual_backward(total if counted else 0 * total)
+            last = number == passes - 1
+            with nullcontext() if self.zero is None else self.zero.one_pass(last):
+                losses = self.pack_losses(packs[min(number, len(packs) - 1)].to(self.device))
+                total = self.weighted(losses, counts)
+                reduce_after_this_pack(self.backbone, last)
+                self.manual_backward(total if counted else 0 * total)
             if counted:
                 sums = {name: sums[name] + losses[name].detach() if name in losses else sums[name] for name in LOSSES}
         return sums
@@ -153,12 +159,9 @@ class PostTraining(lightning.LightningModule):
         passes, generates, speaks = largest(
             [len(step.packs), int(step.generates), int(step.speaks)], f"the packs of step {self.position.step + 1}"
         )
-        if self.packer.padded:  # which gives weights a gradient of 0 that the step's samples do not reach
-            self._unreached = [
-                parameter
-                for name, parameter in self.trainables.parameters.items()
-                if not (speaks if only_speaks(name, self.backbone) else is_understanding(name) or generates)
-            ]
+        if self.packer.padded or self.zero is not None:  # which give weights that nothing reaches a gradient of 0
+            reached: dict[Reach, int] = {"speaking": speaks, "generating": generates, "either": True}
+            self._left_out = frozenset(samples for samples, some in reached.items() if not some)
         return passes
 
     def on_train_batch_start(self, batch: StepBatch | PackedStep, batch_idx: int) -> int | None:
@@ -224,17 +227,24 @@ class PostTraining(lightning.LightningModule):
         config, training = self.experiment.optimizer, self.experiment.training
         parameters = list(self.trainables.parameters.values())
         meet(f"the gradients of step {self.position.step + 1}")
-        sum_gradients([p for p in parameters if not isinstance(p, DTensor)])
-        for parameter in self._unreached:
-            parameter.grad = None
-        measured = clip_gradients(parameters, config.clip)
+        own = [p for p in parameters if part_of(p) is None]
+        sum_gradients([p for p in own if not isinstance(p, DTensor)])
+        if self._left_out:
+            for name, parameter in self.trainables.parameters.items():
+                if reach(name, self.backbone) in self._left_out:
+                    parameter.grad = None
+        measured = clip_gradients(own, config.clip, None if self.zero is None else self.zero.squared_norm())
         rate = set_learning_rate(self.optimizer, self.position.step, training.steps, config)
         self._compare_ranks_once(parameters, measured)
         largest_allowed = largest_norm(self.position, config.spike)
+        skip = 1 - (measured.isfinite() & (measured <= largest_allowed)).float()
         # AdamW's fused kernel asks the device whether to skip, so all of the step is queued before the host waits.
-        cast(Any, self.optimizer).found_inf = 1 - (measured.isfinite() & (measured <= largest_allowed)).float()
+        cast(Any, self.optimizer).found_inf = skip
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.zero is not None:
+            set_learning_rate(self.zero.base, self.position.step, training.steps, config)
+            self.zero.step(measured, config.clip, self._left_out, skip)
         norm = float(measured)
         made = math.isfinite(norm) and norm <= largest_allowed
         if not made:
@@ -262,11 +272,12 @@ class PostTraining(lightning.LightningModule):
 
     @property
     def sharded(self) -> bool:
-        return isinstance(self.backbone, FSDPModule)
+        """Whether no process holds all of what trains."""
+        return isinstance(self.backbone, FSDPModule) or self.zero is not None
 
     def configure_model(self) -> None:
         """Lightning's door to shard the model, which is asked for; `run.build` has done it."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Lightning's door to the optimizer that `__init__` made."""
+        """Lightning's door to the optimizer that `__init__` made. ZeRO's has tensors that must stay where they are."""
         return self.optimizer

@@ -11,19 +11,20 @@ from torch.distributed.tensor import DTensor
 
 from cosmos3_train.config import Optimizer
 from cosmos3_train.model.trainable import Trainables
-from cosmos3_train.training.sharding import own_part
+from cosmos3_train.training.sharding import own_part, part_of
 from cosmos3_train.training.strategy import summed_over_shards
 
 
 def make_optimizer(trainables: Trainables, config: Optimizer) -> torch.optim.AdamW:
-    """AdamW with state for every trainable from the start.
+    """AdamW with state from the start for every trainable that ZeRO does not manage.
 
     A head that sees no gradient before the first save would otherwise have no state to save, and no run that is
     sharded could resume it.
     """
-    optimizer = torch.optim.AdamW(
-        trainables.groups(config.learning_rate, config.weight_decay), betas=config.betas, eps=config.eps, fused=True
-    )
+    groups = trainables.groups(config.learning_rate, config.weight_decay)
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if part_of(parameter) is None]
+    optimizer = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {
@@ -53,8 +54,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, steps: int, c
     return rate
 
 
-def clip_gradients(parameters: list[nn.Parameter], largest: float) -> Tensor:
-    """Scale the gradients so that their joint norm is at most `largest` (0: leave them); returns the norm before."""
+def clip_gradients(parameters: list[nn.Parameter], largest: float, managed: Tensor | None = None) -> Tensor:
+    """Scale the gradients so that their joint norm is at most `largest` (0: leave them); returns the norm before.
+
+    Args:
+        managed: the squared norm of what is not among the parameters, for ZeRO manages it, and is not scaled here.
+    """
     whole = [p for p in parameters if not isinstance(p, DTensor)]
     norm = torch.nn.utils.get_total_norm([p.grad for p in whole if p.grad is not None])
     # Of the sharded ones the rows here: an operation on the whole tensor would be a collective for each.
@@ -62,11 +67,18 @@ def clip_gradients(parameters: list[nn.Parameter], largest: float) -> Tensor:
     if len(whole) < len(parameters):
         theirs = summed_over_shards(torch.nn.utils.get_total_norm(rows).square().to(parameters[0].device))
         norm = (norm.to(theirs).square() + theirs).sqrt()  # every rank takes the same step, or leaves it out
+    if managed is not None:
+        norm = (norm.to(managed).square() + managed).sqrt()
     if largest > 0:
         torch.nn.utils.clip_grads_with_norm_(whole, largest, norm)
         if rows:
-            torch._foreach_mul_(rows, (largest / (norm + 1e-6)).clamp(max=1.0))
+            torch._foreach_mul_(rows, clip_factor(norm, largest))
     return norm
+
+
+def clip_factor(norm: Tensor, largest: float) -> Tensor:
+    """What gradients of that norm are scaled by, so that it is at most `largest` (0: 1)."""
+    return (largest / (norm + 1e-6)).clamp(max=1.0) if largest > 0 else torch.ones_like(norm)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -74,7 +86,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str,
     return {
         f"{name}.{key}": own_part(value)
         for name, parameter in parameters.items()
-        for key, value in optimizer.state[parameter].items()
+        for key, value in _moments(optimizer, parameter).items()
     }
 
 
@@ -84,5 +96,10 @@ def load_optimizer_tensors(
     """Put saved state back, in place."""
     with torch.no_grad():
         for name, parameter in parameters.items():
-            for key, value in optimizer.state[parameter].items():
+            for key, value in _moments(optimizer, parameter).items():
                 own_part(value).copy_(tensors[f"{name}.{key}"])
+
+
+def _moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    part = part_of(parameter)
+    return optimizer.state[parameter] if part is None else part.moments

@@ -175,6 +175,11 @@ def _shards(experiment: Experiment, gpus: int) -> int:
             f"strategy.context_parallel is {strategy.context_parallel}, which the plan does not know; plan with 1, "
             "whose activations are that many times as large"
         )
+    if strategy.name.startswith("deepspeed"):
+        raise UserError(
+            f"strategy.name is {strategy.name!r}, which the plan does not know; plan with fsdp2, or with ddp for what "
+            "deepspeed_zero2 holds at most"
+        )
     if strategy.name == "single" and gpus > 1:
         raise UserError(f"strategy.name is 'single', but the plan is for {gpus} GPUs; use strategy.name=ddp")
     if strategy.name == "hsdp":
@@ -282,7 +287,7 @@ def _takes_fp8(w: Workload) -> bool:
     """Whether the schema lets the run round its frozen weights, and the GPU multiplies such."""
     tuning = w.experiment.tuning
     lora = tuning.method in ("lora", "hybrid") and not tuning.dora
-    return lora and w.gpu.fp8 is not None and w.experiment.strategy.name not in ("fsdp2", "hsdp")
+    return lora and w.gpu.fp8 is not None and w.experiment.strategy.name in ("auto", "single", "ddp")
 
 
 def _spread(w: Workload, gpus: int) -> Workload | None:

@@ -57,9 +57,19 @@ from cosmos3_train.training.module import PostTraining, TrainingFailed
 from cosmos3_train.training.optimizer import load_optimizer_tensors
 from cosmos3_train.training.progress import read_status, write_status
 from cosmos3_train.training.room import with_room
-from cosmos3_train.training.sharding import own_part, own_rows, shard
-from cosmos3_train.training.strategy import connect, context_group, device_for, device_mesh, is_sharded, make_strategy
+from cosmos3_train.training.sharding import own_part, own_rows, shard, write_own_parts
+from cosmos3_train.training.strategy import (
+    connect,
+    context_group,
+    device_for,
+    device_mesh,
+    is_sharded,
+    make_strategy,
+    shards_weights,
+    zero_stage,
+)
 from cosmos3_train.training.throughput import StepTime
+from cosmos3_train.training.zero import Zero, partition
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +180,8 @@ def _carry_out(loaded: Loaded, evaluate: Evaluate | None, deliver: Deliver | Non
         if not run.module.sharded:
             run.module.to(run.device)  # Lightning's teardown has moved it to the CPU
         elif loaded.experiment.export != "none":
+            if run.module.zero is not None:
+                run.module.zero.close()
             del run
             gc.collect()  # units refer to each other in circles
             torch.cuda.empty_cache()
@@ -255,7 +267,8 @@ def build(loaded: Loaded, purpose: Purpose = "train") -> Run:
         model, place = with_room(
             model, experiment, device, empty_backbone(model, text_logits=text_logits, towers=towers)
         )
-    backbone = load_backbone(model, place, text_logits=text_logits, towers=towers, large=not sharded)
+    apart = sharded and shards_weights(experiment.strategy)
+    backbone = load_backbone(model, place, text_logits=text_logits, towers=towers, large=not apart)
     if reasoner is not None:
         remember(backbone, caches)
     shown = pictures_in(opened)
@@ -263,11 +276,16 @@ def build(loaded: Loaded, purpose: Purpose = "train") -> Run:
         backbone.see = load_eyes(loaded.model, place, shown)
     robots = list(experiment.embodiments.values())
     trainables = make_trainable(backbone, experiment.tuning, robots, experiment.training.seed)
-    if sharded:
-        shard(backbone, experiment.tuning, loaded.model, device, device_mesh())
+    stage = zero_stage(experiment.strategy) if sharded else 0
+    if apart:
+        if stage:
+            partition(backbone, loaded.model, device)
+        else:
+            shard(backbone, experiment.tuning, loaded.model, device, device_mesh())
         trainables = trainables.found_in(backbone)
     else:
         arrange_frozen(backbone, experiment.model.fp8_copies)
+    zero = Zero(experiment.strategy, backbone, trainables, experiment.optimizer, device) if stage else None
     if shares > 1:
         backbone.context = context_group(experiment.strategy)
     backbone.train()
@@ -280,7 +298,7 @@ def build(loaded: Loaded, purpose: Purpose = "train") -> Run:
         padded=sharded and talks and any(isinstance(dataset, PreparedDataset) for dataset, _ in opened.values()),
         part=(rank() % shares, shares),
     )
-    module = PostTraining(experiment, backbone, trainables, packer, to_train=purpose == "train")
+    module = PostTraining(experiment, backbone, trainables, packer, to_train=purpose == "train", zero=zero)
     logger.info("loaded %s on %s in %.1f s", experiment.model.path, place, time.monotonic() - began)
     run = Run(loaded, device, opened, encoder, backbone, trainables, module)
     resume(run)
@@ -328,8 +346,7 @@ def restore(run: Run, checkpoint: Checkpoint, path: Path) -> None:
 def _write(parameters: Mapping[str, torch.nn.Parameter], values: Mapping[str, torch.Tensor], path: Path) -> None:
     """Give parameters the values that a checkpoint has for them."""
     check_names(path, values, {name: own_part(p) for name, p in parameters.items()})
-    for name, parameter in parameters.items():
-        own_part(parameter).copy_(values[name])
+    write_own_parts(parameters, values)
 
 
 def claim_folder(loaded: Loaded, fresh: bool) -> bool:

@@ -16,8 +16,10 @@ A gather is a collective. So all ranks go through the same units in the same ord
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +29,49 @@ from torch.distributed.tensor import DTensor
 
 from cosmos3_train.config import Model, Tuning
 from cosmos3_train.model.loading import LARGE, read_weights
-from cosmos3_train.model.omni import Cosmos3PackedTransformer
+from cosmos3_train.model.omni import Cosmos3PackedTransformer, is_understanding, only_speaks
 from cosmos3_train.model.trainable import restart_magnitudes
-from cosmos3_train.runtime import is_first_rank
+from cosmos3_train.runtime import is_first_rank, world_size
 from cosmos3_train.training.checkpoints import Rows
 from cosmos3_train.training.strategy import hear_first_rank, peers
 
 DONE, PASS = 0, 1
 """The first rank's words to those that lend to it."""
+
+Reach = Literal["speaking", "generating", "either"]
+"""The samples that a trainable's gradient comes from."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What this rank holds of a parameter that ZeRO manages: some elements of it, flattened.
+
+    values, moments: of these elements, float32, to be read and written in place;  first: of them, in the parameter
+    shape: the whole parameter's;  publish: to be called, on every rank, after values were written
+    """
+
+    values: Tensor
+    moments: dict[str, Tensor]
+    first: int
+    shape: torch.Size
+    publish: Callable[[], None]
+
+
+def set_part(parameter: nn.Parameter, part: Part) -> None:
+    """Say that ZeRO manages the parameter."""
+    cast(Any, parameter).zero_part = part
+
+
+def part_of(tensor: Tensor) -> Part | None:
+    """What this rank holds of a parameter that ZeRO manages, None of any other tensor."""
+    return getattr(tensor, "zero_part", None)
+
+
+def reach(name: str, backbone: Cosmos3PackedTransformer) -> Reach:
+    """Which samples a trainable of that name has a gradient from."""
+    if only_speaks(name, backbone):
+        return "speaking"
+    return "either" if is_understanding(name) else "generating"
 
 
 def shard(
@@ -90,15 +127,32 @@ def reduce_after_this_pack(backbone: nn.Module, last: bool) -> None:
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, without gradient and in the same memory: its rows where it is sharded."""
+    """What this rank holds of a tensor, without gradient and in the same memory: its rows where it is sharded, or
+    elements where ZeRO manages it."""
+    part = part_of(tensor)
+    if part is not None:
+        return part.values
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+@torch.no_grad()
+def write_own_parts(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Give parameters values, of each this rank's part; every rank calls it where they are sharded."""
+    for name, parameter in parameters.items():
+        own_part(parameter).copy_(values[name])
+    part = next((part for p in parameters.values() if (part := part_of(p)) is not None), None)
+    if part is not None:
+        part.publish()
 
 
 def own_rows(parameters: Mapping[str, Tensor]) -> dict[str, Rows]:
     """Which rows this rank holds, of those that are sharded."""
     found = {}
     for name, parameter in parameters.items():
-        if isinstance(parameter, DTensor):
+        part = part_of(parameter)
+        if part is not None:
+            found[name] = Rows(part.first, part.values.numel(), math.prod(part.shape), list(part.shape))
+        elif isinstance(parameter, DTensor):
             shards = parameter.device_mesh["shards"]
             total, each = parameter.shape[0], -(-parameter.shape[0] // shards.size())
             first = min(total, each * shards.get_local_rank())
@@ -108,6 +162,8 @@ def own_rows(parameters: Mapping[str, Tensor]) -> dict[str, Rows]:
 
 def shard_count(parameters: Mapping[str, Tensor]) -> int:
     """Among how many ranks the rows of a parameter are spread; 1 where all are whole."""
+    if any(part_of(p) is not None for p in parameters.values()):
+        return world_size()
     mesh = _mesh_of(parameters)
     return 1 if mesh is None else mesh["shards"].size()
 
@@ -125,30 +181,40 @@ def _mesh_of(parameters: Mapping[str, Tensor]) -> DeviceMesh | None:
 def lend(backbone: Cosmos3PackedTransformer, work: Callable[[], None]) -> None:
     """Let the first rank do work in which it runs the backbone alone; the others gather with it, and compute nothing.
 
-    Every rank calls it. A pass of either tower goes through all layers, so one word a pass is enough.
+    Every rank calls it.
     """
-    with peers("the weights that are lent for measuring"):
-        _lend(backbone, work)
-
-
-def _lend(backbone: Cosmos3PackedTransformer, work: Callable[[], None]) -> None:
     layers, root = [_unit(layer) for layer in backbone.layers], _unit(backbone)
-    root.unshard()
-    if is_first_rank():
-        first = cast(nn.Module, backbone.layers[0])
-        # Before the unit's own hook, which gathers.
-        hook = first.register_forward_pre_hook(lambda *_: (hear_first_rank(PASS), None)[1], prepend=True)
-        try:
-            work()
-        finally:
-            hook.remove()
-        hear_first_rank(DONE)
-    else:
+
+    def gather_layers() -> None:
+        for layer in layers:
+            layer.unshard()
+            layer.reshard()
+
+    with peers("the weights that are lent for measuring"):
+        root.unshard()
+        tell_passes(backbone, work, gather_layers)
+        root.reshard()
+
+
+def tell_passes(
+    backbone: Cosmos3PackedTransformer, work: Callable[[], None], gather_layers: Callable[[], None]
+) -> None:
+    """Do the work on the first rank; on the others gather all layers, one after the other, in every pass that it makes.
+
+    A pass of either tower goes through all layers, so one word a pass is enough.
+    """
+    if not is_first_rank():
         while hear_first_rank(DONE) == PASS:
-            for layer in layers:
-                layer.unshard()
-                layer.reshard()
-    root.reshard()
+            gather_layers()
+        return
+    first = cast(nn.Module, backbone.layers[0])
+    # Before the unit's own hook, which gathers.
+    hook = first.register_forward_pre_hook(lambda *_: (hear_first_rank(PASS), None)[1], prepend=True)
+    try:
+        work()
+    finally:
+        hook.remove()
+    hear_first_rank(DONE)
 
 
 def _let_root_find_the_others(backbone: Cosmos3PackedTransformer) -> None:

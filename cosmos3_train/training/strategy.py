@@ -96,7 +96,7 @@ def _open_meetings(patience: timedelta) -> None:
             _meetings[wait] = group
 
 
-Name = Literal["single", "ddp", "fsdp2", "hsdp"]
+Name = Literal["single", "ddp", "fsdp2", "hsdp", "deepspeed_zero2", "deepspeed_zero3"]
 
 
 def strategy_name(strategy: config.Strategy) -> Name:
@@ -107,8 +107,18 @@ def strategy_name(strategy: config.Strategy) -> Name:
 
 
 def is_sharded(strategy: config.Strategy) -> bool:
+    """Whether no process holds all of a run: of its weights, or of what ZeRO keeps for them."""
+    return strategy_name(strategy) not in ("single", "ddp")
+
+
+def shards_weights(strategy: config.Strategy) -> bool:
     """Whether no process holds the whole model."""
-    return strategy_name(strategy) in ("fsdp2", "hsdp")
+    return is_sharded(strategy) and strategy.name != "deepspeed_zero2"
+
+
+def zero_stage(strategy: config.Strategy) -> int:
+    """DeepSpeed's, 0 where it takes no part."""
+    return {"deepspeed_zero2": 2, "deepspeed_zero3": 3}.get(strategy.name, 0)
 
 
 def device_for(strategy: config.Strategy) -> torch.device:
@@ -133,7 +143,7 @@ def device_for(strategy: config.Strategy) -> torch.device:
                 f"strategy.devices is {strategy.devices}, but {world_size()} processes were started on "
                 f"{node_count()} machines; give strategy.devices={world_size() // node_count()}"
             )
-    if name in ("fsdp2", "hsdp") and not launched():
+    if is_sharded(strategy) and not launched():
         raise UserError(f"strategy.name is {name!r}, but one process was started; use launch/local.sh EXPERIMENT")
     if world_size() % strategy.context_parallel:
         raise UserError(
@@ -157,7 +167,7 @@ def make_strategy(strategy: config.Strategy, device: torch.device) -> Strategy:
     """Lightning's strategy for the run."""
     if strategy_name(strategy) == "single":
         return SingleDeviceStrategy(device=device)
-    kind = ShardedWeights if is_sharded(strategy) else SummedGradients
+    kind = ShardedWeights if is_sharded(strategy) and not zero_stage(strategy) else SummedGradients
     return kind(process_group_backend=_backend(device), timeout=timedelta(seconds=strategy.collective_timeout_seconds))
 
 
@@ -170,7 +180,7 @@ def connect(strategy: config.Strategy, device: torch.device) -> None:
         if device.type == "cuda":
             atexit.register(_leave)
     _open_meetings(patience)
-    if is_sharded(strategy) and _mesh is None:
+    if strategy_name(strategy) in ("fsdp2", "hsdp") and _mesh is None:
         shards = _shards(strategy)
         if shards == world_size():
             _mesh = init_device_mesh(device.type, (shards,), mesh_dim_names=("shards",))
@@ -344,7 +354,7 @@ def hear_first_rank(value: int) -> int:
 
 def sum_gradients(parameters: list[nn.Parameter]) -> None:
     """Sum every gradient over ranks, in one flat buffer. A gradient that no rank has stays absent on all."""
-    if not dist.is_initialized():
+    if not dist.is_initialized() or not parameters:
         return
     present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=parameters[0].device)
     _all_reduce(present, dist.ReduceOp.MAX)
@@ -359,9 +369,10 @@ def sum_gradients(parameters: list[nn.Parameter]) -> None:
 
 def assert_same_on_all_ranks(tensors: Iterable[Tensor], what: str) -> None:
     """Compare a digest of the tensors over ranks; a difference is a defect of ours and ends the run."""
-    if not dist.is_initialized():
+    sums = [t.detach().double().sum() for t in tensors]
+    if not dist.is_initialized() or not sums:
         return
-    digest = torch.stack([t.detach().double().sum() for t in tensors]).sum()
+    digest = torch.stack(sums).sum()
     low, high = digest.clone(), digest.clone()
     _all_reduce(low, dist.ReduceOp.MIN)
     _all_reduce(high, dist.ReduceOp.MAX)

@@ -78,18 +78,25 @@ def test_half_a_checkpoint_is_none(tmp_path):
     assert not partial.exists()
 
 
-def write_in_shards(folder: Path, shards: int, monkeypatch) -> Path:
-    """As ranks of a sharded run write it, each its rows: `a.weight` of 8 rows is theirs in parts, `b` is whole."""
-    whole, each = checkpoint(3), -(-8 // shards)
+def write_in_shards(folder: Path, shards: int, monkeypatch, flat: bool = False) -> Path:
+    """As ranks of a sharded run write it, each its rows: `a.weight` of 8 rows is theirs in parts, `b` is whole. Or, as
+    under ZeRO, each its elements of both, flattened."""
+    whole = checkpoint(3)
+    split = {"a.weight": 8, "b": 6} if flat else {"a.weight": 8}
     for place in reversed(range(shards)):  # the first rank makes it whole
-        first = min(8, each * place)
-        held = Rows(first, min(8, first + each) - first, 8)
         own = {name: {**getattr(whole, name)} for name in ("trainables", "optimizer")}
-        own["trainables"]["a.weight"] = whole.trainables["a.weight"][held.first : held.first + held.count]
-        own["optimizer"]["a.weight.exp_avg"] = whole.optimizer["a.weight.exp_avg"][held.first :][: held.count]
+        places = {}
+        for name, total in split.items():
+            each = -(-total // shards)
+            first = min(total, each * place)
+            shape = list(whole.trainables[name].shape) if flat else None
+            held = places[name] = Rows(first, min(total, first + each) - first, total, shape)
+            for part, key in (("trainables", name), ("optimizer", f"{name}.exp_avg")):
+                value = own[part][key].flatten() if flat else own[part][key]
+                own[part][key] = value[held.first :][: held.count]
         own["optimizer"]["a.weight.step"] = torch.tensor(3.0)
         monkeypatch.setenv("RANK", str(place))
-        part = Checkpoint(whole.position, own["trainables"], {}, own["optimizer"], {"a.weight": held})
+        part = Checkpoint(whole.position, own["trainables"], {}, own["optimizer"], places)
         if place:
             partial = folder / ".step_000003.partial"
             partial.mkdir(parents=True, exist_ok=True)
@@ -103,9 +110,10 @@ def write_in_shards(folder: Path, shards: int, monkeypatch) -> Path:
     return path
 
 
+@pytest.mark.parametrize("flat", [False, True], ids=["rows", "elements"])
 @pytest.mark.parametrize("shards", [1, 2, 3, 5])
-def test_shards_are_read_whole_and_in_any_rows(tmp_path, monkeypatch, shards):
-    path, saved = write_in_shards(tmp_path, shards, monkeypatch), checkpoint(3)
+def test_shards_are_read_whole_and_in_any_rows(tmp_path, monkeypatch, shards, flat):
+    path, saved = write_in_shards(tmp_path, shards, monkeypatch, flat), checkpoint(3)
     found = load_checkpoint(path)
     assert all(torch.equal(found.trainables[name], value) for name, value in saved.trainables.items())
     assert torch.equal(found.optimizer["a.weight.exp_avg"], saved.optimizer["a.weight.exp_avg"])
@@ -115,6 +123,14 @@ def test_shards_are_read_whole_and_in_any_rows(tmp_path, monkeypatch, shards):
         assert torch.equal(some.trainables["a.weight"], saved.trainables["a.weight"][span])
         assert torch.equal(some.optimizer["a.weight.exp_avg"], saved.optimizer["a.weight.exp_avg"][span])
         assert torch.equal(some.trainables["b"], saved.trainables["b"])
+    b = saved.trainables["b"]
+    for rows in (Rows(0, 3, 3), Rows(1, 1, 3), Rows(3, 0, 3), Rows(2, 1, 3)):
+        some, span = load_checkpoint(path, {"b": rows}).trainables["b"], slice(rows.first, rows.first + rows.count)
+        assert some.shape == (rows.count, 2) and torch.equal(some, b[span])
+    for rows in (Rows(0, 6, 6, [3, 2]), Rows(1, 4, 6, [3, 2]), Rows(3, 1, 6, [3, 2]), Rows(6, 0, 6, [3, 2])):
+        some = load_checkpoint(path, {"b": rows})
+        assert torch.equal(some.trainables["b"], b.flatten()[rows.first : rows.first + rows.count])
+        assert torch.equal(some.optimizer["b.exp_avg"], some.trainables["b"] / 2)
 
 
 def test_a_lost_shard_and_a_changed_byte_are_damage(tmp_path, monkeypatch):

@@ -171,6 +171,12 @@ def test_shards_hold_their_part_and_gather_the_rest():
         ((), "h100-80g", 17, "training.samples_per_step is 16, fewer than the 17 GPUs"),
         (("strategy.name=single",), "h100-80g", 2, "strategy.name is 'single', but the plan is for 2 GPUs"),
         (("strategy.name=hsdp", "strategy.shards=3"), "h100-80g", 4, "strategy.shards is 3, which does not divide"),
+        (
+            ("strategy.name=deepspeed_zero3",),
+            "h100-80g",
+            4,
+            "'deepspeed_zero3', which the plan does not know; plan with",
+        ),
         (("model.base_precision=fp8",), "a100-80g", 1, "model.base_precision is 'fp8', but a100-80g has no FP8"),
         (("model.dtype=float32",), "h100-80g", 1, "model.dtype is 'float32'; .* plan with model.dtype=bfloat16"),
         (("training.tokens_per_micro_batch=500",), "h100-80g", 1, "a sample has 516 tokens, over .* at least 516"),

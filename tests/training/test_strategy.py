@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from cosmos3_train.config import Strategy, UserError, load_experiment
-from cosmos3_train.training.strategy import data_rank, device_for, is_sharded, strategy_name
+from cosmos3_train.training.strategy import data_rank, device_for, is_sharded, shards_weights, strategy_name, zero_stage
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+ZERO = ("deepspeed_zero2", "deepspeed_zero3")
 
 
 @pytest.fixture
@@ -43,18 +44,46 @@ def test_neighbours_that_share_packs_draw_the_same_samples(started, monkeypatch)
     assert found == [(0, 2), (0, 2), (1, 2), (1, 2)]
 
 
-@pytest.mark.parametrize("name", ["auto", "single", "ddp", "fsdp2", "hsdp"])
-def test_every_strategy_is_a_part(name):
-    part = ["parts.strategy=" + name]
-    loaded = load_experiment(REPOSITORY / "experiments" / "nano_policy_lora.yaml", part)
-    assert loaded.experiment.strategy.name == name
-    assert is_sharded(loaded.experiment.strategy) == (name in ("fsdp2", "hsdp"))
+@pytest.mark.parametrize("part", ["auto", "single", "ddp", "fsdp2", "hsdp", *ZERO, "deepspeed_zero3_offload"])
+def test_every_strategy_is_a_part(part):
+    loaded = load_experiment(REPOSITORY / "experiments" / "nano_policy_lora.yaml", ["parts.strategy=" + part])
+    strategy, name = loaded.experiment.strategy, part.removesuffix("_offload")
+    assert strategy.name == name and strategy.offload == part.endswith("_offload")
+    assert is_sharded(strategy) == (name in ("fsdp2", "hsdp", *ZERO))
+    assert shards_weights(strategy) == (name in ("fsdp2", "hsdp", "deepspeed_zero3"))
+    assert zero_stage(strategy) == {"deepspeed_zero2": 2, "deepspeed_zero3": 3}.get(name, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["strategy.context_parallel=2"], "context_parallel is 2, which strategy.name 'deepspeed_zero3' does not do"),
+        (["strategy.shards=2"], "strategy.shards is 2; hsdp alone reads it, not 'deepspeed_zero3'"),
+        (["model.compile=true"], "model.compile is true, but strategy.name 'deepspeed_zero3' gathers weights by hooks"),
+        (["model.base_precision=fp8"], "strategy.name 'deepspeed_zero3' spreads weights over processes in their own"),
+        (["model.base_precision=fp8", "strategy.name=deepspeed_zero2"], "'deepspeed_zero2' was never run; use ddp"),
+        (
+            ["strategy.name=ddp", "strategy.offload=true"],
+            "strategy.offload is true; deepspeed_zero2 and deepspeed_zero3",
+        ),
+    ],
+)
+def test_what_zero_does_not_do_is_refused_in_one_line(changes, told):
+    path = REPOSITORY / "experiments" / "nano_policy_lora.yaml"
+    with pytest.raises(UserError, match=told) as caught:
+        load_experiment(path, ["strategy.name=deepspeed_zero3", *changes])
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("strategy", "processes", "told"),
     [
         (Strategy(name="fsdp2"), None, "strategy.name is 'fsdp2', but one process was started; use launch/local.sh"),
+        (
+            Strategy(name="deepspeed_zero2"),
+            None,
+            "strategy.name is 'deepspeed_zero2', but one process was started; use",
+        ),
         (Strategy(devices=2), None, "strategy.devices is 2, but one process was started; use launch/local.sh"),
         (Strategy(name="single"), 2, "strategy.name is 'single', but 2 processes were started"),
         (Strategy(name="fsdp2", devices=1), 2, "strategy.devices is 1, but 2 processes were started"),
