@@ -6,7 +6,9 @@ python -m torch.distributed.run --nproc-per-node N -m tests.training.sharded ROO
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +17,21 @@ from cosmos3_train.runtime import is_first_rank, world_size
 from cosmos3_train.training.measures import measure
 from cosmos3_train.training.run import quieten_lightning, train
 from cosmos3_train.training.strategy import meet
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def start(root: Path, count: int, *jobs: str) -> subprocess.Popen:
+    """Carry out jobs on so many processes, in the background."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)) if count > 1 else ()
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "tests.training.sharded", str(root), *jobs],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def carry_out(root: Path, job: str) -> None:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,15 +12,14 @@ from cosmos3_train.data.mixture import StepDataset
 from cosmos3_train.training.checkpoints import load_checkpoint
 from cosmos3_train.training.datamodule import StepData
 from cosmos3_train.training.run import build
+from tests.training.kills import kill_again_and_again
 from tests.training.project import experiment, load, write, write_project
-from tests.training.sharded import carry_out
+from tests.training.sharded import carry_out, start
 from tests.training.steps import difference
-from tests.training.test_processes import wait_for_step
-from tests.training.test_run import poison, position, rows, status
+from tests.training.test_run import poison, position, rows
 
 pytestmark = pytest.mark.slow
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = (
     "training.steps=20 training.samples_per_step=3 training.tokens_per_micro_batch=100 optimizer.learning_rate=0.003 "
     "training.checkpoint_every_n_steps=10 training.evaluate_every_n_steps=10 evaluation.heldout_samples=2 "
@@ -60,18 +54,6 @@ def on_processes(root: Path, count: int, *jobs: str) -> None:
     process = start(root, count, *jobs)
     output, _ = process.communicate(timeout=250)
     assert process.returncode == 0, output
-
-
-def start(root: Path, count: int, *jobs: str) -> subprocess.Popen:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count))
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "tests.training.sharded", str(root), *jobs],
-        cwd=REPOSITORY,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -167,21 +149,5 @@ def test_a_step_with_a_bad_gradient_is_left_out_by_every_rank(tmp_path):
 
 
 def test_killed_at_random_it_ends_with_the_weights_of_an_undisturbed_run(root):
-    folder, chance = root / "runs" / "killed", random.Random()
-    killed = job("full", "name=killed strategy.name=fsdp2 training.checkpoint_every_n_steps=1")
-    process = start(root, 2, killed)
-    wait_for_step(process, folder, chance.randint(2, 14))
-    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert len(ranks) == 2
-    time.sleep(chance.uniform(0, 0.2))
-    for pid in ranks:
-        os.kill(int(pid), signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert status(folder)["state"] == "running"
-    on_processes(root, 2, killed)
-    undisturbed = load_checkpoint(root / "runs" / "full_fsdp2" / "checkpoints" / "step_000020")
-    found = load_checkpoint(folder / "checkpoints" / "step_000020")
-    for part in ("trainables", "average", "optimizer"):
-        ours, theirs = getattr(found, part), getattr(undisturbed, part)
-        assert [name for name, value in theirs.items() if not torch.equal(ours[name], value)] == []
-    assert rows(folder) == rows(root / "runs" / "full_fsdp2")
+    seed = random.randrange(1 << 30)
+    assert kill_again_and_again(root, "fsdp2", 1, seed) == [], f"seed {seed}"
