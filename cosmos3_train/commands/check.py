@@ -137,7 +137,8 @@ def _check_disk(loaded: Loaded, findings: Findings) -> None:
         training = experiment.training
         copies = training.keep_checkpoints + 1
         if training.keep_every_n_steps:
-            copies += training.steps // training.keep_every_n_steps
+            newest = training.keep_checkpoints * training.checkpoint_every_n_steps  # steps that these reach back
+            copies += max(0, training.steps - newest) // training.keep_every_n_steps
         exports = {"none": 0, "adapter": 8 * model.trained, "merged": model.stored_bytes}[experiment.export]
         there, exported = (_bytes_under(loaded.run_folder / name) for name in ("checkpoints", "export"))
         needs.append((loaded.run_folder, max(one, one * copies - there), f"{_size(one)} a checkpoint"))

@@ -20,7 +20,7 @@ from cosmos3_train.training.checkpoints import list_checkpoints
 from cosmos3_train.training.module import PostTraining
 from cosmos3_train.training.optimizer import clip_gradients
 from cosmos3_train.training.run import CHECKPOINTS, build
-from cosmos3_train.training.skipped import list_skipped, read_skipped
+from cosmos3_train.training.skipped import list_skipped, read_shares
 from cosmos3_train.types import IGNORED_LABEL, PackedSequence, Velocities
 
 SHOWN = 8
@@ -53,30 +53,23 @@ def run(name_or_path: str, draw: int | None) -> int:
     loaded = find_run(name_or_path)
     found = list_skipped(loaded.run_folder)
     if not found:
-        raise UserError(f"{loaded.run_folder}: no skipped step is kept there; the run has left none out")
+        raise UserError(f"{loaded.run_folder}: no skipped step is kept there: the run has left none out")
     if draw is not None and draw not in found:
         raise UserError(f"--draw {draw}: not kept; there are {', '.join(map(str, found))}")
-    steps = {
-        number: [read_skipped(path) for path in found[number]] for number in ([draw] if draw is not None else found)
-    }
-    for number, shares in steps.items():
-        if any(pack.slices is not None for step, _ in shares for pack in step.packs):
-            raise UserError(
-                f"--draw {number}: its packs were shared by ranks (strategy.context_parallel), none has one"
-            )
+    wanted = list(found) if draw is None else [draw]
+    steps = {number: read_shares(found[number]) for number in wanted}
     module = build(loaded, "train").module
     newest = list_checkpoints(loaded.run_folder / CHECKPOINTS)
     say(f"{loaded.experiment.name}: with the weights of {newest[-1].name if newest else 'the start'}")
-    for number, shares in steps.items():
-        _tell(number, shares, module, found[number])
+    for number, (shares, was) in steps.items():
+        _tell(number, shares, was, module, found[number][0])
     return FINISHED
 
 
-def _tell(number: int, shares: Sequence[tuple[PackedStep, float]], module: PostTraining, files: Sequence[Path]) -> None:
-    samples, norm = replay([step for step, _ in shares], module)
+def _tell(number: int, shares: Sequence[PackedStep], was: float, module: PostTraining, file: Path) -> None:
+    samples, norm = replay(shares, module)
     say()
-    place = f"{files[0].parent.name}/{files[0].name}"
-    say(f"draw {number} ({place}): its gradient's norm was {shares[0][1]:.4g} and is {norm:.4g}")
+    say(f"draw {number} ({file.parent.name}/{file.name}): its gradient's norm was {was:.4g} and is {norm:.4g}")
     worst = sorted(samples, key=lambda sample: -sample.badness)
     names = sorted({name for sample in samples for name in sample.losses})
     say_table(
@@ -97,7 +90,7 @@ def _tell(number: int, shares: Sequence[tuple[PackedStep, float]], module: PostT
 
 
 def replay(shares: Sequence[PackedStep], module: PostTraining) -> tuple[list[Replayed], float]:
-    """The samples of a step, as every rank had them, and the norm of the whole step's gradient. The weights and the
+    """The samples of a step, as its ranks had them in order, and the norm of the whole step's gradient. Weights and
     optimizer stay as they are."""
     counts = torch.stack([module.step_counts(step) for step in shares]).sum(0).to(module.device)
     samples = []

@@ -48,7 +48,7 @@ class Position:
     step: optimizer steps made (skipped ones left out);  drawn: steps' worth of samples drawn, skipped ones included
     samples: samples drawn over all ranks;  skipped: steps left out for a gradient that was not finite, or a spike
     skipped_in_a_row: of those, the ones since the last step that was made, which patience counts
-    usual_norm: of the gradient in the steps before (`spikes`)
+    usual_norm: of the gradient in the steps before, of which `norms` were looked at (`spikes`)
     """
 
     step: int = 0
@@ -57,6 +57,7 @@ class Position:
     skipped: int = 0
     skipped_in_a_row: int = 0
     usual_norm: float = 0.0
+    norms: int = 0
 
 
 @dataclass(frozen=True)

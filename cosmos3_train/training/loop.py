@@ -32,6 +32,7 @@ from cosmos3_train.training.throughput import StepTime, Throughput, lagging, spr
 
 logger = logging.getLogger(__name__)
 
+LINES_IN_A_ROW = 5
 EVALUATED = "evaluated"
 """Written last of an evaluation's metrics, so that a resumed run knows which evaluations it has."""
 
@@ -56,6 +57,7 @@ class RunLoop(lightning.Callback):
         self.interrupted = False
         self._asked_to_stop = False
         self._saving: Saving | None = None
+        self._lagging: tuple[int | None, int] = (None, 0)
         self._bar: Bar | None = None
         self._metrics: Metrics | None = None
         self._throughput: Throughput | None = None
@@ -93,6 +95,7 @@ class RunLoop(lightning.Callback):
         if report.skipped:
             assert self.module.packed is not None
             keep_skipped(self.folder, self.module.packed, report.gradient_norm)
+            self._write(self.module.position.step + 1, {SKIPPED: self.module.position.skipped})
             self.module.require_progress()
         time = self._throughput.stop(report.tokens, report.samples, report.flops, self.module.own_time.seconds)
         if self.watch is not None:
@@ -101,8 +104,6 @@ class RunLoop(lightning.Callback):
             self._saving.check()
         self._bar.advance(step)
         last, made = step >= training.steps, not self.module.report.skipped
-        if not made:  # told with the step that it was on the way to
-            self._write(step + 1, {SKIPPED: self.module.position.skipped})
         if last or (made and step % training.log_every_n_steps == 0):
             self._log(step)
         self.interrupted = not last and any_rank(self._asked_to_stop, self.module.device)
@@ -149,8 +150,7 @@ class RunLoop(lightning.Callback):
             own = [rates["own_seconds"], rates.get("peak_memory_gib", 0.0)]
             ranks = from_all_ranks(own, f"the times of step {step}")
             rates |= spread(ranks)
-            if is_first_rank() and (words := lagging(ranks)):
-                logger.warning("step %d: %s", step, words)
+            self._tell_who_lags(step, lagging(ranks))
         self._bar.show({"all": report.total, **report.losses}, rates)
         values = {
             "loss": report.total,
@@ -163,6 +163,13 @@ class RunLoop(lightning.Callback):
             "samples": self.module.position.samples,
         }
         self._write(step, values)
+
+    def _tell_who_lags(self, step: int, found: tuple[int, str] | None) -> None:
+        """Once, where one rank was the slowest in several lines of the log in a row: in one it may be its samples."""
+        slowest, lines = self._lagging
+        self._lagging = (None, 0) if found is None else (found[0], lines + 1 if found[0] == slowest else 1)
+        if found is not None and self._lagging[1] == LINES_IN_A_ROW and is_first_rank():
+            logger.warning("step %d: %s", step, found[1])
 
     def _evaluation_due(self, step: int) -> bool:
         if step == 0:
@@ -183,7 +190,7 @@ class RunLoop(lightning.Callback):
                 lend(module.backbone, self._measure)
             elif module.zero is not None and module.zero.stage == 3:
                 module.zero.lend(self._measure)
-            else:
+            elif is_first_rank():
                 self._measure()
         module.backbone.train()
 

@@ -32,8 +32,16 @@ from cosmos3_train.training.checkpoints import Position
 from cosmos3_train.training.ema import Average
 from cosmos3_train.training.optimizer import clip_gradients, make_optimizer, set_learning_rate
 from cosmos3_train.training.sharding import Reach, part_of, reach, reduce_after_this_pack
-from cosmos3_train.training.spikes import largest_norm, usual_norm
-from cosmos3_train.training.strategy import assert_same_on_all_ranks, largest, meet, peers, sum_gradients, summed
+from cosmos3_train.training.spikes import largest_norm, looked_at
+from cosmos3_train.training.strategy import (
+    assert_same_on_all_ranks,
+    largest,
+    meet,
+    on_any_rank,
+    peers,
+    sum_gradients,
+    summed,
+)
 from cosmos3_train.training.throughput import Arithmetic, OwnTime
 from cosmos3_train.training.zero import Zero
 from cosmos3_train.types import PackedSequence, StepBatch, Velocities
@@ -202,8 +210,8 @@ class PostTraining(lightning.LightningModule):
         if self.position.skipped_in_a_row >= self.experiment.optimizer.patience:
             raise TrainingFailed(
                 f"{self.position.skipped_in_a_row} steps in a row were skipped for their gradients "
-                f"(optimizer.patience); 'cosmos3 replay {self.experiment.name}' says which samples did it; mend the "
-                f"data, or lower optimizer.learning_rate"
+                f"(optimizer.patience); 'cosmos3 replay {self.experiment.name}' says which samples did it. Raise "
+                f"optimizer.spike to go on; else mend the data or lower optimizer.learning_rate, and start with --fresh"
             )
 
     def measured(self) -> StepReport:
@@ -237,7 +245,7 @@ class PostTraining(lightning.LightningModule):
         rate = set_learning_rate(self.optimizer, self.position.step, training.steps, config)
         self._compare_ranks_once(parameters, measured)
         largest_allowed = largest_norm(self.position, config.spike)
-        skip = 1 - (measured.isfinite() & (measured <= largest_allowed)).float()
+        skip = on_any_rank(1 - (measured.isfinite() & (measured <= largest_allowed)).float())
         # AdamW's fused kernel asks the device whether to skip, so all of the step is queued before the host waits.
         cast(Any, self.optimizer).found_inf = skip
         self.optimizer.step()
@@ -245,12 +253,13 @@ class PostTraining(lightning.LightningModule):
         if self.zero is not None:
             set_learning_rate(self.zero.base, self.position.step, training.steps, config)
             self.zero.step(measured, config.clip, self._left_out, skip)
-        norm = float(measured)
-        made = math.isfinite(norm) and norm <= largest_allowed
+        norm, skipped = torch.stack([measured.to(skip), skip]).tolist()
+        made = not skipped
         if not made:
             above = f", over {config.spike:g} times the usual {self.position.usual_norm:.3g} (optimizer.spike)"
             reason = above if math.isfinite(norm) else ""
-            logger.warning("step %d: gradient norm is %.3g%s; the step is skipped", self.position.step, norm, reason)
+            words = "step %d: gradient norm is %.3g%s; draw %d is skipped"
+            logger.warning(words, self.position.step + 1, norm, reason, drawn)
         elif self.average is not None:
             self.average.update(self.trainables.parameters)
         self.position = Position(
@@ -259,7 +268,7 @@ class PostTraining(lightning.LightningModule):
             samples=self.position.samples + training.samples_per_step,
             skipped=self.position.skipped + int(not made),
             skipped_in_a_row=0 if made else self.position.skipped_in_a_row + 1,
-            usual_norm=usual_norm(self.position, norm),
+            **looked_at(self.position, norm),
         )
         self.report = StepReport(gradient_norm=norm, learning_rate=rate, skipped=not made)
 

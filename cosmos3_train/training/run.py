@@ -102,8 +102,11 @@ FREE = (
     "training.checkpoint_every_n_steps",
     "training.keep_checkpoints",
     "training.keep_every_n_steps",
+    "optimizer.spike",
+    "optimizer.patience",
 )
-"""Keys (* is any name) that may differ when a run goes on: they change how it is carried out, not what it computes."""
+"""Keys (* is any name) that may differ when a run goes on: they change how it is carried out, not what it computes; and
+those of skipped steps, with which a run that was stopped for them may go on."""
 
 Ended = Literal["finished", "interrupted"]
 

@@ -313,6 +313,14 @@ def summed_over_shards(values: Tensor) -> Tensor:
     return values
 
 
+def on_any_rank(flag: Tensor) -> Tensor:
+    """The largest over ranks, in place and on the device: what they may have found otherwise by a last bit, they then
+    do alike."""
+    if dist.is_initialized():
+        _all_reduce(flag, dist.ReduceOp.MAX)
+    return flag
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether the flag is up on any rank; every rank gets the same answer."""
     if not dist.is_initialized():

@@ -242,11 +242,12 @@ def spread(ranks: Sequence[Sequence[float]]) -> dict[str, float]:
     return found | ({"largest_peak_memory_gib": largest} if largest else {})
 
 
-def lagging(ranks: Sequence[Sequence[float]]) -> str | None:
-    """A line about the slowest rank, None where it is about as fast as the others."""
+def lagging(ranks: Sequence[Sequence[float]]) -> tuple[int, str] | None:
+    """The slowest rank and a line about it, None where it is about as fast as the others."""
     own = sorted(seconds for seconds, _ in ranks)
     middle, slowest = own[(len(own) - 1) // 2], own[-1]
     if slowest < SLOW * middle:
         return None
     place = [seconds for seconds, _ in ranks].index(slowest)
-    return f"rank {place} is the slowest: its passes of a step take {slowest:.3g} s, the middle rank's {middle:.3g} s"
+    words = f"rank {place} is the slowest: its passes of a step take {slowest:.3g} s, the middle rank's {middle:.3g} s"
+    return place, words

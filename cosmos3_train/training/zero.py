@@ -96,7 +96,7 @@ class Zero:
         self.backbone = backbone
         self.base = FlatAdamW(groups, betas=optimizer.betas, eps=optimizer.eps, fused=True)
         self.base.scale = torch.ones((), device=device)
-        self.optimizer: Any = (self._second if self.stage == 2 else self._third)(backbone, names)
+        self.optimizer: Any = self._second(names) if self.stage == 2 else self._third(names)
         self._tell_parts()
 
     # -------------------------------------------------------------------------------------------- the step
@@ -132,7 +132,8 @@ class Zero:
             skip: float32 scalar on the device, 1 where the step is not to be made, else 0.
         """
         self.base.scale, self.base.left_out = clip_factor(norm, largest) * world_size(), left_out
-        cast(Any, self.base).found_inf = skip
+        # There, for the update on the host would not wait for its own copy of it.
+        cast(Any, self.base).found_inf = skip.to(self._flats()[0].device)
         with peers("what ranks exchange of a step's weights"):
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -147,6 +148,8 @@ class Zero:
     def _gradients(self) -> list[Tensor]:
         """This rank's part of the step's mean over ranks."""
         if self.offload:
+            if self.stage == 2:
+                self.optimizer._wait_for_offload_copies()
             return [cast(Tensor, flat.grad) for flat in self._flats()]
         return [part for parts in self.optimizer.averaged_gradients.values() for part in parts]
 
@@ -232,7 +235,7 @@ class Zero:
 
     # -------------------------------------------------------------------------------------------- DeepSpeed's own
 
-    def _second(self, backbone: Cosmos3PackedTransformer, names: dict[nn.Parameter, str]) -> Any:
+    def _second(self, names: dict[nn.Parameter, str]) -> Any:
         from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
         return DeepSpeedZeroOptimizer(
@@ -246,7 +249,7 @@ class Zero:
             offload_optimizer_config=_offload(self.offload, self.device),
         )
 
-    def _third(self, backbone: Cosmos3PackedTransformer, names: dict[nn.Parameter, str]) -> Any:
+    def _third(self, names: dict[nn.Parameter, str]) -> Any:
         from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
         class Stage3(DeepSpeedZeroOptimizer_Stage3):
@@ -257,10 +260,10 @@ class Zero:
                     del parameter.ds_z3_leaf_module
                 super().create_reduce_and_remove_grad_hooks()
 
-        for unit in _units(backbone):
+        for unit in _units(self.backbone):
             cast(Any, unit)._z3_leaf = True
         return Stage3(
-            nn.ModuleList(_units(backbone)),
+            nn.ModuleList(_units(self.backbone)),
             self.base,
             names,
             **_common(self.device),

@@ -22,7 +22,7 @@ from cosmos3_train.model.sight import Counter, open_sight
 from cosmos3_train.model.slices import slice_of
 from cosmos3_train.model.vision import load_eyes
 from cosmos3_train.training.batching import PackedStep
-from cosmos3_train.training.skipped import keep_skipped, list_skipped, read_skipped
+from cosmos3_train.training.skipped import keep_skipped, list_skipped, read_shares
 from cosmos3_train.types import IGNORED_LABEL, NoiseLevels, Picture, Sample
 from tests.commands.tiny import make_model
 from tests.parity.eyes import add_eyes, picture, reasoner
@@ -275,8 +275,8 @@ def test_a_slice_keeps_the_tokens_of_its_own(both, encoder):
 def test_a_skipped_step_is_kept_with_its_pictures(both, encoder, tmp_path):
     whole = packed(both[0], samples_of(encoder, "two", "clip"))
     keep_skipped(tmp_path, PackedStep(3, [whole], {"text": 2}, 2, [["two", "clip"]]), math.nan)
-    ((draw, (file,)),) = list_skipped(tmp_path).items()
-    step, norm = read_skipped(file)
+    ((draw, files),) = list_skipped(tmp_path).items()
+    (step,), norm = read_shares(files)
     (found,) = step.packs
     assert draw == 3 and math.isnan(norm) and step.keys == [["two", "clip"]]
     assert found.prompts == whole.prompts and found.pictures.frames.lengths == whole.pictures.frames.lengths

@@ -25,6 +25,8 @@ from tests.training.sharded import start
 from tests.training.test_run import rows, status
 
 STEPS_A_KILL = 6
+TAIL = 40
+"""Steps after the last kill's, so that it does not come too late."""
 START_SECONDS = 12.0
 """A process that is killed while it starts is killed within these."""
 
@@ -44,30 +46,31 @@ def kill_again_and_again(root: Path, strategy: str, kills: int, seed: int) -> li
     Args:
         root: of a project (`write_project`), in which both runs are made.
     """
-    ranks, steps, chance = 1 if strategy == "single" else 2, STEPS_A_KILL * (kills + 1), random.Random(seed)
+    ranks, steps, chance = 1 if strategy == "single" else 2, STEPS_A_KILL * kills + TAIL, random.Random(seed)
     whole, killed = (job(strategy, name, steps) for name in (f"{strategy}_whole", f"{strategy}_killed"))
     _finish(start(root, ranks, whole))
     folder = root / "runs" / f"{strategy}_killed"
     for number in range(kills):
         process = start(root, ranks, killed)
         starting = chance.random() < 0.2
-        target = 0 if starting else STEPS_A_KILL * number + chance.randint(1, STEPS_A_KILL)
-        _wait(process, folder, target)
-        time.sleep(chance.uniform(0, START_SECONDS if starting else 0.3))
+        target = STEPS_A_KILL * number + chance.randint(1, STEPS_A_KILL)
+        _wait(process, folder, target, chance.uniform(0, START_SECONDS) if starting else 250.0)
+        time.sleep(chance.uniform(0, 0.05))
         pids = [process.pid] if ranks == 1 else _children(process.pid)
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         process.communicate(timeout=100)
         found = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
-        print(f"kill {number + 1} of {kills}: {'starting' if starting else f'step {target}'}, {found}", flush=True)
-    assert not kills or status(folder)["state"] == "running"
+        print(f"kill {number + 1} of {kills}: {'starting' if starting else f'at step {target}'}, {found}", flush=True)
+        assert not (folder / "status.json").is_file() or status(folder)["state"] == "running", "it had ended"
     _finish(start(root, ranks, killed))
     return _differences(root / "runs" / f"{strategy}_whole", folder, steps)
 
 
-def _wait(process: subprocess.Popen, folder: Path, step: int) -> None:
-    """Until metrics.csv tells of the step, as it may already."""
-    while _last(folder) < step:
+def _wait(process: subprocess.Popen, folder: Path, step: int, longest: float) -> None:
+    """Until metrics.csv tells of the step, as it may already, or so many seconds are over."""
+    ends = time.monotonic() + longest
+    while _last(folder) < step and time.monotonic() < ends:
         if process.poll() is not None:
             raise AssertionError(process.communicate()[0])
         time.sleep(0.005)

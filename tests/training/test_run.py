@@ -400,12 +400,12 @@ def test_patience_counts_on_over_interruptions(tmp_path):
         assert train(loaded, watch=stop_at(step)) == "interrupted"
         assert position(loaded.run_folder, 0) == {
             "step": 0, "drawn": so_far, "samples": 2 * so_far, "skipped": so_far, "skipped_in_a_row": so_far,
-            "usual_norm": 0.0,
+            "usual_norm": 0.0, "norms": 0,
         }  # fmt: skip
         assert not list((loaded.run_folder / "checkpoints").rglob("*.writing"))
     with pytest.raises(TrainingFailed, match="5 steps in a row"):
         train(loaded, watch=lambda *_: pytest.fail("the fifth bad step is the last"))
-    assert rows(loaded.run_folder)[1:] == [("1", "skipped", f"{n}.0") for n in (1, 2, 3, 4)]
+    assert rows(loaded.run_folder)[1:] == [("1", "skipped", f"{n}.0") for n in (1, 2, 3, 4, 5)]
 
 
 def test_a_signal_to_the_whole_group_reaches_the_workers_too_and_does_no_harm(project):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
+from cosmos3_train.commands.replay import replay
 from cosmos3_train.data.mixture import StepDataset
 from cosmos3_train.training.checkpoints import load_checkpoint
 from cosmos3_train.training.datamodule import StepData
 from cosmos3_train.training.run import build
+from cosmos3_train.training.skipped import list_skipped, read_shares
 from tests.training.kills import kill_again_and_again
 from tests.training.project import experiment, load, write, write_project
 from tests.training.sharded import carry_out, start
@@ -52,7 +57,11 @@ def write_moves(root: Path) -> Path:
 def on_processes(root: Path, count: int, *jobs: str) -> None:
     """Carry out jobs on so many processes."""
     process = start(root, count, *jobs)
-    output, _ = process.communicate(timeout=250)
+    try:
+        output, _ = process.communicate(timeout=120 + 30 * len(jobs))
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its ranks
+        raise AssertionError(process.communicate()[0]) from None
     assert process.returncode == 0, output
 
 
@@ -146,6 +155,29 @@ def test_a_step_with_a_bad_gradient_is_left_out_by_every_rank(tmp_path):
     for name in strategies:
         assert position(root / "runs" / f"bad_{name}", 6) == pytest.approx(expected, rel=1e-5)
         assert_same_curve(root, "bad", f"bad_{name}", steps=6)
+
+
+def test_a_spike_is_left_out_by_every_rank_and_made_again_by_one_process(root):
+    """All go on from one checkpoint, by whose position the norm of the next step is just too far above the usual."""
+    strategies = ("ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3")
+    primed = root / "runs" / "primed" / "checkpoints" / "step_000010"
+    shutil.copytree(root / "runs" / "full" / "checkpoints" / "step_000010", primed)
+    told_norms = {int(row[0]): float(row[2]) for row in rows(root / "runs" / "full") if row[1] == "gradient_norm"}
+    state = json.loads((primed / "state.json").read_text())
+    (primed / "state.json").write_text(json.dumps(state | {"norms": 60, "usual_norm": 0.09 * told_norms[11]}))
+    carry_out(root, job("full", "name=spike <primed/10"))
+    on_processes(root, 2, *(job("full", f"name=spike_{name} strategy.name={name} <primed/10") for name in strategies))
+    expected = position(root / "runs" / "spike", 20)
+    assert expected["skipped"] > 0
+    for name in strategies:
+        assert position(root / "runs" / f"spike_{name}", 20) == pytest.approx(expected, rel=1e-4)
+        assert_same_curve(root, "spike", f"spike_{name}", first_step=11)
+    at_once = json.loads((primed / "state.json").read_text())["drawn"]
+    module = build(load(root, *job("full", "name=primed").split()[1:])).module  # with the weights of that draw
+    for name in ("ddp", "fsdp2"):
+        shares, norm = read_shares(list_skipped(root / "runs" / f"spike_{name}")[at_once])
+        samples, again = replay(shares, module)
+        assert len(shares) == 2 and len(samples) == 3 and again == pytest.approx(norm, rel=1e-5)
 
 
 def test_killed_at_random_it_ends_with_the_weights_of_an_undisturbed_run(root):

@@ -14,7 +14,7 @@ from cosmos3_train.training import skipped
 from cosmos3_train.training.checkpoints import Position, list_checkpoints
 from cosmos3_train.training.module import TrainingFailed
 from cosmos3_train.training.run import build, train
-from cosmos3_train.training.spikes import WINDOW, largest_norm, usual_norm
+from cosmos3_train.training.spikes import WINDOW, largest_norm, looked_at
 from tests.training.project import load, write_project
 from tests.training.test_run import MOVES_ONLY, poison
 
@@ -24,7 +24,7 @@ def after(norms: list[float], factor: float) -> tuple[Position, list[bool]]:
     position, made = Position(), []
     for norm in norms:
         made.append(norm <= largest_norm(position, factor))
-        position = Position(step=position.step + made[-1], usual_norm=usual_norm(position, norm))
+        position = Position(step=position.step + made[-1], **looked_at(position, norm))
     return position, made
 
 
@@ -44,8 +44,15 @@ def test_norms_that_have_risen_for_good_are_usual_after_some_steps():
 
 
 def test_what_is_no_number_changes_nothing_of_what_is_usual():
-    before = Position(step=60, usual_norm=3.0)
-    assert [usual_norm(before, norm) for norm in (math.nan, math.inf, 0.0)] == [3.0, 3.0, 3.0]
+    before = Position(step=60, usual_norm=3.0, norms=60)
+    same = {"usual_norm": 3.0, "norms": 60}
+    assert [looked_at(before, norm) for norm in (math.nan, math.inf, 0.0)] == [same, same, same]
+
+
+def test_a_run_from_before_norms_were_looked_at_begins_to():
+    old = Position(step=200)
+    assert largest_norm(old, 10.0) == math.inf
+    assert looked_at(old, 4.0) == {"usual_norm": pytest.approx(4.0), "norms": 1}
 
 
 def test_a_spike_ends_as_it_was_before_and_is_made_again_to_the_last_bit(tmp_path):
@@ -58,7 +65,7 @@ def test_a_spike_ends_as_it_was_before_and_is_made_again_to_the_last_bit(tmp_pat
     made = int(list_checkpoints(loaded.run_folder / "checkpoints")[-1].name.removeprefix("step_"))
     assert made >= WINDOW
     ((draw, files),) = skipped.list_skipped(loaded.run_folder).items()
-    step, norm = skipped.read_skipped(files[0])
+    (step,), norm = skipped.read_shares(files)
     assert draw == step.step == made and math.isfinite(norm)
     module = build(loaded).module
     before = {name: p.detach().clone() for name, p in module.trainables.parameters.items()}
@@ -80,7 +87,7 @@ def test_the_samples_that_made_a_step_no_number_are_named(tmp_path, capsys, monk
     assert replay.run("poisoned", None) == 0
     said = capsys.readouterr().out
     for draw, files in found.items():
-        step, _ = skipped.read_skipped(files[0])
+        (step,), _ = skipped.read_shares(files)
         bad = set()
         for pack, keys in zip(step.packs, step.keys, strict=True):
             broken = ~torch.cat([rows.isfinite().all(1) for rows in (pack.video, pack.sound, pack.action)])[pack.order]

@@ -148,6 +148,8 @@ def test_the_slowest_rank_is_named_where_it_holds_the_others_up():
     assert spread(ranks) == {
         "slowest_rank": 2.0, "slowest_rank_own_seconds": 2.0, "largest_peak_memory_gib": 31.0
     }  # fmt: skip
-    assert lagging(ranks) == "rank 2 is the slowest: its passes of a step take 2 s, the middle rank's 1.05 s"
+    assert lagging(ranks) == (
+        2, "rank 2 is the slowest: its passes of a step take 2 s, the middle rank's 1.05 s"
+    )  # fmt: skip
     assert lagging([[1.0, 0.0], [1.1, 0.0]]) is None
     assert "largest_peak_memory_gib" not in spread([[1.0, 0.0], [1.1, 0.0]]), "on CPUs there is none"

@@ -1,0 +1,29 @@
+"""What every test needs, and in how many processes they run."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+
+import pytest
+
+MOST_WORKERS = 4
+"""Each takes up to 2 GB."""
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: a core each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """All of the fast tests run on several cores. The slow ones start processes of their own, and a few tests that are
+    named are done sooner in this process: these have 0 workers."""
+    named = config.args_source is pytest.Config.ArgsSource.ARGS
+    return min(MOST_WORKERS, os.cpu_count() or 1) if "not slow" in config.option.markexpr and not named else 0
+
+
+@pytest.fixture(autouse=True)
+def no_handlers_left_behind() -> Iterator[None]:
+    """The package's handlers hold the standard error of the test that made them, which ends with it."""
+    yield
+    logging.getLogger("cosmos3_train").handlers.clear()
