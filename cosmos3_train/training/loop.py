@@ -190,8 +190,11 @@ class RunLoop(lightning.Callback):
                 lend(module.backbone, self._measure)
             elif module.zero is not None and module.zero.stage == 3:
                 module.zero.lend(self._measure)
-            elif is_first_rank():
-                self._measure()
+            else:
+                if is_first_rank():
+                    self._measure()
+                if module.sharded:  # before the weights are exchanged again, for which ranks do not wait so long
+                    wait_for_first_rank(f"the evaluation at step {step}")
         module.backbone.train()
 
     def _measure(self) -> None:
