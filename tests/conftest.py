@@ -22,6 +22,14 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(MOST_WORKERS, os.cpu_count() or 1) if "not slow" in config.option.markexpr and not named else 0
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that are `long` are slow ones too many for every change: `-m "slow or long"` runs them all."""
+    if "long" not in config.option.markexpr:
+        too_long = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=too_long)
+        items[:] = [item for item in items if item not in too_long]
+
+
 @pytest.fixture(autouse=True)
 def no_handlers_left_behind() -> Iterator[None]:
     """The package's handlers hold the standard error of the test that made them, which ends with it."""

@@ -8,6 +8,12 @@ from tests.training.project import write_project
 
 
 @pytest.fixture(scope="session")
+def long_too(request) -> bool:
+    """Whether the tests that are `long` run."""
+    return "long" in request.config.option.markexpr
+
+
+@pytest.fixture(scope="session")
 def curves(tmp_path_factory) -> Path:
     """A project in which every tuning of `test_sharding` was trained by one process, for others to be compared."""
     from tests.training.sharded import carry_out

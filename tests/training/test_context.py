@@ -15,16 +15,18 @@ pytestmark = pytest.mark.slow
 
 TWO = "strategy.context_parallel=2"
 UNMEASURED = "training.evaluate_every_n_steps=0 evaluation.before=false evaluation.action_samples=0"
-RUNS = [("lora", "ddp"), ("hybrid", "ddp"), ("full", "ddp"), ("full", "fsdp2")]
+RUNS = [("lora", "ddp"), ("full", "fsdp2")]
+MORE = [("hybrid", "ddp"), ("full", "ddp")]
 FEW = f"{UNMEASURED} training.steps=4 training.samples_per_step=5"
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
+def root(tmp_path_factory, long_too) -> Path:
     """A project in which every tuning was trained by one process, and then by two that share its packs."""
+    runs = RUNS + MORE * long_too
     root = write_moves(write_project(tmp_path_factory.mktemp("context") / "root"))
-    tunings = dict.fromkeys(tuning for tuning, _ in RUNS)
-    shared = [job(tuning, f"name={tuning}_{name} strategy.name={name}", TWO, UNMEASURED) for tuning, name in RUNS]
+    tunings = dict.fromkeys(tuning for tuning, _ in runs)
+    shared = [job(tuning, f"name={tuning}_{name} strategy.name={name}", TWO, UNMEASURED) for tuning, name in runs]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as torchrun's processes have; more of them only wait for each other here
     for each in (*(job(name, f"name={name}", UNMEASURED) for name in tunings), job("cached", "name=few", FEW)):
@@ -34,7 +36,7 @@ def root(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize(("tuning", "strategy"), RUNS)
+@pytest.mark.parametrize(("tuning", "strategy"), [*RUNS, *(pytest.param(*run, marks=pytest.mark.long) for run in MORE)])
 def test_two_ranks_that_share_packs_make_the_curve_of_one(root, tuning, strategy):
     assert_same_curve(root, tuning, f"{tuning}_{strategy}")
 

@@ -135,6 +135,7 @@ def test_a_checkpoint_holds_each_row_once_and_whole_weights_once(root):
     assert [p.name for p in lora.glob("trainables*")] == ["trainables.safetensors"], "adapters are whole on every rank"
 
 
+@pytest.mark.long
 def test_two_copies_of_two_shards_make_the_curve_of_one(root):
     few = "training.steps=6 training.samples_per_step=5"
     carry_out(root, job("full", "name=few", few))

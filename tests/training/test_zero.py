@@ -20,38 +20,44 @@ HOWS = {
     "zero2_offload": "strategy.name=deepspeed_zero2 strategy.offload=true",
     "zero3_offload": "strategy.name=deepspeed_zero3 strategy.offload=true",
 }
-RUNS = [
-    *((tuning, how) for tuning in ("lora", "hybrid", "full") for how in ("zero2", "zero3")),
+RUNS = [("full", "zero2"), ("full", "zero3"), ("lora", "zero3"), ("hybrid", "zero2_offload")]
+MORE = [
+    ("lora", "zero2"),
+    ("hybrid", "zero2"),
+    ("hybrid", "zero3"),
     ("full", "zero2_offload"),
     ("lora", "zero3_offload"),
     ("full", "zero3_offload"),
     ("cached", "zero3"),
 ]
+RESUMED = {
+    "single_to_zero3": ("full", f"{HOWS['zero3']} <full/10"),
+    "zero2_to_fsdp2": ("full", "strategy.name=fsdp2 <full_zero2/10"),
+}
+MORE_RESUMED = {
+    "zero3_to_zero2": ("full", f"{HOWS['zero2']} <full_zero3/10"),
+    "zero3_to_ddp": ("hybrid", "strategy.name=ddp <hybrid_zero3/10"),
+}
 
 
 @pytest.fixture(scope="module")
-def root(curves) -> Path:
+def root(curves, long_too) -> Path:
     """The project of one process's runs, in which two have made them under ZeRO."""
-    on_processes(curves, 2, *(job(tuning, f"name={tuning}_{how} {HOWS[how]}") for tuning, how in RUNS))
-    on_processes(
-        curves,
-        2,
-        job("full", f"name=single_to_zero3 {HOWS['zero3']} <full/10"),
-        job("full", f"name=zero3_to_zero2 {HOWS['zero2']} <full_zero3/10"),
-        job("full", "name=zero2_to_fsdp2 strategy.name=fsdp2 <full_zero2/10"),
-        job("hybrid", "name=zero3_to_ddp strategy.name=ddp <hybrid_zero3/10"),
-    )
+    runs, resumed = RUNS + MORE * long_too, RESUMED | (MORE_RESUMED if long_too else {})
+    made = [job(tuning, f"name={tuning}_{how} {HOWS[how]}") for tuning, how in runs]
+    on_processes(curves, 2, *made, *(job(tuning, f"name={name} {words}") for name, (tuning, words) in resumed.items()))
     return curves
 
 
-@pytest.mark.parametrize(("tuning", "how"), RUNS)
+@pytest.mark.parametrize(("tuning", "how"), [*RUNS, *(pytest.param(*run, marks=pytest.mark.long) for run in MORE)])
 def test_two_processes_make_the_curve_of_one(root, tuning, how):
     assert_same_curve(root, tuning, f"{tuning}_{how}")
 
 
-@pytest.mark.parametrize("run", ["single_to_zero3", "zero3_to_zero2", "zero2_to_fsdp2", "zero3_to_ddp"])
+@pytest.mark.parametrize("run", [*RESUMED, *(pytest.param(run, marks=pytest.mark.long) for run in MORE_RESUMED)])
 def test_a_run_goes_on_under_another_strategy(root, run):
-    assert_same_curve(root, "hybrid" if run == "zero3_to_ddp" else "full", run, first_step=11)
+    tuning, _ = (RESUMED | MORE_RESUMED)[run]
+    assert_same_curve(root, tuning, run, first_step=11)
 
 
 @pytest.mark.parametrize("how", ["zero2", "zero3"])
@@ -62,6 +68,7 @@ def test_each_process_writes_its_half_of_what_is_managed(root, how):
         assert len(sizes) == 2 and abs(sizes[0] - sizes[1]) < 0.05 * sizes[0]
 
 
+@pytest.mark.long
 def test_through_the_launcher_it_is_stopped_goes_on_and_is_exported(project):
     folder = project / "runs" / "launched"
     named = ("name=launched", "strategy.name=deepspeed_zero3", "export=adapter")
