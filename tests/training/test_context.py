@@ -41,6 +41,7 @@ def test_two_ranks_that_share_packs_make_the_curve_of_one(root, tuning, strategy
     assert_same_curve(root, tuning, f"{tuning}_{strategy}")
 
 
+@pytest.mark.long
 def test_two_pairs_that_share_packs_make_the_curve_of_one(root):
     """Two data ranks of two ranks each, the text's keys and values from a cache."""
     on_processes(root, 4, job("cached", f"name=few_pairs strategy.name=ddp {TWO}", FEW))
