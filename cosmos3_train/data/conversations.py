@@ -64,8 +64,14 @@ class ConversationDataset:
         self._files, self._numbers = index.column("file"), index.column("number")
         self._rows, self._shown = index.column("place"), index.column("pictures")
         held = np.array([self.source.heldout(file) for file in self.source.files])[self._files]
-        if held.any() and not held.all():
+        if held.any():
             heldout = held
+            if not (kept & ~held).any():
+                file = self.source.files[int(self._files[np.flatnonzero(kept)[0]])]
+                raise UserError(
+                    f"{source}: all conversations that can be used lie in {(self.source.root / file).parent}, which is "
+                    "held out whole by its name; add a folder to train on, or rename it"
+                )
         else:
             different = list(dict.fromkeys(contents[kept].tolist()))
             sides = assign_splits(CONVERSATION, different, heldout_fraction if len(different) > 1 else 0.0, seed)

@@ -124,6 +124,8 @@ def _reference(kind: Literal["image", "video"], value: Any) -> Reference:
     path = value.get("path") if isinstance(value, Mapping) else value
     if not isinstance(path, str) or not path:
         raise Unusable(UNMATCHED, f"the words name {'an image' if kind == 'image' else 'a video'} that is not there")
+    if not _encodes(path):
+        raise NoTalk("the path of a picture is not valid Unicode")
     pure = PurePosixPath(path.removeprefix("file://"))
     if "://" in str(path).removeprefix("file://") or pure.is_absolute() or ".." in pure.parts or "\\" in path:
         raise Unusable(OUTSIDE, repr(path))
@@ -142,14 +144,14 @@ def _message(message: Any, place: int, shown: _Shown) -> dict[str, Any]:
     if role not in ROLES:
         raise NoTalk(f"{where}role {role!r}.{nearest(str(role), ROLES)}")
     if isinstance(content, str):
-        return {"role": role, "content": _words(content, shown)}
+        return {"role": role, "content": _words(_checked(content, where), shown)}
     if not isinstance(content, Sequence) or not content:
         raise NoTalk(f"{where}content is neither words nor a list of parts")
     parts = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            parts.append({"type": "text", "text": part["text"]})
+            parts.append({"type": "text", "text": _checked(part["text"], where)})
         elif kind in ("image", "video"):
             shown.take(kind, part.get(kind))
             parts.append({"type": kind})
@@ -157,6 +159,21 @@ def _message(message: Any, place: int, shown: _Shown) -> dict[str, Any]:
             raise NoTalk(f"{where}a part is none of text, image and video: {str(part)[:60]}")
     only_words = all(part["type"] == "text" for part in parts)
     return {"role": role, "content": "".join(part["text"] for part in parts) if only_words else parts}
+
+
+def _encodes(words: str) -> bool:
+    """JSON may hold half a surrogate pair, which no tokenizer, file or terminal takes."""
+    try:
+        words.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _checked(words: str, where: str) -> str:
+    if not _encodes(words):
+        raise NoTalk(f"{where}its words are not valid Unicode")
+    return words
 
 
 def _words(words: str, shown: _Shown) -> str | list[dict[str, Any]]:

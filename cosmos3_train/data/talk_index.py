@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from tqdm import tqdm
 
 from cosmos3_train.config import UserError, to_plain
@@ -184,7 +185,7 @@ def _write(folder: Path, index: TalkIndex, made_of: str, card: DatasetCard) -> N
     write_whole(folder / ROWS_FILE, _parquet_bytes(index.rows))
     content = {"name": card.name, "format": card.format, "made_of": made_of, "counted": index.counted,
                "rows": index.rows.num_rows, "dropped": index.dropped, "examples": index.examples}  # fmt: skip
-    write_whole(folder / CARD_FILE, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    write_whole(folder / CARD_FILE, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def _parquet_bytes(rows: pa.Table) -> bytes:
@@ -306,6 +307,7 @@ _works: list[_Work] = []
 
 
 def _begin(work: _Work) -> None:
+    torch.set_num_threads(1)
     _works.append(work)
 
 

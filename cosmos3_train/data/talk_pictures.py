@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +23,11 @@ UNREADABLE = "a picture cannot be read"
 LEAST_FRAMES = 4
 """That are taken of a video, as transformers' own processor does where it has them."""
 
-_BROKEN = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+_BROKEN = (
+    UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError, IndexError,
+    KeyError, TypeError, struct.error, zlib.error,
+)  # fmt: skip
+"""What Pillow's readers raise for damaged bytes."""
 
 
 class Shape(NamedTuple):
@@ -43,7 +49,7 @@ def check_there(root: Path, reference: Reference) -> None:
     """Raise `Unusable` where a picture's file is missing."""
     try:
         there = reference.content is not None or (root / reference.path).is_file()
-    except OSError:  # a name that no file can have
+    except (OSError, ValueError):  # a name that no file can have
         there = False
     if not there:
         raise Unusable(MISSING, reference.path[:160])

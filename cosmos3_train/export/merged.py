@@ -37,8 +37,14 @@ Change = Callable[[Tensor], Tensor]
 WEIGHT_FILES = (".safetensors", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt")
 """How files that hold a transformer's weights end: all but the merged shards stay behind, lest a deployer load them."""
 
-REASONER_FILES = (".json", ".jinja", ".txt")
-"""How small files at a folder's root end by which transformers loads it: its index of weights, processor, tokenizer."""
+ROOT_FILES = {
+    "model_index.json", "config.json", "generation_config.json", "preprocessor_config.json",
+    "video_preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.json",
+    "chat_template.jinja",
+}  # fmt: skip
+"""Of a folder's root, by which diffusers and transformers load it. By name: a base that is itself an export has its own
+record and its robots' files beside, which are not this one's."""
 
 
 def write_merged(
@@ -171,7 +177,8 @@ def _component_files(base_folder: Path) -> list[Path]:
         for file in sorted(base_folder.iterdir())
         if file.is_file()
         and (
-            (file.suffix in REASONER_FILES and not file.name.endswith(WEIGHT_FILES))
+            file.name in ROOT_FILES
+            or file.name.endswith(".safetensors.index.json")
             or file.name.upper().startswith(("LICENSE", "NOTICE"))
         )
     ]

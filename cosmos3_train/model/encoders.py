@@ -184,7 +184,7 @@ class Encoder:
                 assert self.sight is not None, "pictures, and nothing to read them"
                 seen = self.sight.read(sample.messages, sample.pictures, sample.key)
                 return TokenSample(sample.key, sample.number, sample.task, **vars(seen))
-            text, labels = conversation(self.parts, sample.messages, sample.key)
+            text, labels = conversation(self.parts.text_tokenizer, sample.messages, sample.key)
             return TokenSample(sample.key, sample.number, sample.task, text, labels=labels)
         task = TASKS[sample.task]
         contract = self._contract(sample)

@@ -92,13 +92,12 @@ def dropped_prompt(parts: Cosmos3OmniPipeline) -> Tensor:
     return torch.tensor(ids, dtype=torch.long)
 
 
-def conversation(parts: Cosmos3OmniPipeline, messages: list[dict[str, Any]], key: str) -> tuple[Tensor, Tensor]:
+def conversation(tokenizer: Any, messages: list[dict[str, Any]], key: str) -> tuple[Tensor, Tensor]:
     """Token ids of a conversation of words and the label of each position, both int64 [L].
 
     Raises:
         UserError: as `answer_labels`.
     """
-    tokenizer = cast(Any, parts.text_tokenizer)
     ids = list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
     return torch.tensor(ids, dtype=torch.long), answer_labels(tokenizer, ids, key)
 

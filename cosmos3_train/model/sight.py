@@ -78,24 +78,25 @@ def open_sight(model: Model, parts: Cosmos3OmniPipeline, what: str, folder: Path
 class Counter:
     """Counts the tokens of a set's conversations while it is prepared (a `talk_index.Measure`); goes to workers.
 
+    tokenizer: alone, not the pipeline, whose weights would go with it
     sight: of the model, or why it has none, which the first picture raises
     """
 
-    parts: Cosmos3OmniPipeline
+    tokenizer: Any
     sight: Sight | UserError
 
     @staticmethod
     def of(model: Model, parts: Cosmos3OmniPipeline, what: str) -> Counter:
         """Args: as of `open_sight`, whose errors wait until a picture is met."""
         try:
-            return Counter(parts, open_sight(model, parts, what))
+            return Counter(parts.text_tokenizer, open_sight(model, parts, what))
         except UserError as error:
-            return Counter(parts, error)
+            return Counter(parts.text_tokenizer, error)
 
     @property
     def fingerprint(self) -> str:
         """Of the tokenizer, its chat template and the processor's sizes."""
-        tokenizer, digest = cast(Any, self.parts.text_tokenizer), hashlib.sha256()
+        tokenizer, digest = self.tokenizer, hashlib.sha256()
         digest.update(f"{tokenizer.chat_template}{tokenizer.backend_tokenizer.to_str()}".encode())
         if isinstance(self.sight, Sight):
             processor = self.sight.processor
@@ -106,7 +107,7 @@ class Counter:
 
     def __call__(self, talk: Talk, shapes: Sequence[Shape], where: str) -> int:
         if not shapes:
-            return len(self._taken(lambda: conversation(self.parts, talk.messages, where)[0]))
+            return len(self._taken(lambda: conversation(self.tokenizer, talk.messages, where)[0]))
         sight = self.needed()
         return self._taken(lambda: sight.count(talk.messages, shapes, where))
 

@@ -121,6 +121,28 @@ def test_videophy2(tmp_path):
     assert (alone.count("train") + alone.count("heldout"), alone.count("heldout") > 0) == (6, True)
 
 
+def test_a_validation_folder_is_never_trained_on(tmp_path):
+    write_videophy(tmp_path, train=1, val=2)
+    (tmp_path / "videophy2_train" / "media" / "video_0.mp4").unlink()
+    for source in (tmp_path, tmp_path / "videophy2_val"):
+        with pytest.raises(UserError, match="videophy2_val, which is held out whole by its name; add a folder"):
+            open_conversations(CARD, source)
+
+
+def test_one_bad_row_is_counted_and_ends_nothing(tmp_path):
+    root = write_videophy(tmp_path, train=5, val=0) / "videophy2_train"
+    entries = json.loads((root / "meta.json").read_text())
+    entries[0]["conversation"] = "text/\0.json"
+    entries[1]["media"] = "media/\0.mp4"
+    entries[2]["media"] = "media/\ud800.mp4"
+    (root / "meta.json").write_text(json.dumps(entries))
+    talk = root / "text" / "conversation_3.json"
+    talk.write_text(talk.read_text().replace("Score", "\\ud800"))
+    index = index_talks(CARD, root, tmp_path / "index")
+    assert index.rows.num_rows == 1
+    assert index.dropped == {"no conversation": 3, "a picture is missing": 1}
+
+
 @pytest.mark.parametrize("count", [2, 3, 7, 48, 500, 5000])
 @pytest.mark.parametrize("fps", [1.0, 12.0, 29.97])
 def test_frames_are_those_that_transformers_takes(count, fps):

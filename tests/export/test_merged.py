@@ -197,3 +197,12 @@ def test_a_component_is_a_folder_of_the_base(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"../secrets": ["diffusers", "AutoencoderKLWan"]}))
     with pytest.raises(UserError, match=r"'\.\./secrets' is no folder's"):
         _component_files(tmp_path)
+
+
+def test_an_export_as_the_base_leaves_its_record_and_its_robots_behind(tmp_path):
+    base = Path(shutil.copytree(PICO, tmp_path / "base"))
+    for name in ("export.json", "robot.json", "statistics_a.json", "config.json"):
+        (base / name).write_text("{}")
+    found = {file.name for file in _component_files(base) if file.parent == base}
+    assert {"config.json", "model_index.json"} <= found
+    assert not found & {"export.json", "robot.json", "statistics_a.json"}

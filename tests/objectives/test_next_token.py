@@ -85,7 +85,7 @@ def test_no_labelled_token_no_loss():
 def test_the_assistant_s_words_and_the_end_of_its_turns_are_predicted_one_ahead(turns):
     tokenizer = parts().text_tokenizer
     messages = [{"role": role, "content": text} for role, text in turns]
-    ids, labels = conversation(parts(), messages, "talk/0")
+    ids, labels = conversation(parts().text_tokenizer, messages, "talk/0")
     expected = "".join(f"{text}<|im_end|>" for role, text in turns if role == "assistant")
     assert tokenizer.decode(labels[labels != IGNORED_LABEL]) == expected
     places = torch.nonzero(labels != IGNORED_LABEL).flatten()
@@ -98,7 +98,7 @@ def test_the_assistant_s_words_and_the_end_of_its_turns_are_predicted_one_ahead(
 
 def test_a_conversation_without_an_answer_is_refused():
     with pytest.raises(UserError, match="talk/7: no assistant turn"):
-        conversation(parts(), [{"role": "user", "content": "hello?"}], "talk/7")
+        conversation(parts().text_tokenizer, [{"role": "user", "content": "hello?"}], "talk/7")
 
 
 def test_the_word_count_of_this_test_is_pico_s():

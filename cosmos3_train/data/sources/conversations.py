@@ -158,7 +158,7 @@ class VideoPhy(TalkSource):
         return name if folder == "." else f"{folder}/{name}"
 
     def heldout(self, file: str) -> bool:
-        return Path(file).parent.name.endswith(VALIDATION)
+        return (self.root / file).absolute().parent.name.endswith(VALIDATION)
 
     def _add(self, digest: Any, path: Path) -> None:
         super()._add(digest, path)
@@ -211,8 +211,8 @@ def _joined(folder: Path, entry: Mapping[str, Any]) -> Any:
         return NoTalk(f"its conversation {text!r} is no path inside the set's folder")
     try:
         row = _json((folder / text).read_bytes())
-    except OSError as error:
-        return NoTalk(f"{text}: cannot be read ({error.strerror})")
+    except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
+        return NoTalk(f"{text!r}: cannot be read ({getattr(error, 'strerror', None) or error})")
     if isinstance(media, Mapping):
         media = list(media.values())
     videos = [media] if isinstance(media, str) else media or [f"media/video_{name}.mp4"]
