@@ -24,6 +24,9 @@ from cosmos3_train.data import archives, torchcodec
 from cosmos3_train.data.kept import KeptFiles
 from cosmos3_train.data.pictures import read_pictures
 
+PLAYLISTS = ("hls", "dash", "concat")
+"""FFmpeg's formats that are lists of other files."""
+
 
 class VideoTimes(NamedTuple):
     """float64 [T]: when each frame of a video is shown, seconds into the file, rising; and its frames a second."""
@@ -155,9 +158,9 @@ def decode_frames(
     path = Path(path)
     times = [float(time) for time in timestamps]
     assert times and times == sorted(times)
+    container = opened(path, inside)  # before torchcodec does, for it refuses what is no video of its own
     if not inside and size is None and (sooner := torchcodec.frames(path, times)) is not None:
         return sooner
-    container = opened(path, inside)
     try:
         stream = container.streams.video[0]
         period = 1.0 / float(stream.average_rate or stream.guessed_rate or 24)
@@ -289,10 +292,17 @@ def open_anew(path: Path, inside: str) -> InputContainer:
     """
     try:
         source = archives.Part(path, *archives.range_of(inside)) if inside else str(path)
-        return av.open(source, mode="r", metadata_errors="replace")  # a title may be in any encoding
+        container = av.open(source, mode="r", metadata_errors="replace")  # a title may be in any encoding
     except (av.FFmpegError, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{named(path, inside)}: not a readable video ({reason}); copy the log again") from None
+    if container.format.name in PLAYLISTS:
+        container.close()
+        raise UserError(
+            f"{named(path, inside)}: a playlist ({container.format.name}), which may name files anywhere; give the "
+            "video itself"
+        )
+    return container
 
 
 def opened(path: Path, inside: str = "") -> InputContainer:

@@ -1,5 +1,6 @@
 """Frames by time, from files with sparse keyframes, and the canvas of several views."""
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -52,6 +53,19 @@ def test_missing_corrupt_and_truncated(tmp_path, clip):
     (tmp_path / "half.mp4").write_bytes(clip.read_bytes()[:2000])
     with pytest.raises(UserError, match=r"half\.mp4: "):
         decode_frames(tmp_path / "half.mp4", [0.0])
+
+
+def test_a_playlist_is_refused(tmp_path, clip):
+    line = f"#EXTM3U\n#EXT-X-TARGETDURATION:6\n#EXTINF:6,\n{clip.with_suffix('.ts')}\n#EXT-X-ENDLIST\n"
+    with av.open(str(clip)) as source, av.open(str(clip.with_suffix(".ts")), "w", format="mpegts") as copy:
+        stream = copy.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                copy.mux(packet)
+    (tmp_path / "list.m3u8").write_text(line)
+    with pytest.raises(UserError, match=r"list\.m3u8: a playlist \(hls\)"):
+        decode_frames(tmp_path / "list.m3u8", [0.0])
 
 
 def test_damaged_in_the_middle(tmp_path, clip):
