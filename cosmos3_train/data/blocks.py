@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import shutil
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +44,7 @@ from cosmos3_train.data.sources import open_clips, open_log
 from cosmos3_train.data.sources.clips import UNREADABLE, Clip, ClipLog, ClipRecord
 from cosmos3_train.data.sources.log import Episode, EpisodeRecord, Log
 from cosmos3_train.data.video import compose, frames_at, reading_size
+from cosmos3_train.data.workers import run_in_workers
 
 BLOCK_FRAMES = 4000
 BLOCK_CLIPS = 64
@@ -152,36 +151,20 @@ def run_blocks(plan: Plan, log: Log | ClipLog, workers: int, progress: bool) -> 
     """Do the blocks that are not done. Returns when all are."""
     disable_progress_bars()  # of `datasets`, one a file, which would break ours
     todo = [number for number in range(len(plan.blocks)) if not report_path(plan, number).exists()]
+    sizes = [stop - first for first, stop in plan.blocks]
     bar = tqdm(
-        total=plan.blocks[-1][1], desc=f"preparing {plan.card.name}", disable=not progress,
+        total=sum(sizes), desc=f"preparing {plan.card.name}", disable=not progress,
         unit="clip" if isinstance(plan.contract, Clips) else "episode",
-        initial=sum(stop - first for n, (first, stop) in enumerate(plan.blocks) if n not in set(todo)),
+        initial=sum(sizes) - sum(sizes[number] for number in todo),
     )  # fmt: skip
     with bar:
         if workers == 1 or len(todo) <= 1:
             for number in todo:
                 _do_block(plan, log, number)
-                bar.update(plan.blocks[number][1] - plan.blocks[number][0])
+                bar.update(sizes[number])
             return
-        # From a server that has only imported, not forked from here: torch and Arrow may hold threads in this process,
-        # and a fork would leave their locks taken. The server imports once for all workers.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        with ProcessPoolExecutor(min(workers, len(todo)), mp_context=context) as pool:
-            futures = {pool.submit(_do_block_in_worker, plan, number): number for number in todo}
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    first, stop = plan.blocks[futures[future]]
-                    bar.update(stop - first)
-            except BaseException:
-                # Waiting for the blocks at hand could take longer than a batch system waits after its signal; they
-                # are written whole or not at all, so a worker may be stopped anywhere.
-                for worker in multiprocessing.active_children():
-                    worker.terminate()
-                raise
-            finally:
-                pool.shutdown(cancel_futures=True)
+        tasks = {number: (plan, number) for number in todo}
+        run_in_workers(_do_block_in_worker, tasks, lambda number: bar.update(sizes[number]), workers)
 
 
 def _do_block_in_worker(plan: Plan, number: int) -> None:

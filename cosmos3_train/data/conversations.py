@@ -15,9 +15,10 @@ from cosmos3_train.config import UserError
 from cosmos3_train.data.card import DatasetCard
 from cosmos3_train.data.index import SPLITS, assign_splits
 from cosmos3_train.data.sources.conversations import open_talks
-from cosmos3_train.data.talk import NoTalk, Unusable
+from cosmos3_train.data.talk import NoTalk
 from cosmos3_train.data.talk_index import Measure, TalkIndex, index_talks, talk_of
 from cosmos3_train.data.talk_pictures import read_picture
+from cosmos3_train.data.unusable import Unusable
 from cosmos3_train.flow.tasks import CONVERSATION
 from cosmos3_train.types import Sample
 

@@ -23,13 +23,13 @@ from cosmos3_train.data.card import DatasetCard, PictureOptions
 from cosmos3_train.data.faults import Fault, Place, Whole
 from cosmos3_train.data.index import actions_of, columns_to_read, instructions, usable_rows
 from cosmos3_train.data.sound import sound_fault
-from cosmos3_train.data.sources import clips as clip_sources
 from cosmos3_train.data.sources.clips import ClipLog, ClipRecord
 from cosmos3_train.data.sources.conversations import TalkSource
 from cosmos3_train.data.sources.log import Episode, EpisodeRecord, Log, left_out_of
-from cosmos3_train.data.talk import NoTalk, Reference, Unusable
+from cosmos3_train.data.talk import NoTalk, Reference
 from cosmos3_train.data.talk_index import NO_TALK, talk_of
 from cosmos3_train.data.talk_pictures import UNREADABLE, check_there, read_picture
+from cosmos3_train.data.unusable import Unusable
 from cosmos3_train.data.video import Decoded, decode_whole, frames_at, is_video
 
 AT_ONCE = 64
@@ -255,7 +255,7 @@ def _clip(log: ClipLog, record: ClipRecord, video: Decoded) -> Iterator[Finding]
             yield Finding(fault.kind, place, where, fault.words)
     try:
         documents = log.documents(record.clip)
-    except clip_sources.Unusable:
+    except Unusable:
         return  # told already
     said = {key: value for document in reversed(documents) for key, value in document.items()}
     for frames in _numbers_of(said, "nb_frames"):

@@ -14,6 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from cosmos3_train.config import nearest
+from cosmos3_train.data.unusable import Unusable
 
 ROLES = ("system", "user", "assistant")
 SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -28,14 +29,6 @@ _PLACEHOLDER = re.compile(r"\n?<(image|video)>\n?")
 
 class NoTalk(Exception):
     """A row that is no conversation; says why."""
-
-
-class Unusable(Exception):
-    """A conversation that cannot be used for its pictures' sake. Holds the reason that is counted, and an example."""
-
-    def __init__(self, reason: str, example: str) -> None:
-        super().__init__(f"{reason}: {example}")
-        self.reason, self.example = reason, example
 
 
 @dataclass(frozen=True)

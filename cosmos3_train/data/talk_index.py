@@ -9,10 +9,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import multiprocessing
 import shutil
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,8 +26,10 @@ from cosmos3_train.data.blocks import open_work_folder
 from cosmos3_train.data.card import DatasetCard, PictureOptions
 from cosmos3_train.data.files import disk_full_is_the_users, write_whole
 from cosmos3_train.data.sources.conversations import TalkSource, open_talks
-from cosmos3_train.data.talk import NoTalk, Talk, Unusable, parse_talk
+from cosmos3_train.data.talk import NoTalk, Talk, parse_talk
 from cosmos3_train.data.talk_pictures import Shape, check_there, picture_shape
+from cosmos3_train.data.unusable import Unusable
+from cosmos3_train.data.workers import run_in_workers
 from cosmos3_train.runtime import fold
 
 VERSION = 1
@@ -284,22 +284,10 @@ def _run_blocks(
                 _write_block(work, blocks[number], _block_path(folder, number))
                 bar.update(sizes[number])
             return
-        # From a server that has only imported, as `blocks` says.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        count = min(workers, len(todo))
-        with ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(work,)) as pool:
-            futures = {pool.submit(_in_worker, blocks[n], _block_path(folder, n)): n for n in todo}
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    bar.update(sizes[futures[future]])
-            except BaseException:
-                for worker in multiprocessing.active_children():
-                    worker.terminate()
-                raise
-            finally:
-                pool.shutdown(cancel_futures=True)
+        tasks = {number: (blocks[number], _block_path(folder, number)) for number in todo}
+        run_in_workers(
+            _in_worker, tasks, lambda number: bar.update(sizes[number]), workers, begin=_begin, given=(work,)
+        )
 
 
 _works: list[_Work] = []

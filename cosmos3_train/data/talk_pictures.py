@@ -14,7 +14,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cosmos3_train.config import UserError
 from cosmos3_train.data.card import PictureOptions
-from cosmos3_train.data.talk import Reference, Unusable
+from cosmos3_train.data.talk import Reference
+from cosmos3_train.data.unusable import Unusable
 from cosmos3_train.data.video import frames_at, opened, video_times
 from cosmos3_train.types import Picture
 

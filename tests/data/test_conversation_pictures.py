@@ -17,9 +17,10 @@ from transformers.video_utils import VideoMetadata
 from cosmos3_train.config import UserError
 from cosmos3_train.data.card import DatasetCard, PictureOptions
 from cosmos3_train.data.conversations import open_conversations
-from cosmos3_train.data.talk import NoTalk, Unusable, parse_talk
+from cosmos3_train.data.talk import NoTalk, parse_talk
 from cosmos3_train.data.talk_index import index_talks
 from cosmos3_train.data.talk_pictures import frame_numbers
+from cosmos3_train.data.unusable import Unusable
 from tests.data.talks import llava_row, picture_bytes, write_llava, write_video, write_videophy
 from tests.data.test_fuzz import BYTES, retyped
 

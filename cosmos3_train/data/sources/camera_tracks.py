@@ -26,9 +26,10 @@ import numpy as np
 from cosmos3_train.config import UserError, nearest
 from cosmos3_train.data import poses
 from cosmos3_train.data.card import DatasetCard
-from cosmos3_train.data.sources.clips import Clip, Unusable, look_up
+from cosmos3_train.data.sources.clips import Clip, look_up
 from cosmos3_train.data.sources.log import Episode, EpisodeRecord, VideoPlace
 from cosmos3_train.data.sources.webdataset import MAPPING, ShardLog, open_webdataset
+from cosmos3_train.data.unusable import Unusable
 from cosmos3_train.data.video import video_times
 
 CAMERA, COLUMN = "video", "camera_to_world"
@@ -94,7 +95,7 @@ class TrackLog:
                 documents = self.clips.documents(clip)
                 words = _caption(self.clips, clip, documents)
             except Unusable as fault:
-                raise UserError(f"{self.root / clip.place}: {fault.args[1]}") from None
+                raise UserError(f"{self.root / clip.place}: {fault.example}") from None
             track = _poses(_track(documents, self.card), self.card, f"{self.root / clip.place}: camera track")
             times, _ = video_times(self.root, clip.place)
             length = min(len(track), len(times))
@@ -136,9 +137,8 @@ def open_camera_tracks(card: DatasetCard, source: Path) -> TrackLog:
             length = _length(documents, card)
             _caption(clips, clip, documents)
         except Unusable as fault:
-            reason, example = fault.args
-            lost[reason] += 1
-            examples.setdefault(reason, f"{clip.name}: {example}")
+            lost[fault.reason] += 1
+            examples.setdefault(fault.reason, f"{clip.name}: {fault.example}")
             continue
         place = {CAMERA: VideoPlace(clip.place, 0.0)}
         episodes.append(Episode(clip.index, length, (), clip.text[0], place))

@@ -18,6 +18,7 @@ from typing import Any
 from cosmos3_train.config import UserError, nearest
 from cosmos3_train.data.card import DatasetCard
 from cosmos3_train.data.sound import Track, track_of
+from cosmos3_train.data.unusable import Unusable
 from cosmos3_train.data.video import VideoTimes, video_times
 
 NO_CAPTION = "clip or caption window without a caption"
@@ -77,10 +78,6 @@ class ClipRecord:
     faults: dict[str, tuple[int, str]] = field(default_factory=dict)
 
 
-class Unusable(Exception):
-    """A clip that cannot be used: (reason, example)."""
-
-
 class ClipLog:
     """An opened set of clips. Opening finds the clips; `records` reads what is said of them and their videos' headers.
 
@@ -112,8 +109,7 @@ class ClipLog:
             try:
                 yield self._record(clip)
             except Unusable as fault:
-                reason, example = fault.args
-                yield ClipRecord(clip, faults={reason: (1, f"{clip.name}: {example}")})
+                yield ClipRecord(clip, faults={fault.reason: (1, f"{clip.name}: {fault.example}")})
 
     def _record(self, clip: Clip) -> ClipRecord:
         documents = self.documents(clip)
@@ -130,9 +126,8 @@ class ClipLog:
             try:
                 found.append(self._segment(clip, window, documents, len(video.times)))
             except Unusable as fault:
-                reason, example = fault.args
-                counts[reason] += 1
-                examples.setdefault(reason, f"{clip.name}{where}: {example}")
+                counts[fault.reason] += 1
+                examples.setdefault(fault.reason, f"{clip.name}{where}: {fault.example}")
         sound, silence = None, ""
         try:
             sound = track_of(self.root, clip.place)

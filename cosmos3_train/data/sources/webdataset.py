@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 from cosmos3_train.config import UserError, nearest
 from cosmos3_train.data.archives import SUFFIX, list_members, place_of, read_place
 from cosmos3_train.data.card import DatasetCard
-from cosmos3_train.data.sources.clips import BAD_TEXT, Clip, ClipLog, Unusable, parse_document
+from cosmos3_train.data.sources.clips import BAD_TEXT, Clip, ClipLog, parse_document
+from cosmos3_train.data.unusable import Unusable
 
 MAPPING = ("videos", "captions", "video", "text", "key", "group")
 KEY = r"((?:.*/)?[^/.]+)"
