@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from cosmos3_train import config
-from cosmos3_train.config import UserError
+from cosmos3_train.config import UserError, first_line
 from cosmos3_train.model.context import ContextGroup
 from cosmos3_train.runtime import is_first_rank, launched, local_rank, local_world_size, node_count, rank, world_size
 
@@ -288,10 +288,10 @@ def peers(what: str, awaited: str = "a rank") -> Iterator[None]:
         yield
     except RuntimeError as error:
         if "Timed out waiting" in str(error):
-            raise RankMissing(f"{what}: {awaited} did not come ({str(error).splitlines()[0]})") from error
+            raise RankMissing(f"{what}: {awaited} did not come ({first_line(error)})") from error
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo's have no class of their own
             raise
-        raise PeerLost(f"{what} failed: {str(error).splitlines()[0]}") from error
+        raise PeerLost(f"{what} failed: {first_line(error)}") from error
 
 
 def _all_reduce(values: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
@@ -325,9 +325,7 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether the flag is up on any rank; every rank gets the same answer."""
     if not dist.is_initialized():
         return flag
-    value = torch.tensor(float(flag), device=device)
-    _all_reduce(value, dist.ReduceOp.MAX)
-    return bool(value)
+    return bool(on_any_rank(torch.tensor(float(flag), device=device)))
 
 
 def largest(values: list[int], what: str) -> list[int]:

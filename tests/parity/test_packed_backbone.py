@@ -5,12 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import Cosmos3OmniTransformer
-from peft import LoraConfig
 
 from cosmos3_train.flow.velocity_loss import sample_losses
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
 from cosmos3_train.model.packing import pack, unpatchify
-from tests.parity.upstream import EDGE, TINY, layout_of, make_sample, noise_it, randomise, upstream_velocities
+from tests.parity.upstream import (
+    EDGE,
+    TINY,
+    add_random_lora,
+    layout_of,
+    make_sample,
+    noise_it,
+    randomise,
+    upstream_velocities,
+)
 
 TASKS = [
     "text_to_image",
@@ -110,12 +118,7 @@ def test_lora_gradients_of_both_towers_equal_upstreams(config, checkpointed):
         "down_proj",
     ]
     for model in (ours, theirs):
-        model.requires_grad_(False)
-        model.add_adapter(LoraConfig(r=3, lora_alpha=5, target_modules=targets))
-        generator = torch.Generator().manual_seed(3)
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+        add_random_lora(model, targets)
     if checkpointed:
         ours.enable_gradient_checkpointing()
     samples = [make_sample(task, number) for number, task in enumerate(TASKS)]

@@ -8,7 +8,6 @@ import pickle
 import pytest
 import torch
 from diffusers import Cosmos3OmniTransformer
-from peft import LoraConfig
 from transformers import Cosmos3OmniForConditionalGeneration
 from transformers.video_utils import VideoMetadata
 
@@ -26,7 +25,7 @@ from cosmos3_train.training.skipped import keep_skipped, list_skipped, read_shar
 from cosmos3_train.types import IGNORED_LABEL, NoiseLevels, Picture, Sample
 from tests.commands.tiny import make_model
 from tests.parity.eyes import add_eyes, picture, reasoner
-from tests.parity.upstream import make_sample, noise_it
+from tests.parity.upstream import add_random_lora, make_sample, noise_it
 
 IMAGE, VIDEO = {"type": "image"}, {"type": "video"}
 CPU = torch.device("cpu")
@@ -217,13 +216,7 @@ def test_lora_gradients_equal_transformers(joint, checkpointed, model, both, sig
         (ours, ["to_q", "to_k", "to_v", "to_out", "gate_proj", "up_proj", "down_proj"]),
         (reference.model.language_model, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
     ):
-        made.requires_grad_(False)
-        exclude = r".*moe_gen.*" if made is ours else None
-        made.add_adapter(LoraConfig(r=3, lora_alpha=5, target_modules=targets, exclude_modules=exclude))
-        generator = torch.Generator().manual_seed(3)
-        for name, parameter in made.named_parameters():
-            if "lora_" in name:
-                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+        add_random_lora(made, targets, exclude=r".*moe_gen.*" if made is ours else None)
     if checkpointed:
         ours.enable_gradient_checkpointing()
         ours.train()

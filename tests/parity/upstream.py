@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from diffusers import Cosmos3OmniPipeline, Cosmos3OmniTransformer
+from peft import LoraConfig
 from torch import Tensor
 
 from cosmos3_train.model.packing import Layout, Values, draw_noise, noisy_values
@@ -38,6 +40,16 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
         for parameter in model.parameters():
             scale = 0.3 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + (parameter.dim() == 1))
+
+
+def add_random_lora(model: Any, targets: list[str], exclude: str | None = None) -> None:
+    """Freeze a model and give it an adapter by PEFT's own door, A and B random, the same in every model."""
+    model.requires_grad_(False)
+    model.add_adapter(LoraConfig(r=3, lora_alpha=5, target_modules=targets, exclude_modules=exclude))
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
 
 
 def make_sample(task: str, number: int, **shape) -> TokenSample:

@@ -22,6 +22,7 @@ import torch
 from cosmos3_train.training.checkpoints import PARTS, load_checkpoint
 from tests.training.project import write_project
 from tests.training.sharded import start
+from tests.training.test_processes import steps_made
 from tests.training.test_run import rows, status
 
 STEPS_A_KILL = 6
@@ -70,16 +71,10 @@ def kill_again_and_again(root: Path, strategy: str, kills: int, seed: int) -> li
 def _wait(process: subprocess.Popen, folder: Path, step: int, longest: float) -> None:
     """Until metrics.csv tells of the step, as it may already, or so many seconds are over."""
     ends = time.monotonic() + longest
-    while _last(folder) < step and time.monotonic() < ends:
+    while steps_made(folder) < step and time.monotonic() < ends:
         if process.poll() is not None:
             raise AssertionError(process.communicate()[0])
         time.sleep(0.005)
-
-
-def _last(folder: Path) -> int:
-    if not (folder / "metrics.csv").is_file():
-        return 0
-    return max((int(row[0]) for row in rows(folder) if len(row) == 3 and row[0].isdigit()), default=0)
 
 
 def _children(pid: int) -> list[int]:
