@@ -41,6 +41,7 @@ from cosmos3_train.config.schema import (
     UserError,
     column_part,
     fail,
+    first_line,
     free_domain,
     nearest,
 )
@@ -74,6 +75,7 @@ __all__ = [
     "column_part",
     "fail",
     "find_part",
+    "first_line",
     "flatten",
     "free_domain",
     "from_plain",

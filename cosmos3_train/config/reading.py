@@ -20,7 +20,7 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from cosmos3_train.config.schema import KINDS, Embodiment, Experiment, Model, fail, free_domain, nearest
+from cosmos3_train.config.schema import KINDS, Embodiment, Experiment, Model, fail, first_line, free_domain, nearest
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -302,7 +302,7 @@ def _merge(schema: type, contents: list[dict]) -> Any:
     except MissingMandatoryValue as error:
         fail(f"{error.full_key} has no value; set it in the experiment, a part, or on the command line")
     except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         key = getattr(error, "full_key", "") or _culprit(schema, contents)
         fail(f"{key}: {reason}" if key else reason)
 

@@ -26,6 +26,11 @@ class UserError(ValueError):
     """The user's mistake: one line with the key, the value and the remedy. The command line exits with 2."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, for a message of one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """' Did you mean X?' for the known name closest to `name`, or ' Known: …' when none is close."""
     names = sorted(set(known))

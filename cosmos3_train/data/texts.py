@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import ArrowException
 
-from cosmos3_train.config import UserError
+from cosmos3_train.config import UserError, first_line
 
 COLUMNS = ("instruction", "sound_caption", "height", "width", "fps")
 TIMES = "timestamps"
@@ -43,7 +43,7 @@ def distinct_texts(folder: Path) -> list[Text]:
             rows = table.drop_columns([TIMES]).append_column("frames", frames)
             rows = rows.group_by([*COLUMNS, "frames"]).aggregate([])
         except (OSError, ArrowException) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"{path}: the rows cannot be read ({reason}); run 'cosmos3 prepare --fresh'") from None
         for row in rows.to_pylist():
             size = (row["height"], row["width"])

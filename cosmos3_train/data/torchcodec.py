@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from cosmos3_train.config import first_line
 from cosmos3_train.data.kept import KeptFiles
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def _decoders() -> Any:
     except ModuleNotFoundError:
         return None
     except FAILURES as error:
-        logger.info("torchcodec is installed and does not work (%s): PyAV reads the videos", str(error).splitlines()[0])
+        logger.info("torchcodec is installed and does not work (%s): PyAV reads the videos", first_line(error))
         return None
 
 

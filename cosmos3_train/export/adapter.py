@@ -21,7 +21,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cosmos3_train.config import UserError
+from cosmos3_train.config import UserError, first_line
 from cosmos3_train.data.files import write_whole
 from cosmos3_train.export.folder import whole_folder, write_json
 from cosmos3_train.export.usage import WEIGHT_NAME, Robot, adapter_readme, write_robot_files
@@ -125,7 +125,7 @@ def check_adapter(folder: Path) -> None:
         with safe_open(file, framework="pt") as content:
             keys, metadata = list(content.offset_keys()), content.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: missing or damaged ({str(error).splitlines()[0]}); export again") from None
+        raise UserError(f"{file}: missing or damaged ({first_line(error)}); export again") from None
     stray = [key for key in keys if not key.startswith(PREFIX)]
     if not keys or stray:
         what = f"{stray[0]!r} has not" if stray else "it is empty"

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cosmos3_train.config import UserError
+from cosmos3_train.config import UserError, first_line
 from cosmos3_train.data.files import write_whole
 from cosmos3_train.export.folder import whole_folder
 from cosmos3_train.export.usage import Robot, merged_readme, write_robot_files
@@ -153,7 +153,7 @@ def _merge_shard(source: Path, target: Path, changes: dict[str, Change]) -> None
                 change = changes.pop(name, None)
                 tensors[name] = weight if change is None else change(weight).to(weight.dtype).contiguous()
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{source}: damaged ({str(error).splitlines()[0]}); fetch the base again") from None
+        raise UserError(f"{source}: damaged ({first_line(error)}); fetch the base again") from None
     if changed:
         save_file(tensors, target, metadata=metadata or {"format": "pt"})
     else:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from cosmos3_train.config import Model, UserError, nearest
+from cosmos3_train.config import Model, UserError, first_line, nearest
 from cosmos3_train.model.attention import choose_backend
 from cosmos3_train.model.base_identity import read_index, shard_files
 from cosmos3_train.model.compiling import choose_compiler
@@ -108,7 +108,7 @@ def config_folder(model: Model) -> Path:
 
 
 def _hub_not_read(model: Model, error: Exception, remedy: str) -> UserError:
-    reason = str(error).strip().splitlines()[0]
+    reason = first_line(error)
     return UserError(f"model.path is {model.path!r}: the Hub could not be read ({reason}); {remedy}")
 
 
@@ -240,7 +240,7 @@ def load_parts(model: Model, device: torch.device, *, vae_weights: bool = True) 
             with init_empty_weights():
                 vae = AutoencoderKLWan.from_config(config)
     except (OSError, SafetensorError, json.JSONDecodeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"{folder}: its model_index.json, tokenizer, scheduler or vae cannot be read ({reason}); fetch it again"
         ) from error
@@ -294,7 +294,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config: Any = Cosmos3PackedTransformer.load_config(folder)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{folder}/config.json cannot be read ({reason}); fetch it again") from error
     known = _sizes()
     return {key: value for key, value in config.items() if key in known}
@@ -397,7 +397,7 @@ def _read_tensors(folder: Path, wanted: Mapping[str, torch.Size]) -> Iterator[tu
                         )
                     yield name, tensor
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{file}: damaged or missing ({str(error).splitlines()[0]}); fetch it again") from error
+            raise UserError(f"{file}: damaged or missing ({first_line(error)}); fetch it again") from error
 
 
 def _empty_parameters(module: nn.Module, wanted: Callable[[str], bool] | None) -> dict[str, nn.Parameter]:
@@ -424,7 +424,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
             with safe_open(file, framework="pt") as shard:
                 places.update(dict.fromkeys(shard.keys(), file))
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{file}: damaged ({str(error).splitlines()[0]}); fetch it again") from error
+            raise UserError(f"{file}: damaged ({first_line(error)}); fetch it again") from error
     return places
 
 

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from cosmos3_train.config import Clips, Embodiment, Model, UserError
+from cosmos3_train.config import Clips, Embodiment, Model, UserError, first_line
 from cosmos3_train.data.files import write_whole
 from cosmos3_train.data.texts import distinct_texts
 from cosmos3_train.flow.tasks import CONVERSATION, TASKS
@@ -176,7 +176,7 @@ def _opened(shard: Path) -> Any:
     try:
         return safe_open(shard, framework="pt")
     except (OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{shard}: cached keys and values are missing or corrupt ({reason}); delete the file") from None
 
 

@@ -25,10 +25,11 @@ from transformers.vision_utils import (
     get_vision_position_ids,
 )
 
-from cosmos3_train.config import Model, UserError
-from cosmos3_train.data.talk import Talk, Unusable
+from cosmos3_train.config import Model, UserError, first_line
+from cosmos3_train.data.talk import Talk
 from cosmos3_train.data.talk_index import UNTAKEN
 from cosmos3_train.data.talk_pictures import Shape
+from cosmos3_train.data.unusable import Unusable
 from cosmos3_train.model.loading import DTYPES, model_folder
 from cosmos3_train.model.prompts import answer_labels, conversation
 from cosmos3_train.model.vision import read_vision_config
@@ -54,7 +55,7 @@ def open_sight(model: Model, parts: Cosmos3OmniPipeline, what: str, folder: Path
         images: Any = Qwen2VLImageProcessor.from_pretrained(folder)
         videos: Any = Qwen3VLVideoProcessor.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"{folder}: how it takes pictures cannot be read ({reason}); fetch its preprocessor_config.json and "
             "video_preprocessor_config.json again"

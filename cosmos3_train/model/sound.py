@@ -16,7 +16,7 @@ import torch
 from diffusers import Cosmos3AVAEAudioTokenizer, Cosmos3OmniPipeline
 from safetensors import SafetensorError
 
-from cosmos3_train.config import Model, UserError
+from cosmos3_train.config import Model, UserError, first_line
 from cosmos3_train.data.sound import SoundForm
 from cosmos3_train.model.base_identity import check_shards
 from cosmos3_train.model.loading import DTYPES, SOUND, make_backbone, model_folder, tensor_files
@@ -46,7 +46,7 @@ def check_sound(folder: Path, model: Model, task: str) -> SoundForm:
         with torch.device("meta"), _quiet():
             tokenizer = cast(Cosmos3AVAEAudioTokenizer, Cosmos3AVAEAudioTokenizer.from_config(config))
     except (OSError, ValueError, TypeError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{folder / SOUND}/config.json cannot be read ({reason}); fetch it again") from None
     check_shards(folder / SOUND)
     if tokenizer.encoder is None or not any(name.startswith("encoder.") for name in tensor_files(folder / SOUND)):
@@ -91,7 +91,7 @@ def add_sound_tokenizer(parts: Cosmos3OmniPipeline, model: Model, device: torch.
                 folder, subfolder=SOUND, torch_dtype=DTYPES[model.vae_dtype], use_safetensors=True
             )
     except (OSError, SafetensorError, json.JSONDecodeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{folder / SOUND}: the sound tokenizer cannot be read ({reason}); fetch it again") from error
     tokenizer.decoder = None
     parts.register_modules(sound_tokenizer=tokenizer.requires_grad_(False).to(device).eval())

@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
-from cosmos3_train.config import Model, UserError
+from cosmos3_train.config import Model, UserError, first_line
 from cosmos3_train.model.attention import Backend, attend, can_run
 from cosmos3_train.model.base_identity import check_shards
 from cosmos3_train.model.loading import DTYPES, fill_from_shards, layer_count, model_folder, read_config
@@ -52,7 +52,7 @@ def read_vision_config(folder: Path, model: Model, what: str) -> Qwen3VLVisionCo
         content = json.loads((place / "config.json").read_text(encoding="utf-8"))
         config = cast(Qwen3VLVisionConfig, Qwen3VLVisionConfig.from_dict(content))
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{place}/config.json cannot be read ({reason}); fetch it again") from None
     check_shards(place)
     deep = len(config.deepstack_visual_indexes)

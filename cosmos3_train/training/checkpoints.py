@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cosmos3_train.config import UserError, nearest
+from cosmos3_train.config import UserError, first_line, nearest
 from cosmos3_train.data.files import write_whole
 from cosmos3_train.runtime import is_first_rank, rank, world_size
 from cosmos3_train.training.strategy import meet
@@ -191,7 +191,7 @@ class Saving:
             yield
         except (OSError, SafetensorError) as error:  # a full disk is the latter where safetensors meets it
             shutil.rmtree(self._partial, ignore_errors=True)
-            reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+            reason = error.strerror if isinstance(error, OSError) else first_line(error)
             raise UserError(
                 f"{self.target}: the checkpoint could not be written ({reason}); free some space and run "
                 f"the same command again, which goes on from the last whole checkpoint"
@@ -287,7 +287,7 @@ def load_result(path: Path, *, averaged: bool) -> tuple[Position, dict[str, Tens
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
-    reason = str(error).splitlines()[0]
+    reason = first_line(error)
     return UserError(f"{path}: damaged checkpoint ({reason}); remove the folder to go on from the one before")
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cosmos3_train.config import UserError
+from cosmos3_train.config import UserError, first_line
 from cosmos3_train.runtime import rank, world_size
 from cosmos3_train.training.batching import PackedStep
 from cosmos3_train.types import DomainRows, ModalityTarget, PackedSequence, PictureTokens, Slices, Spans
@@ -104,7 +104,7 @@ def read_skipped(path: Path) -> tuple[PackedStep, float, int]:
         step = PackedStep(told["draw"], packs, told["counts"], told["samples"], told["keys"])
         return step, float(told["norm"]), told["ranks"]
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({str(error).splitlines()[0]}); remove the file") from error
+        raise UserError(f"{path}: damaged ({first_line(error)}); remove the file") from error
 
 
 def _described(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
