@@ -18,16 +18,16 @@ from cosmos3_train.commands.console import FINISHED, say
 from cosmos3_train.commands.delivery import device_name
 from cosmos3_train.commands.runs import find_run, run_folder, trained
 from cosmos3_train.config import Embodiment, Experiment, Loaded, Strategy, UserError, load_embodiment, project_root
-from cosmos3_train.data.actions import Normaliser
 from cosmos3_train.data.card import DatasetCard, load_card
 from cosmos3_train.data.conversations import ConversationDataset
 from cosmos3_train.data.reader import PreparedDataset
-from cosmos3_train.data.statistics import FILE, Statistics
+from cosmos3_train.data.statistics import Statistics
 from cosmos3_train.evaluation.closed_loop import mean_coverage, standard_error, still_coverage
 from cosmos3_train.evaluation.heldout import action_tasks
 from cosmos3_train.evaluation.pictures import draw_coverage, draw_film, draw_loss_by_band
 from cosmos3_train.evaluation.protocol import FILMED, measure_actions, measure_closed_loop, measure_loss
 from cosmos3_train.evaluation.report import Number, Picture, write_report
+from cosmos3_train.export.usage import robot_statistics
 from cosmos3_train.flow.tasks import sound_task
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.loading import load_backbone, load_parts
@@ -116,9 +116,6 @@ def _folder_subject(folder: Path, card: DatasetCard, card_path: Path, robot: Emb
     model = config.Model(path=str(folder.resolve()), dtype=dtype, checkpoint_activations=False)
     experiment = Experiment(name=folder.resolve().name, model=model, embodiments={robot.name: robot} if robot else {})
     encoder = Encoder(load_parts(model, device), experiment.embodiments)
-    statistics = None
-    if robot is not None and (folder / FILE).is_file():
-        statistics = Statistics.load(folder / FILE, embodiment=robot.name)
     return Subject(
         title=f"{folder.resolve().name} on {card.name}",
         output=folder.resolve().parent / f"{folder.resolve().name}_evaluations" / card.name,
@@ -126,7 +123,7 @@ def _folder_subject(folder: Path, card: DatasetCard, card_path: Path, robot: Emb
         device=device,
         backbone=load_backbone(model, device),
         encoder=encoder,
-        statistics=statistics,
+        statistics=robot_statistics(folder, robot.name) if robot else None,
         action_tasks=action_tasks(dict.fromkeys(card.tasks, 1.0)) or ["policy"],
     )
 
@@ -179,8 +176,7 @@ def _measure(subject: Subject, robot: Embodiment | None, episodes: int | None, b
     if isinstance(dataset, ConversationDataset) and dataset.shows_pictures and subject.backbone.see is None:
         subject.backbone.see = load_eyes(subject.loaded.model, subject.device, dataset.name)
     if isinstance(dataset, PreparedDataset) and subject.statistics is not None:
-        dataset.statistics = subject.statistics  # before anything is measured: all of it on the scale of the training
-        dataset.normaliser = Normaliser(dataset.embodiment, subject.statistics)
+        dataset.use_statistics(subject.statistics)  # before anything is measured: all of it on the training's scale
     loss = measure_loss(subject.backbone, subject.encoder, {dataset.name: (dataset, entry)}, experiment)
     pictures, numbers, facts = [], {}, _facts(subject, dataset)
     if loss is not None:
@@ -192,7 +188,7 @@ def _measure(subject: Subject, robot: Embodiment | None, episodes: int | None, b
         measured = measure_actions(subject.backbone, subject.encoder, dataset, subject.action_tasks, experiment)
         for place, error in enumerate(measured):
             if place:
-                numbers["inverse_dynamics_error"] = error.error
+                numbers["policy_error"] = error.error
                 continue
             numbers |= error.metrics() | {f"action_error_{name}": e.overall for name, e in error.rmse.items()}
             facts |= {"held-out windows of the action error": error.windows, "task": error.task}
@@ -209,7 +205,7 @@ def _measure(subject: Subject, robot: Embodiment | None, episodes: int | None, b
         "action_error_model",
         "action_error_mean",
         "action_error_hold",
-        "inverse_dynamics_error",
+        "policy_error",
         "coverage",
         "coverage_still",
     ):

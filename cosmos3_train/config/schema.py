@@ -410,6 +410,8 @@ class Dataset:
     embodiment: embodiment card by name (a file under configs/embodiment/); conversations and video without a robot have
                 none
     frames, least_frames, stride, resolution_tier: of video without a robot (`Clips`); None takes the dataset card's
+    statistics: another entry, of the same robot, whose statistics normalise this one's actions too: a deployed robot is
+                de-normalised by one file. None: its own
     weight:     share of the samples drawn, relative to the other entries
     tasks:      rows of the mask table and their relative weights; none named: policy alone, which video without a robot
                 cannot feed. A conversation has one task, its own, whatever is named here
@@ -429,6 +431,7 @@ class Dataset:
     least_frames: int | None = None
     stride: int | None = None
     resolution_tier: int | None = None
+    statistics: str | None = None
     weight: float = 1.0
     tasks: dict[str, float] = field(default_factory=dict)
     cache_latents: bool = False
@@ -462,6 +465,8 @@ class Data:
         _require("data", self, "a probability, 0 to 1", lambda x: 0 <= x <= 1, "caption_dropout")
         _require("data", self, "a share from 0 to below 1", lambda x: 0 <= x < 1, "heldout_fraction")
         for name, entry in self.datasets.items():
+            if entry.statistics is not None:
+                self._check_shared_statistics(name, entry)
             where, variants = f"data.datasets.{name}.augment", entry.augment.variants
             if entry.augment.changes and entry.cache_latents and not variants:
                 fail(
@@ -470,6 +475,19 @@ class Data:
                 )
             if variants and not (entry.augment.changes and entry.cache_latents):
                 fail(f"{where}.variants is {variants}, but it is of cached latents of changed frames; leave it out")
+
+    def _check_shared_statistics(self, name: str, entry: Dataset) -> None:
+        where, other = f"data.datasets.{name}.statistics", self.datasets.get(entry.statistics or "")
+        if other is None or other is entry:
+            others = [key for key in self.datasets if key != name]
+            fail(f"{where} is {entry.statistics!r}; it names another entry.{nearest(entry.statistics or '', others)}")
+        if other.statistics is not None:
+            fail(f"{where} is {entry.statistics!r}, which takes those of {other.statistics!r}; name that one")
+        if entry.embodiment is None or other.embodiment != entry.embodiment:
+            fail(
+                f"{where} is {entry.statistics!r} of robot {other.embodiment}, but {name} is of {entry.embodiment}; "
+                "name an entry of the same robot"
+            )
 
 
 @dataclass(frozen=True)

@@ -99,8 +99,7 @@ class PreparedDataset:
         if not self.source.is_dir():
             raise UserError(f"{self.folder}: its log {self.source} is not there; set the dataset's source to its place")
         if self.has_robot:
-            self.statistics = Statistics.load(self.folder, embodiment=self.embodiment.name, dataset=self.name)
-            self.normaliser = Normaliser(self.embodiment, self.statistics)
+            self.use_statistics(Statistics.load(self.folder, embodiment=self.embodiment.name, dataset=self.name))
         self._table = _open_rows(self.folder)
         self.rows: int = len(self._table)
         splits = self._table.data.column("split")
@@ -121,6 +120,11 @@ class PreparedDataset:
         """The embodiment card of a robot's log; ask `has_robot` first."""
         assert isinstance(self.contract, Embodiment), f"{self.name} has no robot"
         return self.contract
+
+    def use_statistics(self, statistics: Statistics) -> None:
+        """Normalise by these from now on: the robot's own of another log, or those that a model was trained with."""
+        self.statistics = statistics
+        self.normaliser = Normaliser(self.embodiment, statistics)
 
     @property
     def latent_cache(self) -> LatentCache | None:

@@ -55,12 +55,12 @@ class Statistics:
         write_whole(Path(path), (json.dumps(asdict(self), indent=1) + "\n").encode())
 
     @classmethod
-    def load(cls, path: str | Path, *, embodiment: str, dataset: str | None = None) -> Statistics:
+    def load(cls, path: str | Path, *, embodiment: str | None = None, dataset: str | None = None) -> Statistics:
         """Read the file, checking whose statistics they are.
 
         Args:
             path: the file, or the prepared folder that holds it.
-            embodiment: name of the embodiment card that they must describe.
+            embodiment: name of the embodiment card that they must describe; None takes any.
             dataset: name of the dataset that they must describe; None takes any.
 
         Raises:
@@ -81,7 +81,7 @@ class Statistics:
             raise UserError(f"{path}: the statistics are missing; run `cosmos3 prepare` for the dataset") from None
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise UserError(f"{path}: not a statistics file ({error!r}); run `cosmos3 prepare` again") from None
-        if statistics.embodiment != embodiment:
+        if embodiment is not None and statistics.embodiment != embodiment:
             raise UserError(
                 f"{path}: statistics of embodiment {statistics.embodiment!r}, but the run needs those of "
                 f"{embodiment!r}; run `cosmos3 prepare` with --embodiment {embodiment}"

@@ -42,6 +42,15 @@ def write_robot_files(folder: Path, robots: Sequence[Robot]) -> None:
         shutil.copyfile(ROBOT_MODULE, folder / "robot.py")
 
 
+def robot_statistics(folder: Path, embodiment: str) -> Statistics | None:
+    """The statistics that an exported folder holds of a robot, under whichever name; None where it holds none."""
+    for path in sorted(folder.glob("statistics*.json")):
+        statistics = Statistics.load(path)
+        if statistics.embodiment == embodiment:
+            return statistics
+    return None
+
+
 def robot_values(robot: Robot) -> dict[str, Any]:
     """What robot.json says of a robot; a channel's own value is the model's times `scale` plus `offset`."""
     card = robot.embodiment

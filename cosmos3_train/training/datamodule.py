@@ -149,6 +149,11 @@ def open_datasets(loaded: Loaded, encoder: Encoder | None, reasoner: Reasoner | 
         name: (open_dataset(loaded, name, entry, encoder, reasoner), entry)
         for name, entry in loaded.experiment.data.datasets.items()
     }
+    for dataset, entry in opened.values():
+        if entry.statistics is not None:
+            other = opened[entry.statistics][0]
+            assert isinstance(dataset, PreparedDataset) and isinstance(other, PreparedDataset)
+            dataset.use_statistics(other.statistics)
     _refuse_two_scales(opened)
     return opened
 
@@ -162,8 +167,8 @@ def _refuse_two_scales(opened: Opened) -> None:
             if other.statistics.action != dataset.statistics.action:
                 raise UserError(
                     f"data.datasets.{first} and {name} share embodiment {dataset.embodiment.name!r}, but each is "
-                    f"normalised by its own statistics, and a deployed robot has one; give one a card of its own "
-                    f"(shares_domain), or prepare both logs as one"
+                    f"normalised by its own statistics, and a deployed robot has one; set "
+                    f"data.datasets.{name}.statistics to {first}, or give one a card of its own (shares_domain)"
                 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from cosmos3_train.config import load_experiment
 from cosmos3_train.data import blocks
 from cosmos3_train.data import prepare as prepare_rows
 from cosmos3_train.data.card import load_card
+from cosmos3_train.data.statistics import Statistics, compute_moments
 from tests.commands.tiny import QUICK
 from tests.data.logs import make_log
 
@@ -72,7 +74,17 @@ def test_evaluate_measures_of_a_folder_every_error_that_the_dataset_allows(cosmo
     card.write_text(json.dumps(names | {"format": "lerobot_v3", "source": str(project / "few")}))
     assert cosmos3("evaluate", tiny_model, "--on", card, "--episodes", "0") == 0
     said = capsys.readouterr().out
-    assert "action_error_model" in said and "inverse_dynamics_error" in said
+    assert "action_error_model" in said and "policy_error" in said
+    # Beside another robot's, as a folder that was trained on several holds them.
+    served = shutil.copytree(tiny_model, project / "served")
+    Statistics("log", "pusht", "0", compute_moments([moves[0]], 2)).save(served / "statistics.json")
+    own = Statistics("log", "pusht_moves", "0", compute_moments([10 * moves[0]], 2))
+    own.save(served / "statistics.pusht_moves.json")
+    own_error = json.loads((tiny_model.parent / f"{tiny_model.name}_evaluations/few/report.json").read_text())
+    assert cosmos3("evaluate", served, "--on", card, "--episodes", "0") == 0
+    found = json.loads((project / "served_evaluations" / "few" / "report.json").read_text())
+    assert found["facts"]["normalised by"] == "the statistics it was trained with"
+    assert found["action_error_model"] > 2 * own_error["action_error_model"]
 
 
 def test_what_is_measured_of_a_run_with_cached_variants_is_not_changed(project):

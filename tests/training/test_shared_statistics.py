@@ -1,0 +1,58 @@
+"""Two logs of one robot in a mixture are normalised by one set of statistics, or refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from cosmos3_train.config import UserError
+from cosmos3_train.data.reader import PreparedDataset
+from cosmos3_train.training.datamodule import open_datasets
+from tests.data.logs import make_log
+from tests.training.project import CAMERA, load, write, write_project
+
+MORE = (
+    "data.datasets.more.card=cards/more.yaml",
+    "data.datasets.more.prepared=prepared/more",
+    "data.datasets.more.embodiment=mover",
+)
+SHARED = "data.datasets.more.statistics"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = write_project(tmp_path_factory.mktemp("two_logs") / "root")
+    longer = {0: np.random.default_rng(0).uniform(0, 500, (14, 2)).astype(np.float32)}
+    make_log(root / "more", [14], cameras={CAMERA: (32, 48)}, actions=longer)
+    write(root / "cards" / "more.yaml", {"name": "more", "format": "lerobot_v3", "source": "more"})
+    return root
+
+
+def test_each_by_its_own_is_refused(root):
+    with pytest.raises(UserError, match=rf"{SHARED} to moves"):
+        open_datasets(load(root, *MORE, "data.heldout_fraction=0"), None)
+
+
+def test_one_takes_the_other_s(root):
+    opened = open_datasets(load(root, *MORE, f"{SHARED}=moves", "data.heldout_fraction=0"), None)
+    (moves, _), (more, _) = opened["moves"], opened["more"]
+    assert isinstance(moves, PreparedDataset) and isinstance(more, PreparedDataset)
+    assert more.statistics == moves.statistics
+    sample, row = more.sample("train", 0, "policy", 0, pixels=False), more.window("train", 0)
+    expected = moves.normaliser.normalise(torch.tensor(row["action"]))
+    assert sample.action is not None and torch.equal(sample.action, expected) and float(sample.action.abs().max()) > 1.5
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ((f"{SHARED}=movs",), "Did you mean 'moves'"),
+        ((f"{SHARED}=more",), "names another entry"),
+        ((f"{SHARED}=talk",), "of robot None, but more is of mover"),
+        ((f"{SHARED}=moves", "data.datasets.moves.statistics=more"), "name that one"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(root, lines, words):
+    with pytest.raises(UserError, match=words):
+        load(root, *MORE, *lines)
