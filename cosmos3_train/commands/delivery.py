@@ -156,8 +156,8 @@ def measured_numbers(before: Mapping[str, Any] | None, after: Mapping[str, Any])
             tail = f"/{name}" if place else ""
             numbers[f"action_error_{when}{tail}"] = action["error"]
             numbers[f"action_error_constant{tail}"] = action["constant"]
-        for place, (name, action) in enumerate(found.get("inverse_dynamics", {}).items()):
-            numbers[f"inverse_dynamics_error_{when}" + (f"/{name}" if place else "")] = action["error"]
+        for place, (name, action) in enumerate(found.get("policy", {}).items()):
+            numbers[f"policy_error_{when}" + (f"/{name}" if place else "")] = action["error"]
         for place, (name, closed) in enumerate(found.get("closed_loop", {}).items()):
             tail = f"/{name}" if place else ""
             numbers[f"coverage_{when}{tail}"] = closed["coverage"]
@@ -207,7 +207,7 @@ def _units(found: Mapping[str, Any]) -> dict[str, str]:
     for action in found.get("action", {}).values():
         units = set(action["units"])
         unit = units.pop() if len(units) == 1 else ""
-        kinds = ("action", "inverse_dynamics")
+        kinds = ("action", "policy")
         return {f"{kind}_error_{name}": unit for kind in kinds for name in ("before", "after", "constant")}
     return {}
 

@@ -113,7 +113,7 @@ def _summary(loaded: Loaded) -> None:
     say()
     say(f"{loaded.experiment.name}: finished")
     _line(numbers, "action error, held-out", "action_error_before", "action_error_after", "action_error_constant")
-    _line(numbers, "what was done in a video", "inverse_dynamics_error_before", "inverse_dynamics_error_after")
+    _line(numbers, "policy's error, held-out", "policy_error_before", "policy_error_after")
     _line(numbers, "coverage, closed loop", "coverage_before", "coverage_after", "coverage_still")
     _line(numbers, "loss, held-out", "heldout_loss_before", "heldout_loss_after")
     if form != "none":

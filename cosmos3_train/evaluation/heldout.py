@@ -259,11 +259,12 @@ class ActionError:
 
 
 def action_tasks(tasks: Mapping[str, float]) -> list[str]:
-    """Of a mixture entry's tasks, those whose actions are measured: policy first, then inverse dynamics.
+    """Of a mixture entry's tasks, those whose actions are measured: inverse dynamics first, then policy.
 
-    A policy has more than one right answer, and even a perfect one differs from the log; what a video shows has one.
+    What was done in a video has one right answer, so its error says whether the model knows the robot's actions. A
+    policy has more than one, and even a perfect one differs from the log.
     """
-    return [name for name in ("policy", "inverse_dynamics") if tasks.get(name, 0) > 0]
+    return [name for name in ("inverse_dynamics", "policy") if tasks.get(name, 0) > 0]
 
 
 def action_error(

@@ -17,13 +17,16 @@ from typing import Any
 from cosmos3_train.data.files import write_whole
 
 MEANINGS: dict[str, str] = {
-    "action_error_before": "Error of sampled actions on held-out windows before training, in the robot's own units.",
+    "action_error_before": "Error of sampled actions on held-out windows before training, in the robot's own units: of "
+    "those inferred from the window's video where the run trains inverse dynamics, else of the policy's.",
     "action_error_after": "The same error after training.",
     "action_error_constant": "The same error of the better of two policies without a model: always the mean action, or "
     "staying where the robot is.",
-    "inverse_dynamics_error_before": "Error of the actions inferred from held-out videos, before training.",
-    "inverse_dynamics_error": "Error of the actions inferred from held-out videos, in the robot's own units.",
-    "inverse_dynamics_error_after": "The same after training; what needs no model errs as above.",
+    "policy_error_before": "Error of what the policy does from a held-out window's first picture, before training: more "
+    "than one thing may be right there, so a perfect policy differs from the log too.",
+    "policy_error": "Error of what the policy does from a held-out window's first picture, in the robot's own units: "
+    "more than one thing may be right there, so a perfect policy differs from the log too.",
+    "policy_error_after": "The same after training; what needs no model errs as above.",
     "coverage_before": "Mean over episodes of the largest share of the goal that the block covered, before training.",
     "coverage_after": "The same after training, from the same seeds.",
     "coverage_still": "The same for a robot that stands still.",

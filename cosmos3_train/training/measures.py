@@ -47,7 +47,7 @@ def measure(run: Run) -> dict[str, float]:
         prefix = "heldout" if len(robots) == 1 else f"heldout/{name}"
         tasks = action_tasks(entry.tasks)
         for place, error in enumerate(measure_actions(run.backbone, encoder, dataset, tasks, run.experiment)):
-            kind = "inverse_dynamics" if place else "action"
+            kind = error.task if place else "action"
             found.setdefault(kind, {})[name] = asdict(error) | {"error": error.error, "constant": error.constant}
             metrics |= error.metrics(prefix) if place == 0 else {f"{prefix}/{kind}_error": error.error}
         if border and config.closed_loop_episodes and dataset.embodiment.simulator:

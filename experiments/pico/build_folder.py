@@ -1,10 +1,13 @@
-"""Assemble Cosmos3-Pico, a complete Cosmos 3 folder in the published diffusers layout, from its parts.
+r"""Assemble Cosmos3-Pico, a complete Cosmos 3 folder in the published diffusers layout, from its parts.
 
-    python experiments/pico/build_folder.py --transformer DIR_OR_NONE --vae DIR_OR_NONE --output DIR
+    python experiments/pico/build_folder.py --transformer DIR_OR_NONE --vae DIR_OR_NONE --output DIR \
+        [--statistics DIR ...]
 
 A part given as `none` is made here: the transformer at random from the seed, the VAE untrained. Weights are bf16,
-as published, in shards of at most 10 MB. The README in the output folder is left as it is. The folder is written
-part by part and then loaded once as a pipeline, so a mistake shows here and not at its user's.
+as published, in shards of at most 10 MB. The statistics of the prepared folders that the transformer learnt from go
+beside it under the names that an export gives them, for they say what its actions mean. The README in the output
+folder is left as it is. The folder is written part by part and then loaded once as a pipeline, so a mistake shows here
+and not at its user's.
 """
 
 import argparse
@@ -26,6 +29,8 @@ from diffusers.models.transformers.transformer_cosmos3 import DomainAwareLinear
 from torch import nn
 from train_vae import build_vae
 from transformers import AutoTokenizer
+
+from cosmos3_train.data.statistics import Statistics
 
 logger = logging.getLogger("build_folder")
 
@@ -137,6 +142,15 @@ def write_parts(transformer: str, vae: str, tokenizer: Path, output: Path, seed:
     (output / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
+def write_statistics(prepared: list[Path], output: Path) -> None:
+    """The statistics of each robot that the transformer learnt from, the first under the plain name."""
+    for path in output.glob("statistics*.json"):
+        path.unlink()
+    for place, folder in enumerate(prepared):
+        statistics = Statistics.load(folder)
+        statistics.save(output / f"statistics{f'.{statistics.embodiment}' if place else ''}.json")
+
+
 def check_folder(folder: Path) -> None:
     """Load the folder as its users do and hold it to its size limits."""
     pipeline = Cosmos3OmniPipeline.from_pretrained(folder, enable_safety_checker=False, dtype=torch.bfloat16)
@@ -155,12 +169,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--transformer", default="none", help="folder of trained weights, or none")
     parser.add_argument("--vae", default="none", help="folder of a trained VAE, or none")
+    parser.add_argument("--statistics", nargs="*", default=[], type=Path, help="prepared folders of the trained robots")
     parser.add_argument("--tokenizer", type=Path, default=Path("data/cosmos3_pico/text_tokenizer"))
     parser.add_argument("--output", type=Path, default=Path("data/cosmos3_pico"))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     write_parts(args.transformer, args.vae, args.tokenizer, args.output, args.seed)
+    write_statistics(args.statistics, args.output)
     check_folder(args.output)
 
 

@@ -1,6 +1,7 @@
-"""Prepare the logs of experiments/pico.yaml and cache their latents, quickly.
+r"""Prepare the logs of experiments/pico.yaml, or of another of Pico's experiments, and cache their latents, quickly.
 
-    python experiments/pico/cache_latents.py [key=value ...] [--only NAME ...] [--poses FILE.npz ...]
+    python experiments/pico/cache_latents.py [--experiment FILE] [key=value ...] [--only NAME ...] \
+        [--poses FILE.npz ...]
 
 `cosmos3 train experiments/pico.yaml` does the same with upstream's own convolutions and frame by frame, whose tiny
 kernels keep a GPU waiting; here each convolution is a 2D one and clips are padded together, with equal latents up to
@@ -81,12 +82,13 @@ class DrawnDataset(PreparedDataset):
 def main() -> None:
     """Prepare, encode, say how much there is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experiment", default="experiments/pico.yaml", metavar="FILE")
     parser.add_argument("--only", nargs="+", metavar="NAME")
     parser.add_argument("--poses", nargs="+", type=Path, metavar="FILE.npz")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args()
     set_up_logging()
-    loaded = load_experiment("experiments/pico.yaml", options.overrides)
+    loaded = load_experiment(options.experiment, options.overrides)
     experiment = loaded.experiment
     WanCausalConv3d.forward = convolve_flat  # in this process alone
     parts = load_parts(loaded.model, device_for(experiment.strategy))

@@ -10,7 +10,12 @@
 #   train    the transformer                   all GPUs
 #   assemble the trained folder in data/cosmos3_pico
 #
-# SEEDS names the states files (ten), EPISODES what each holds (1,000); two thirds of all are drawn for the turned robot
+# Then once more, from what the expert does where that policy's own play leads:
+#
+#   corrections   states, log and rows of the expert correcting data/cosmos3_pico's play: about 3 s a seed and core
+#   train_corrected, assemble_corrected
+#
+# CORRECTED is how many seeds of play are corrected. SEEDS names the states files (ten), EPISODES what each holds (1,000); two thirds of all are drawn for the turned robot
 # and one for the swapped. MINUTES is the codec's time, CODEC more options for it ("--trained data/cosmos3_pico/vae" goes
 # on with the one that ships), TRAIN more key=value for the training, which goes on with what data/cosmos3_pico holds:
 # without the stage folder, with the transformer that ships.
@@ -20,8 +25,10 @@ EPISODES=${EPISODES:-1000}
 MINUTES=${MINUTES:-11}
 CODEC=${CODEC:-}
 TRAIN=${TRAIN:-}
+CORRECTED=${CORRECTED:-1800}
 GPUS=${GPUS:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 WORKERS=${WORKERS:-$(nproc)}
+robots=(prepared/pico prepared/pico_turned prepared/pico_swapped)
 states=(); for k in $SEEDS; do states+=("prepared/pico_states/$k.npz"); done
 ALL=$(( EPISODES * ${#states[@]} )); THIRD=$(( (ALL + 2) / 3 ))
 draw() {
@@ -29,8 +36,12 @@ draw() {
         --workers "$WORKERS" --output "$3"
 }
 rows() {
-    cosmos3 prepare data/pusht/log.yaml --embodiment "$1" --source "$2" --output "$3" --workers "$WORKERS" --stride 9 \
+    cosmos3 prepare data/pusht/log.yaml --embodiment "$1" --source "$2" --output "$3" --workers "$WORKERS" --stride 4 \
         --heldout 0.02
+}
+assemble() {
+    python experiments/pico/build_folder.py --transformer "runs/$1/export/merged/transformer" --vae data/cosmos3_pico/vae \
+        --statistics "${robots[@]}" --output data/cosmos3_pico
 }
 
 for stage in "$@"; do
@@ -61,9 +72,20 @@ for stage in "$@"; do
     train)
         # shellcheck disable=SC2086 # TRAIN is words
         PROCESSES=$GPUS launch/local.sh experiments/pico.yaml $TRAIN ;;
-    assemble)
-        python experiments/pico/build_folder.py --transformer runs/pico/export/merged/transformer \
-            --vae prepared/pico_codec/vae --output data/cosmos3_pico ;;
-    *) echo "no stage '$stage': states logs rows codec folder latents train assemble" >&2; exit 2 ;;
+    assemble) assemble pico ;;
+    corrections)
+        python experiments/pico/correct_policy.py --seeds "$CORRECTED" --workers "$WORKERS" \
+            --states prepared/pico_states/corrections.npz
+        python data/pusht/make_episodes.py --contract pusht --episodes "$(( 4 * CORRECTED ))" \
+            --from-states prepared/pico_states/corrections.npz --gop 30 --crf 30 --workers "$WORKERS" \
+            --output prepared/pico_corrected_log
+        rows pusht prepared/pico_corrected_log prepared/pico_corrected
+        python experiments/pico/cache_latents.py --experiment experiments/pico_corrected.yaml --only corrected \
+            --poses prepared/pico_states/corrections.npz ;;
+    train_corrected)
+        # shellcheck disable=SC2086 # TRAIN is words
+        PROCESSES=$GPUS launch/local.sh experiments/pico_corrected.yaml $TRAIN ;;
+    assemble_corrected) assemble pico_corrected ;;
+    *) echo "no stage '$stage': states logs rows codec folder latents train assemble corrections train_corrected assemble_corrected" >&2; exit 2 ;;
     esac
 done

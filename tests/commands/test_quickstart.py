@@ -28,7 +28,9 @@ def test_the_quickstart_learns_and_delivers(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     run = ROOT / "runs" / "quickstart_test"
     report = json.loads((run / "report.json").read_text())
-    assert report["action_error_after"] < report["action_error_before"]
+    assert report["action_error_after"] <= 0.5 * min(report["action_error_before"], report["action_error_constant"])
+    assert report["policy_error_after"] < min(report["policy_error_before"], report["action_error_constant"])
+    assert report["coverage_after"] - report["coverage_before"] >= 0.15
     assert report["export_relative_difference"] <= 1e-5
     assert {"action_error_constant", "coverage_before", "coverage_after", "coverage_still"} <= report.keys()
     assert 0 < report["seconds"] <= seconds

@@ -192,5 +192,5 @@ def test_hold_stays_where_the_robot_is():
 
 def test_the_task_whose_actions_are_measured():
     assert action_tasks({"forward_dynamics": 1.0, "inverse_dynamics": 1.0}) == ["inverse_dynamics"]
-    assert action_tasks({"inverse_dynamics": 1.0, "policy": 0.5}) == ["policy", "inverse_dynamics"]
+    assert action_tasks({"inverse_dynamics": 1.0, "policy": 0.5}) == ["inverse_dynamics", "policy"]
     assert action_tasks({"image_to_video": 1.0, "policy": 0.0}) == []
