@@ -22,7 +22,7 @@ MEANINGS: dict[str, str] = {
     "action_error_after": "The same error after training.",
     "action_error_constant": "The same error of the better of two policies without a model: always the mean action, or "
     "staying where the robot is.",
-    "policy_error_before": "Error of what the policy does from a held-out window's first picture, before training: more "
+    "policy_error_before": "Error of what the policy does from a first picture of a held-out window, untrained: more "
     "than one thing may be right there, so a perfect policy differs from the log too.",
     "policy_error": "Error of what the policy does from a held-out window's first picture, in the robot's own units: "
     "more than one thing may be right there, so a perfect policy differs from the log too.",
