@@ -44,7 +44,7 @@ def write_robot_files(folder: Path, robots: Sequence[Robot]) -> None:
 
 def robot_statistics(folder: Path, embodiment: str) -> Statistics | None:
     """The statistics that an exported folder holds of a robot, under whichever name; None where it holds none."""
-    for path in sorted(folder.glob("statistics*.json")):
+    for path in sorted(folder.glob("statistics.*json")):
         statistics = Statistics.load(path)
         if statistics.embodiment == embodiment:
             return statistics

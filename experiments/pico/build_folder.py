@@ -144,7 +144,7 @@ def write_parts(transformer: str, vae: str, tokenizer: Path, output: Path, seed:
 
 def write_statistics(prepared: list[Path], output: Path) -> None:
     """The statistics of each robot that the transformer learnt from, the first under the plain name."""
-    for path in output.glob("statistics*.json"):
+    for path in output.glob("statistics.*json"):
         path.unlink()
     for place, folder in enumerate(prepared):
         statistics = Statistics.load(folder)

@@ -36,7 +36,7 @@ draw() {
         --workers "$WORKERS" --output "$3"
 }
 rows() {
-    cosmos3 prepare data/pusht/log.yaml --embodiment "$1" --source "$2" --output "$3" --workers "$WORKERS" --stride 4 \
+    cosmos3 prepare data/pusht/log.yaml --embodiment "$1" --source "$2" --output "$3" --workers "$WORKERS" --stride "$4" \
         --heldout 0.02
 }
 assemble() {
@@ -57,9 +57,9 @@ for stage in "$@"; do
         draw pusht_turned "$(( ALL - THIRD ))" prepared/pico_turned_log
         draw pusht_swapped "$THIRD" prepared/pico_swapped_log ;;
     rows)
-        rows pusht prepared/pico_log prepared/pico
-        rows pusht_turned prepared/pico_turned_log prepared/pico_turned
-        rows pusht_swapped prepared/pico_swapped_log prepared/pico_swapped ;;
+        rows pusht prepared/pico_log prepared/pico 9
+        rows pusht_turned prepared/pico_turned_log prepared/pico_turned 9
+        rows pusht_swapped prepared/pico_swapped_log prepared/pico_swapped 9 ;;
     codec)
         run=(python); [ "$GPUS" -gt 1 ] && run=(python -m torch.distributed.run --standalone --nproc-per-node "$GPUS")
         # shellcheck disable=SC2086 # CODEC is words
@@ -79,7 +79,7 @@ for stage in "$@"; do
         python data/pusht/make_episodes.py --contract pusht --episodes "$(( 4 * CORRECTED ))" \
             --from-states prepared/pico_states/corrections.npz --gop 30 --crf 30 --workers "$WORKERS" \
             --output prepared/pico_corrected_log
-        rows pusht prepared/pico_corrected_log prepared/pico_corrected
+        rows pusht prepared/pico_corrected_log prepared/pico_corrected 4
         python experiments/pico/cache_latents.py --experiment experiments/pico_corrected.yaml --only corrected \
             --poses prepared/pico_states/corrections.npz ;;
     train_corrected)
