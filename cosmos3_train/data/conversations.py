@@ -127,9 +127,8 @@ def open_conversations(
     index = index_talks(
         card, source, folder, measure=measure, workers=workers, progress=progress, most_rows=most_rows, fresh=fresh
     )
-    if not index.reused:
-        for reason, count in index.dropped.items():
-            logger.info("%s: left out %s × %s, such as %s", card.name, f"{count:,}", reason, index.examples[reason])
+    for reason, count in index.dropped.items():
+        logger.info("%s: left out %s × %s, such as %s", card.name, f"{count:,}", reason, index.examples[reason])
     made = ConversationDataset(
         card, source, index, heldout_fraction=heldout_fraction, seed=seed, most_tokens=most_tokens
     )

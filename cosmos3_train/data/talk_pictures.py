@@ -31,6 +31,14 @@ _BROKEN = (
 """What Pillow's readers raise for damaged bytes."""
 
 
+class Gone(Unusable):
+    """A picture whose file is missing. path: of it, in the folder that the set's pictures lie in"""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(MISSING, path[:160])
+        self.path = path
+
+
 class Shape(NamedTuple):
     """What a picture's tokens depend on. size: (H, W) in pixels;  numbers, fps, pixels: as of `Picture`"""
 
@@ -46,14 +54,18 @@ def frame_numbers(count: int, fps: float, options: PictureOptions) -> tuple[int,
     return tuple(np.linspace(0, count - 1, wanted).round().astype(int).tolist())
 
 
-def check_there(root: Path, reference: Reference) -> None:
-    """Raise `Unusable` where a picture's file is missing."""
+def is_there(path: Path) -> bool:
+    """Whether a picture's file is."""
     try:
-        there = reference.content is not None or (root / reference.path).is_file()
+        return path.is_file()
     except (OSError, ValueError):  # a name that no file can have
-        there = False
-    if not there:
-        raise Unusable(MISSING, reference.path[:160])
+        return False
+
+
+def check_there(root: Path, reference: Reference) -> None:
+    """Raise `Gone` where a picture's file is missing."""
+    if reference.content is None and not is_there(root / reference.path):
+        raise Gone(reference.path)
 
 
 def picture_shape(root: Path, reference: Reference, options: PictureOptions) -> Shape:

@@ -268,6 +268,67 @@ def test_a_killed_index_goes_on(tmp_path, monkeypatch):
     assert len(again) == 24 - 5 and len(set(again) | set(seen)) == 24
 
 
+def test_a_picture_that_was_missing_is_taken_when_it_comes(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("cosmos3_train.data.talk_index.MOST_MISSING", 3)
+    source, folder = tmp_path / "set", tmp_path / "index"
+    source.mkdir()
+    names = ["a.png", "b.png", "x\0.png", f"{'y' * 5000}.png", *(f"c/{number}.png" for number in range(4))]
+    rows = [{"messages": [ASK, SAY], "image": name} for name in names]
+    (source / "talk.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for _ in range(2):  # an index that nothing is in keeps no block that would be believed
+        with pytest.raises(UserError, match="8 × a picture is missing"):
+            index_talks(CARD, source, folder)
+    (source / "a.png").write_bytes(picture_bytes(0, form="PNG"))
+    assert index_talks(CARD, source, folder).rows.num_rows == 1
+    told = json.loads((folder / "card.json").read_text())["missing"]
+    assert told == {"rows": 7, "first": ["b.png", "x\0.png", "c/0.png"]}
+    with caplog.at_level("INFO"):
+        dataset = open_conversations(CARD, source, folder)
+    assert dataset.index.reused and "left out 7 × a picture is missing, such as" in caplog.text
+    (source / "b.png").write_bytes(picture_bytes(1, form="PNG"))
+    index = index_talks(CARD, source, folder)
+    assert (index.reused, index.rows.num_rows, index.dropped) == (False, 2, {"a picture is missing": 6})
+    assert index_talks(CARD, source, folder).reused
+
+
+def test_unfinished_blocks_see_a_picture_that_came_and_fresh_begins_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr("cosmos3_train.data.talk_index.BLOCK_ROWS", 1)
+    source = tmp_path / "set"
+    source.mkdir()
+    for name in "ac":
+        (source / f"{name}.png").write_bytes(picture_bytes(0, form="PNG"))
+    rows = [{"messages": [ASK, SAY], "image": f"{name}.png"} for name in "abc"]
+    (source / "talk.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def stop(where):
+        if "line 3" in where:
+            raise KeyboardInterrupt
+
+    def killed(**options):
+        with pytest.raises(KeyboardInterrupt):
+            index_talks(CARD, source, tmp_path / "index", measure=Area(stop), **options)
+
+    killed()
+    (source / "b.png").write_bytes(picture_bytes(1, form="PNG"))
+    seen = []
+    index = index_talks(CARD, source, tmp_path / "index", measure=Area(seen.append))
+    assert (index.rows.num_rows, index.dropped) == (3, {})
+    assert [where[-6:] for where in seen] == ["line 2", "line 3"], "the first block was kept"
+    killed(fresh=True)
+    seen.clear()
+    index_talks(CARD, source, tmp_path / "index", measure=Area(seen.append), fresh=True)
+    assert len(seen) == 3
+
+
+def test_an_index_is_made_anew_of_other_words_of_the_same_length(tmp_path):
+    root, folder = write_videophy(tmp_path, train=2, val=0) / "videophy2_train", tmp_path / "index"
+    before = index_talks(CARD, root, folder).column("content").tolist()
+    text = root / "text" / "conversation_1.json"
+    text.write_text(text.read_text().replace("Score", "Judge"))
+    index = index_talks(CARD, root, folder)
+    assert not index.reused and index.column("content")[0] == before[0] and index.column("content")[1] != before[1]
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [

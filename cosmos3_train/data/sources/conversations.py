@@ -162,8 +162,11 @@ class VideoPhy(TalkSource):
 
     def _add(self, digest: Any, path: Path) -> None:
         super()._add(digest, path)
-        texts = sorted((path.parent / "text").glob("*.json"))
-        digest.update(json.dumps([(text.name, text.stat().st_size) for text in texts]).encode())
+        for entry in _meta(path):
+            try:
+                digest.update(hashlib.sha256((path.parent / _text_of(entry)).read_bytes()).digest())
+            except (NoTalk, OSError, ValueError):  # as in `_joined`, which says so
+                digest.update(b"none")
 
 
 def open_talks(source: Path) -> TalkSource:
@@ -206,9 +209,10 @@ def _json(content: bytes) -> Any:
 def _joined(folder: Path, entry: Mapping[str, Any]) -> Any:
     """A row of VideoPhy-2: its conversation, with the videos that its entry names."""
     name, media = entry.get("id"), entry.get("media")
-    text = entry.get("conversation") or f"text/conversation_{name}.json"
-    if not isinstance(text, str) or Path(text).is_absolute() or ".." in Path(text).parts:
-        return NoTalk(f"its conversation {text!r} is no path inside the set's folder")
+    try:
+        text = _text_of(entry)
+    except NoTalk as error:
+        return error
     try:
         row = _json((folder / text).read_bytes())
     except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
@@ -219,6 +223,14 @@ def _joined(folder: Path, entry: Mapping[str, Any]) -> Any:
     if isinstance(row, Mapping):
         return {key: row[key] for key in ("messages", "conversations") if key in row} | {"videos": videos}
     return {"messages": row, "videos": videos} if isinstance(row, list) else row
+
+
+def _text_of(entry: Mapping[str, Any]) -> str:
+    """Where an entry's conversation lies in its folder."""
+    text = entry.get("conversation") or f"text/conversation_{entry.get('id')}.json"
+    if not isinstance(text, str) or Path(text).is_absolute() or ".." in Path(text).parts:
+        raise NoTalk(f"its conversation {text!r} is no path inside the set's folder")
+    return text
 
 
 def _meta(path: Path) -> list[dict[str, Any]]:
