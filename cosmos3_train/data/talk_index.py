@@ -26,7 +26,7 @@ from cosmos3_train.config import UserError, to_plain
 from cosmos3_train.data.blocks import open_work_folder
 from cosmos3_train.data.card import DatasetCard, PictureOptions
 from cosmos3_train.data.files import disk_full_is_the_users, write_whole
-from cosmos3_train.data.sources.conversations import TalkSource, open_talks
+from cosmos3_train.data.sources.conversations import CARD_FILE, TalkSource, open_talks
 from cosmos3_train.data.talk import NoTalk, Talk, parse_talk
 from cosmos3_train.data.talk_pictures import MISSING, Gone, Shape, check_there, is_there, picture_shape
 from cosmos3_train.data.unusable import Unusable
@@ -34,7 +34,7 @@ from cosmos3_train.data.workers import run_in_workers
 from cosmos3_train.runtime import fold
 
 VERSION = 2
-ROWS_FILE, CARD_FILE = "conversations.parquet", "card.json"
+ROWS_FILE = "conversations.parquet"
 BLOCK_ROWS = 1024
 MOST_MISSING, LONGEST_PATH = 1000, 4096
 """Missing pictures that are remembered, the first of a set; and characters of a path that a file can have."""
@@ -117,9 +117,12 @@ def index_talks(
         most_rows: where no index is there, only so many rows are looked at, and nothing is written.
 
     Raises:
-        UserError: a file cannot be read, a JSON line is no conversation, or no row can be used.
+        UserError: a file cannot be read, a JSON line is no conversation, no row can be used, or the prepared folder is
+            the set's.
     """
     talks = open_talks(source)
+    if folder is not None and folder.resolve() == talks.root.resolve():
+        raise UserError(f"{folder}: holds the set itself; name another folder to prepare it in")
     made_of = _made_of(talks, card.pictures)
     there = None if folder is None else _read(folder, made_of, talks.root)
     counted = "" if measure is None else measure.fingerprint

@@ -320,6 +320,33 @@ def test_unfinished_blocks_see_a_picture_that_came_and_fresh_begins_anew(tmp_pat
     assert len(seen) == 3
 
 
+def test_what_was_prepared_inside_a_set_is_no_part_of_it(tmp_path):
+    write_llava(tmp_path)
+    for folder in (tmp_path / "index", tmp_path / "index2", tmp_path / "ai2d(gpt4v)" / "index3"):
+        assert index_talks(CARD, tmp_path, folder).rows.num_rows == 24
+        assert open_conversations(CARD, tmp_path, folder).index.reused
+    lines = tmp_path / "lines"
+    lines.mkdir()
+    (lines / "talk.jsonl").write_text(json.dumps([{**ASK, "content": "What?"}, SAY]))
+    work = lines / "index.partial"  # of a command that was killed
+    (work / "blocks").mkdir(parents=True)
+    (work / "fingerprint").write_text("")
+    shutil.copy(tmp_path / "index" / "conversations.parquet", work / "blocks" / "00000.parquet")
+    for _ in range(2):
+        assert open_conversations(CARD, lines, lines / "index").source.files == ("talk.jsonl",)
+    for source in (lines, lines / "talk.jsonl"):
+        with pytest.raises(UserError, match="holds the set itself; name another folder"):
+            index_talks(CARD, source, lines)
+
+
+def test_a_folder_of_two_sets(tmp_path):
+    write_llava(tmp_path)
+    (tmp_path / "talk.jsonl").write_text(json.dumps([{**ASK, "content": "What?"}, SAY]))
+    with pytest.raises(UserError, match=r"holds talk\.jsonl and ai2d\(gpt4v\)/train-00000-.* name one of the"):
+        open_conversations(CARD, tmp_path)
+    assert open_conversations(CARD, tmp_path / "talk.jsonl").count("train") == 1
+
+
 def test_an_index_is_made_anew_of_other_words_of_the_same_length(tmp_path):
     root, folder = write_videophy(tmp_path, train=2, val=0) / "videophy2_train", tmp_path / "index"
     before = index_talks(CARD, root, folder).column("content").tolist()

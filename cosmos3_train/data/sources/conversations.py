@@ -26,6 +26,8 @@ from cosmos3_train.data.talk import NoTalk
 COLUMNS = ("messages", "conversations", "image", "images", "video", "videos")
 """Of a Parquet file, that are read."""
 VALIDATION = "_val"
+CARD_FILE = "card.json"
+"""Of a prepared folder, of logs and of conversations alike."""
 PAGE = 1 << 20
 """Bytes of a column that are read at a time: without it, all that a row group has of it."""
 TAIL = 1 << 16
@@ -173,7 +175,7 @@ def open_talks(source: Path) -> TalkSource:
     """The rows of a set at a file or in a folder, by its layout.
 
     Raises:
-        UserError: there is none, or several .jsonl files and nothing says which.
+        UserError: there is none, or several .jsonl files, or Parquet files beside, and nothing says which.
     """
     _tables.close()  # what was open may have been written anew
     _metas.close()
@@ -186,13 +188,38 @@ def open_talks(source: Path) -> TalkSource:
     metas = [path for pattern in ("meta.json", "*/meta.json") for path in source.glob(pattern)]
     if metas:
         return VideoPhy(source, metas)
-    tables = list(source.rglob("*.parquet"))
+    tables, lines = _tables_of(source), sorted(source.glob("*.jsonl"))
+    if tables and lines:
+        both = f"{lines[0].name} and {min(tables).relative_to(source)}"
+        raise UserError(f"{source}: holds {both}, which are two sets; name one of the files, or move one out")
     if tables:
         return ParquetRows(source, tables)
-    lines = sorted(source.glob("*.jsonl"))
     if len(lines) != 1:
         raise UserError(f"{source}: holds {len(lines)} .jsonl files; name one of them")
     return JsonLines(source, lines)
+
+
+def _tables_of(source: Path) -> list[Path]:
+    """The Parquet files below a folder, but for those of prepared folders in it, of which an index may be one."""
+    ours: dict[Path, bool] = {source: False}
+
+    def within(folder: Path) -> bool:
+        if folder not in ours:
+            ours[folder] = _is_prepared(folder) or within(folder.parent)
+        return ours[folder]
+
+    return [path for path in source.rglob("*.parquet") if not within(path.parent)]
+
+
+def _is_prepared(folder: Path) -> bool:
+    """Whether `cosmos3 prepare` has made a folder, or works in it."""
+    if (folder / "fingerprint").is_file() and (folder / "blocks").is_dir():
+        return True
+    try:
+        card = json.loads((folder / CARD_FILE).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(card, dict) and ("made_of" in card or "settings" in card)
 
 
 def _numbered(count: int) -> np.ndarray:
