@@ -55,6 +55,13 @@ def of(row):
         ([{**ASK, "weight": None, "content": [{**TEXT, "image": None}]}, SAY], "What?", []),
         ({"messages": [{**ASK, "content": "<video><image>What?"}, SAY], "image": "a.jpg", "video": "v.mp4"},
          [VIDEO, IMAGE, TEXT], [("video", "v.mp4"), ("image", "a.jpg")]),
+        *(({"messages": [{**ASK, "content": "What?"}, SAY], key: value}, "What?", [])
+          for key in ("image", "images", "video", "videos")
+          for value in (None, [], "", {}, {"bytes": None, "path": None})),
+        ({"messages": [ASK, SAY], "image": [], "images": ["a.jpg"]}, [IMAGE, TEXT], [("image", "a.jpg")]),
+        ({"messages": None, "conversations": [ASK, SAY], "image": "a.jpg"}, [IMAGE, TEXT], [("image", "a.jpg")]),
+        ({"messages": [{**ASK, "content": [{**IMAGE, "image": "a.jpg"}, TEXT]}, SAY], "images": None},
+         [IMAGE, TEXT], [("image", "a.jpg")]),
     ],
 )  # fmt: skip
 def test_rows(row, content, pictures):
@@ -74,6 +81,24 @@ def test_rows(row, content, pictures):
         ({"messages": [ASK, SAY], "image": "x/../../a.jpg"}, "outside"),
         ({"messages": [ASK, SAY], "image": "..\\a.jpg"}, "outside"),
         ({"messages": [ASK, SAY], "image": 7}, "that is not there"),
+        *(
+            ({"messages": [ASK, SAY], "image": value}, "the words name an image that is not there")
+            for value in (None, [], "", {}, {"bytes": None, "path": None}, False, {"url": "a"})
+        ),
+        *(
+            ({"messages": [{**ASK, "content": "<video>What?"}, SAY], key: value}, "a video that is not there")
+            for key in ("video", "videos")
+            for value in (None, [])
+        ),
+        *(
+            ({"messages": [ASK, SAY], "images": [value, "a.jpg"]}, "'images' holds an empty entry")
+            for value in (None, "", {})
+        ),
+        ({"messages": [{**ASK, "content": "What?"}, SAY], "image": [None]}, "'image' holds an empty entry"),
+        *(
+            ([{**ASK, "content": [{**IMAGE, "image": value}]}, SAY], "that is not there")
+            for value in (None, [], "", {})
+        ),
     ],
 )
 def test_pictures_that_cannot_be_used(row, words):
@@ -81,10 +106,50 @@ def test_pictures_that_cannot_be_used(row, words):
         parse_talk(row)
 
 
-@pytest.mark.parametrize("row", [{"conversations": []}, {"conversations": None}, 7, [{"from": "bot", "value": "a"}]])
-def test_rows_that_are_no_conversation(row):
-    with pytest.raises(NoTalk):
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"conversations": []}, "a non-empty list of messages is expected"),
+        ({"conversations": None}, "'conversations' is null"),
+        ({"messages": None, "conversations": None}, "'messages' is null"),
+        (None, "a non-empty list"),
+        (7, "a non-empty list"),
+        ([None], "message 0: exactly the keys"),
+        ([{**ASK, "content": None}], "message 0: exactly the keys"),
+        ([{**ASK, "content": []}], "message 0: content is neither words nor a list"),
+        ([{**ASK, "content": [None]}], "message 0: a part is none of"),
+        ([{**ASK, "content": [{"type": None}]}], "message 0: a part is none of"),
+        ([{"from": "bot", "value": "a"}], "role 'bot'"),
+    ],
+)
+def test_rows_that_are_no_conversation(row, words):
+    with pytest.raises(NoTalk, match=words):
         parse_talk(row)
+
+
+def test_nulls_in_files_of_each_layout(tmp_path):
+    def change(row):
+        number = int(row["id"][4:])
+        return row | ({"conversations": None} if number == 0 else {"image": None} if number == 1 else {})
+
+    index = index_talks(CARD, write_llava(tmp_path / "llava", 6, change), None)
+    assert index.dropped == {"no conversation": 1, "its words and its pictures do not match": 1}
+    assert "row 0: 'conversations' is null" in index.examples["no conversation"]
+    root = write_videophy(tmp_path / "phy", train=3, val=0) / "videophy2_train"
+    (root / "text" / "conversation_0.json").write_text('{"conversations": null}')
+    entries = json.loads((root / "meta.json").read_text())
+    entries[1] |= {"media": [None]}
+    entries[2] |= {"media": None, "conversation": None}  # where the layout puts them
+    (root / "meta.json").write_text(json.dumps(entries))
+    index = index_talks(CARD, root, None)
+    assert index.dropped == {"no conversation": 1, "its words and its pictures do not match": 1}
+    path = tmp_path / "talk.jsonl"
+    path.write_text('{"messages": null}')
+    with pytest.raises(UserError, match="line 1: 'messages' is null"):
+        index_talks(CARD, path, None)
+    path.write_text(json.dumps({"messages": [ASK, SAY], "image": []}))
+    with pytest.raises(UserError, match=r"its words and its pictures do not match, such as .*that is not there"):
+        index_talks(CARD, path, None)
 
 
 def shown(dataset, split="train"):

@@ -297,8 +297,7 @@ def _of_group(path: Path, opened: pq.ParquetFile, group: int, names: list[str], 
         for batch in opened.iter_batches(batch_size=16, row_groups=[group], columns=names, use_threads=False):
             here = [row - before for row in left if row < before + batch.num_rows]
             if here:
-                for row in batch.take(pa.array(here)).to_pylist():
-                    yield {name: value for name, value in row.items() if value is not None}
+                yield from batch.take(pa.array(here)).to_pylist()
                 left = left[len(here) :]
             if not left:
                 return
