@@ -85,7 +85,7 @@ def scan_log(
             some = log.episodes[start : start + AT_ONCE]
             places = {episode.video[camera].path for episode in some for camera in embodiment.cameras}
             decoded = {  # what neighbours share is decoded once
-                place: decoded.get(place) or pool.submit(decode_whole, log.root, place)
+                place: decoded.get(place) or pool.submit(decode_whole, *split_place(log.root, place))
                 for place in sorted(places)
                 if is_video(place)
             }
@@ -215,7 +215,7 @@ def scan_clips(log: ClipLog, scan: Scan, threads: int = 1, progress: Progress = 
         for start in range(0, len(log.clips), AT_ONCE):
             records = list(log.records(log.clips[start : start + AT_ONCE]))
             places = {record.clip.place for record in records if record.video is not None}
-            decoded = {place: pool.submit(decode_whole, log.root, place) for place in sorted(places)}
+            decoded = {place: pool.submit(decode_whole, *split_place(log.root, place)) for place in sorted(places)}
             sounds = {
                 record.clip.place: pool.submit(sound_fault, log.root, record.clip.place, record.sound)
                 for record in records
@@ -338,7 +338,7 @@ def _picture_fault(folder: Path, reference: Reference, options: PictureOptions) 
             return ""
     except Unusable as error:
         return error.example
-    video = decode_whole(folder, reference.path)
+    video = decode_whole(folder / reference.path)
     if video.faults:
         return f"{reference.path}: {video.faults[0][1]}"
     return "" if len(video.times) > 1 else f"{reference.path}: the video has one frame"

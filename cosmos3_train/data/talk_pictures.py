@@ -16,7 +16,7 @@ from cosmos3_train.config import UserError
 from cosmos3_train.data.card import PictureOptions
 from cosmos3_train.data.talk import Reference
 from cosmos3_train.data.unusable import Unusable
-from cosmos3_train.data.video import frames_at, opened, video_times
+from cosmos3_train.data.video import decode_frames, opened, video_times
 from cosmos3_train.types import Picture
 
 MISSING = "a picture is missing"
@@ -96,7 +96,8 @@ def read_picture(root: Path, reference: Reference, options: PictureOptions) -> P
     try:
         if reference.kind == "video":
             numbers, fps, times = _film(root, reference, options)
-            frames = frames_at(root, reference.path, times[list(numbers)])
+            # Not `frames_at`: a file's name may hold '#', which sets apart places inside of logs' files.
+            frames = decode_frames(root / reference.path, times[list(numbers)])
             return Picture(frames, numbers, fps, options.video_pixels)
         with Image.open(_file(root, reference)) as image:
             pixels = np.array(ImageOps.exif_transpose(image).convert("RGB")).transpose(2, 0, 1)
@@ -109,7 +110,7 @@ def _film(root: Path, reference: Reference, options: PictureOptions) -> tuple[tu
     """The frames that are taken of a video, its rate, and when each of its frames is shown."""
     if reference.content is not None:
         raise Unusable(UNREADABLE, "a video that lies in a column; only files are read")
-    times, fps = video_times(root, reference.path)
+    times, fps = video_times(root / reference.path)
     if len(times) < 2:
         raise Unusable(UNREADABLE, f"{reference.path}: the video has one frame")
     return frame_numbers(len(times), fps, options), fps, times

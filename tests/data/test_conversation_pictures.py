@@ -17,6 +17,7 @@ from transformers.video_utils import VideoMetadata
 from cosmos3_train.config import UserError
 from cosmos3_train.data.card import DatasetCard, PictureOptions
 from cosmos3_train.data.conversations import open_conversations
+from cosmos3_train.data.scan import Scan, scan_talks
 from cosmos3_train.data.talk import NoTalk, parse_talk
 from cosmos3_train.data.talk_index import index_talks
 from cosmos3_train.data.talk_pictures import frame_numbers
@@ -402,6 +403,18 @@ def test_what_was_prepared_inside_a_set_is_no_part_of_it(tmp_path):
     for source in (lines, lines / "talk.jsonl"):
         with pytest.raises(UserError, match="holds the set itself; name another folder"):
             index_talks(CARD, source, lines)
+
+
+def test_names_may_hold_a_hash(tmp_path):
+    (tmp_path / "a#1.png").write_bytes(picture_bytes(0, form="PNG"))
+    write_video(tmp_path / "part#2" / "v#3.mp4")
+    row = {"messages": [{**ASK, "content": "<video><image>What?"}, SAY], "image": "a#1.png", "video": "part#2/v#3.mp4"}
+    (tmp_path / "talk.jsonl").write_text(json.dumps(row))
+    dataset = open_conversations(CARD, tmp_path, measure=Area())
+    (sample,) = shown(dataset)
+    assert [picture.frames.shape for picture in sample.pictures] == [(6, 3, 48, 64), (1, 3, 48, 64)]
+    scan = Scan()
+    assert not list(scan_talks(dataset.source, CARD.pictures, scan)) and scan.frames == 2
 
 
 def test_a_folder_of_two_sets(tmp_path):
