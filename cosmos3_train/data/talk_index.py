@@ -219,9 +219,10 @@ def _refuse_empty(index: TalkIndex, source: Path) -> TalkIndex:
     if not index.rows.num_rows:
         reasons = [f"{n:,} × {reason}, such as {index.examples[reason]}" for reason, n in index.dropped.items()]
         raise UserError(
-            f"{source}: no conversation can be used: {'; '.join(reasons)}"
+            f"{source}: no conversation can be used: {'; '.join(reasons)}; fetch or mend them: cosmos3 check CARD "
+            "--scan names every one"
             if reasons
-            else f"{source}: the file has no conversation"
+            else f"{source}: the set has no conversation; fetch it again, or name another file or folder"
         )
     return index
 

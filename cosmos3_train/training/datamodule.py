@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from cosmos3_train import config
 from cosmos3_train.config import Clips, Embodiment, Loaded, UserError
 from cosmos3_train.data.card import DatasetCard, load_card
 from cosmos3_train.data.conversations import ConversationDataset, open_conversations
+from cosmos3_train.data.files import exclusive
 from cosmos3_train.data.mixture import Mixture, StepDataset, check_entry, refuse_silence
 from cosmos3_train.data.prepare import prepare
 from cosmos3_train.data.reader import PreparedDataset
@@ -187,7 +186,7 @@ def open_dataset(
     embodiment = loaded.experiment.embodiments[entry.embodiment] if entry.embodiment else None
     prepared = loaded.root / entry.prepared
     contract = None if card is None else contract_of(loaded, name, entry, card)
-    with _exclusive(prepared):
+    with exclusive(prepared):
         if card is not None:
             assert contract is not None
             prepare(
@@ -220,7 +219,7 @@ def _open_conversations(
     experiment, prepared = loaded.experiment, loaded.root / entry.prepared
     what = f"data.datasets.{name}"
     counter = None if encoder is None else Counter.of(loaded.model, encoder.parts, what)
-    with _exclusive(prepared):
+    with exclusive(prepared):
         dataset = open_conversations(
             card,
             _source(loaded, card, entry),
@@ -280,15 +279,3 @@ def contract_of(loaded: Loaded, name: str, entry: config.Dataset, card: DatasetC
 
 def _source(loaded: Loaded, card: DatasetCard, entry: config.Dataset) -> Path:
     return loaded.root / entry.source if entry.source else card.source_folder(loaded.root)
-
-
-@contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """One process of this machine prepares a folder at a time; the others find it done."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)

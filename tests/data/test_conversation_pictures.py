@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -342,13 +343,16 @@ def test_a_picture_that_was_missing_is_taken_when_it_comes(tmp_path, monkeypatch
     rows = [{"messages": [ASK, SAY], "image": name} for name in names]
     (source / "talk.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for _ in range(2):  # an index that nothing is in keeps no block that would be believed
-        with pytest.raises(UserError, match="8 × a picture is missing"):
+        with pytest.raises(
+            UserError, match=r"8 × a picture is missing.*; fetch or mend them: cosmos3 check CARD --scan"
+        ):
             index_talks(CARD, source, folder)
     (source / "a.png").write_bytes(picture_bytes(0, form="PNG"))
     assert index_talks(CARD, source, folder).rows.num_rows == 1
     told = json.loads((folder / "card.json").read_text())["missing"]
     assert told == {"rows": 7, "first": ["b.png", "x\0.png", "c/0.png"]}
-    with caplog.at_level("INFO"):
+    monkeypatch.setattr(logging.getLogger("cosmos3_train"), "propagate", True)  # a command's test turns it off
+    with caplog.at_level("INFO", "cosmos3_train"):
         dataset = open_conversations(CARD, source, folder)
     assert dataset.index.reused and "left out 7 × a picture is missing, such as" in caplog.text
     (source / "b.png").write_bytes(picture_bytes(1, form="PNG"))
