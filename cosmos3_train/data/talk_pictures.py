@@ -21,11 +21,12 @@ from cosmos3_train.types import Picture
 
 MISSING = "a picture is missing"
 UNREADABLE = "a picture cannot be read"
+TOO_LARGE = "a picture has more pixels than are read"
 LEAST_FRAMES = 4
 """That are taken of a video, as transformers' own processor does where it has them."""
 
 _BROKEN = (
-    UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError, IndexError,
+    UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, IndexError,
     KeyError, TypeError, struct.error, zlib.error,
 )  # fmt: skip
 """What Pillow's readers raise for damaged bytes."""
@@ -72,7 +73,7 @@ def picture_shape(root: Path, reference: Reference, options: PictureOptions) -> 
     """A picture's shape, from its header or its index.
 
     Raises:
-        Unusable: it is missing, no picture, or a video of one frame.
+        Unusable: it is missing, too large, no picture, or a video of one frame.
     """
     check_there(root, reference)
     try:
@@ -80,7 +81,7 @@ def picture_shape(root: Path, reference: Reference, options: PictureOptions) -> 
             numbers, fps, _ = _film(root, reference, options)
             stream = opened(root / reference.path).streams.video[0]
             return Shape((stream.height, stream.width), numbers, fps, options.video_pixels)
-        with Image.open(_file(root, reference)) as image:
+        with _opened(root, reference) as image:
             return Shape((image.height, image.width), None, 0.0, options.image_pixels)
     except (UserError, *_BROKEN) as error:
         raise Unusable(UNREADABLE, _named(reference, error)) from None
@@ -90,7 +91,7 @@ def read_picture(root: Path, reference: Reference, options: PictureOptions) -> P
     """A picture, decoded.
 
     Raises:
-        Unusable: it is missing or damaged.
+        Unusable: it is missing, too large or damaged.
     """
     check_there(root, reference)
     try:
@@ -99,9 +100,11 @@ def read_picture(root: Path, reference: Reference, options: PictureOptions) -> P
             # Not `frames_at`: a file's name may hold '#', which sets apart places inside of logs' files.
             frames = decode_frames(root / reference.path, times[list(numbers)])
             return Picture(frames, numbers, fps, options.video_pixels)
-        with Image.open(_file(root, reference)) as image:
-            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB")).transpose(2, 0, 1)
-        return Picture(torch.from_numpy(np.ascontiguousarray(pixels))[None], pixels=options.image_pixels)
+        with _opened(root, reference) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            rgb = image if image.mode == "RGB" else image.convert("RGB")
+            pixels = np.asarray(rgb).transpose(2, 0, 1).copy()
+        return Picture(torch.from_numpy(pixels)[None], pixels=options.image_pixels)
     except (UserError, *_BROKEN) as error:
         raise Unusable(UNREADABLE, _named(reference, error)) from None
 
@@ -116,11 +119,21 @@ def _film(root: Path, reference: Reference, options: PictureOptions) -> tuple[tu
     return frame_numbers(len(times), fps, options), fps, times
 
 
-def _file(root: Path, reference: Reference) -> Path | io.BytesIO:
-    return root / reference.path if reference.content is None else io.BytesIO(reference.content)
+def _opened(root: Path, reference: Reference) -> Image.Image:
+    """An image, not decoded yet. Pillow's limit of pixels, over which it warns, is one here: some kilobytes of PNG can
+    hold more than fits into memory."""
+    try:
+        image = Image.open(root / reference.path if reference.content is None else io.BytesIO(reference.content))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise Unusable(TOO_LARGE, _named(reference, error)) from None
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and image.width * image.height > most:
+        image.close()
+        raise Unusable(TOO_LARGE, _named(reference, f"{image.height} x {image.width} pixels, over {most:,}"))
+    return image
 
 
-def _named(reference: Reference, error: Exception) -> str:
+def _named(reference: Reference, error: Exception | str) -> str:
     unknown = isinstance(error, UnidentifiedImageError)  # its own words hold an address in memory
     problem = "of no kind of image that is known" if unknown else " ".join(str(error).split())[:160]
     return f"{reference.path}: {problem}" if reference.path and reference.path not in problem else problem

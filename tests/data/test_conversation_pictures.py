@@ -4,6 +4,8 @@ import io
 import json
 import logging
 import shutil
+import struct
+import zlib
 from collections import Counter
 from dataclasses import replace
 from random import Random
@@ -19,9 +21,9 @@ from cosmos3_train.config import UserError
 from cosmos3_train.data.card import DatasetCard, PictureOptions
 from cosmos3_train.data.conversations import open_conversations
 from cosmos3_train.data.scan import Scan, scan_talks
-from cosmos3_train.data.talk import NoTalk, parse_talk
+from cosmos3_train.data.talk import NoTalk, Reference, parse_talk
 from cosmos3_train.data.talk_index import index_talks
-from cosmos3_train.data.talk_pictures import frame_numbers
+from cosmos3_train.data.talk_pictures import frame_numbers, read_picture
 from cosmos3_train.data.unusable import Unusable
 from tests.data.talks import llava_row, picture_bytes, write_llava, write_video, write_videophy
 from tests.data.test_fuzz import BYTES, retyped
@@ -419,6 +421,50 @@ def test_names_may_hold_a_hash(tmp_path):
     assert [picture.frames.shape for picture in sample.pictures] == [(6, 3, 48, 64), (1, 3, 48, 64)]
     scan = Scan()
     assert not list(scan_talks(dataset.source, CARD.pictures, scan)) and scan.frames == 2
+
+
+def png(width, height, compressed=b""):
+    """A PNG's header and what stands behind it: no more bytes, however large the picture."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", compressed) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("size", [(10_000, 8949), (100_000, 50_000)])  # one over Pillow's limit by little, and by far
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_picture_of_too_many_pixels_is_counted_and_never_decoded(tmp_path, size):
+    (tmp_path / "bomb.png").write_bytes(png(*size))
+    (tmp_path / "least.png").write_bytes(png(10_000, 8947))
+    rows = [{"messages": [ASK, SAY], "image": name} for name in ("bomb.png", "least.png")]
+    (tmp_path / "talk.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    index = index_talks(CARD, tmp_path, None, measure=Area())
+    assert (index.rows.num_rows, index.dropped) == (1, {"a picture has more pixels than are read": 1})
+    assert "line 1: bomb.png: " in index.examples["a picture has more pixels than are read"]
+    (tmp_path / "least.png").write_bytes(picture_bytes(0, form="PNG"))
+    dataset = open_conversations(CARD, tmp_path)
+    with pytest.raises(UserError, match=r"line 1: a picture has more pixels than are read: bomb\.png"):
+        dataset.sample("train", 0, "conversation", 0)
+    found = [finding.kind for finding in scan_talks(dataset.source, CARD.pictures, Scan())]
+    assert found == ["a picture has more pixels than are read"]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
+def test_pictures_are_turned_as_they_are_to_be_seen(tmp_path, orientation, mode):
+    image = Image.fromarray(np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)).convert(mode)
+    exif = Image.Exif()
+    exif[274] = orientation
+    image.save(tmp_path / "a.png", exif=exif)
+    picture = read_picture(tmp_path, Reference("image", "a.png"), PictureOptions())
+    rgb = torch.tensor(np.array(image.convert("RGB")))
+    turned = {
+        1: rgb, 2: rgb.flip(1), 3: rgb.rot90(2), 4: rgb.flip(0), 5: rgb.transpose(0, 1), 6: rgb.rot90(-1),
+        7: rgb.rot90(2).transpose(0, 1), 8: rgb.rot90(1),
+    }  # fmt: skip
+    assert torch.equal(picture.frames[0].permute(1, 2, 0), turned[orientation])
 
 
 def test_a_folder_of_two_sets(tmp_path):
