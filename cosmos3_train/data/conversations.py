@@ -48,14 +48,15 @@ class ConversationDataset:
             source: the set's folder or file;  index: of it.
             heldout_fraction: share of the conversations, by a hash of (seed, content), that is "heldout": adding a row
                 moves no other, and copies of a conversation, here or in another file, are on one side. A folder of
-                VideoPhy-2 that is for validation is held out whole, and then nothing else is.
+                VideoPhy-2 that is for validation is held out whole, and then nothing else is: alone it can be measured
+                on, not trained (`check_trains`).
             most_tokens: conversations with more are left out, where the index has counted.
 
         Raises:
-            UserError: none is left.
+            UserError: the cap leaves none.
         """
         self.name, self.card, self.index = card.name, card, index
-        self.source = open_talks(source)
+        self.source, self._given = open_talks(source), source
         tokens, contents = index.column("tokens"), index.column("content")
         kept = np.ones(len(tokens), dtype=bool) if most_tokens is None else tokens <= most_tokens
         self.left_out = int((~kept).sum())
@@ -69,12 +70,6 @@ class ConversationDataset:
         held = np.array([self.source.heldout(file) for file in self.source.files])[self._files]
         if held.any():
             heldout = held
-            if not (kept & ~held).any():
-                file = self.source.files[int(self._files[np.flatnonzero(kept)[0]])]
-                raise UserError(
-                    f"{source}: all conversations that can be used lie in {(self.source.root / file).parent}, which is "
-                    "held out whole by its name; add a folder to train on, or rename it"
-                )
         else:
             different = list(dict.fromkeys(contents[kept].tolist()))
             sides = assign_splits(CONVERSATION, different, heldout_fraction if len(different) > 1 else 0.0, seed)
@@ -85,6 +80,15 @@ class ConversationDataset:
         digest = hashlib.sha256(np.ascontiguousarray(contents[kept]).tobytes())
         digest.update(repr(card.pictures).encode() if self.shows_pictures else b"")
         self.fingerprint = digest.hexdigest()[:32]
+
+    def check_trains(self) -> None:
+        """Raise `UserError` where no conversation is to train on, since all lie in folders for validation."""
+        if not self.count("train"):
+            file = self.source.files[int(self._files[self._places["heldout"][0]])]
+            raise UserError(
+                f"{self._given}: all conversations that can be used lie in {(self.source.root / file).parent}, which "
+                "is held out whole by its name; add a folder to train on, or rename it"
+            )
 
     def count(self, split: str) -> int:
         """Conversations of "train" or "heldout"."""

@@ -149,6 +149,8 @@ def open_datasets(loaded: Loaded, encoder: Encoder | None, reasoner: Reasoner | 
         for name, entry in loaded.experiment.data.datasets.items()
     }
     for dataset, entry in opened.values():
+        if isinstance(dataset, ConversationDataset):
+            dataset.check_trains()
         if entry.statistics is not None:
             other = opened[entry.statistics][0]
             assert isinstance(dataset, PreparedDataset) and isinstance(other, PreparedDataset)

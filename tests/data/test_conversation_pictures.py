@@ -193,10 +193,13 @@ def test_videophy2(tmp_path):
 
 def test_a_validation_folder_is_never_trained_on(tmp_path):
     write_videophy(tmp_path, train=1, val=2)
+    open_conversations(CARD, tmp_path).check_trains()
     (tmp_path / "videophy2_train" / "media" / "video_0.mp4").unlink()
     for source in (tmp_path, tmp_path / "videophy2_val"):
+        dataset = open_conversations(CARD, source)
+        assert (dataset.count("train"), len(shown(dataset, "heldout"))) == (0, 2)
         with pytest.raises(UserError, match="videophy2_val, which is held out whole by its name; add a folder"):
-            open_conversations(CARD, source)
+            dataset.check_trains()
 
 
 def test_one_bad_row_is_counted_and_ends_nothing(tmp_path):
