@@ -121,7 +121,7 @@ class ConversationDataset:
 def open_conversations(
     card: DatasetCard, source: Path, folder: Path | None = None, *, heldout_fraction: float = 0.0, seed: int = 0,
     measure: Measure | None = None, most_tokens: int | None = None, workers: int = 1, progress: bool = False,
-    most_rows: int | None = None, fresh: bool = False,
+    most_rows: int | None = None, fresh: bool = False, settled: bool = False,
 ) -> ConversationDataset:  # fmt: skip
     """A set, looked at where that has not been done.
 
@@ -131,8 +131,9 @@ def open_conversations(
         others: as of `talk_index.index_talks` and `ConversationDataset`.
     """
     index = index_talks(
-        card, source, folder, measure=measure, workers=workers, progress=progress, most_rows=most_rows, fresh=fresh
-    )
+        card, source, folder, measure=measure, workers=workers, progress=progress, most_rows=most_rows, fresh=fresh,
+        settled=settled,
+    )  # fmt: skip
     for reason, count in index.dropped.items():
         logger.info("%s: left out %s × %s, such as %s", card.name, f"{count:,}", reason, index.examples[reason])
     made = ConversationDataset(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,8 @@ from cosmos3_train.data.talk_pictures import MISSING, Gone, Shape, check_there, 
 from cosmos3_train.data.unusable import Unusable
 from cosmos3_train.data.workers import run_in_workers
 from cosmos3_train.runtime import fold
+
+logger = logging.getLogger(__name__)
 
 VERSION = 2
 ROWS_FILE = "conversations.parquet"
@@ -105,7 +108,7 @@ _BlockRows = tuple[int, np.ndarray]
 
 def index_talks(
     card: DatasetCard, source: Path, folder: Path | None, *, measure: Measure | None = None, workers: int = 1,
-    progress: bool = False, most_rows: int | None = None, fresh: bool = False,
+    progress: bool = False, most_rows: int | None = None, fresh: bool = False, settled: bool = False,
 ) -> TalkIndex:  # fmt: skip
     """Look at every row of a set.
 
@@ -114,6 +117,7 @@ def index_talks(
         folder: prepared folder where the index is kept and looked for; None keeps none.
         measure: None counts no tokens; an index with tokens serves all the same.
         fresh: make an index anew that is there, or that was left unfinished.
+        settled: take an index of this source that is there, also where pictures that were missing have come since.
         most_rows: where no index is there, only so many rows are looked at, and nothing is written.
 
     Raises:
@@ -124,7 +128,7 @@ def index_talks(
     if folder is not None and folder.resolve() == talks.root.resolve():
         raise UserError(f"{folder}: holds the set itself; name another folder to prepare it in")
     made_of = _made_of(talks, card.pictures)
-    there = None if folder is None else _read(folder, made_of, talks.root)
+    there = None if folder is None else _read(folder, made_of, talks.root, settled=settled)
     counted = "" if measure is None else measure.fingerprint
     if there is not None and not fresh and counted in ("", there.counted):
         return there
@@ -169,8 +173,8 @@ def _made_of(talks: TalkSource, options: PictureOptions) -> str:
     return hashlib.sha256(settings.encode()).hexdigest()[:32]
 
 
-def _read(folder: Path, made_of: str, root: Path) -> TalkIndex | None:
-    """The index that is there, None where there is none, or one of other bytes or pictures.
+def _read(folder: Path, made_of: str, root: Path, *, settled: bool) -> TalkIndex | None:
+    """The index that is there, None where there is none, or one of other bytes, or, unless it is settled, pictures.
 
     Raises:
         UserError: the folder holds the rows of a log.
@@ -188,9 +192,12 @@ def _read(folder: Path, made_of: str, root: Path) -> TalkIndex | None:
         found = TalkIndex(
             rows, card["counted"], card["dropped"], card["examples"], card["missing"]["first"], reused=True
         )
+        came = _came(root, found.missing)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
         return None
-    return None if _came(root, found.missing) else found
+    if came and settled:
+        logger.info("%s: pictures that were missing are there by now; cosmos3 prepare takes them in", folder)
+    return None if came and not settled else found
 
 
 def _came(root: Path, missing: Sequence[str]) -> bool:
@@ -260,11 +267,12 @@ def _do_block(work: _Work, block: _BlockRows) -> _Block:
                 raise UserError(f"{where}: {error}") from None
             drop(NO_TALK, f"{where}: {error}")
         except Unusable as error:
-            if isinstance(error, Gone) and len(error.path) <= LONGEST_PATH and len(made.missing) < MOST_MISSING:
+            if isinstance(error, Gone) and len(error.path) <= LONGEST_PATH:
                 made.missing.append((folder / error.path).relative_to(work.talks.root).as_posix())
             drop(error.reason, f"{where}: {error.example}")
         else:
             found.append((file, place, turn, content_of(talk), len(talk.pictures), tokens))
+    made.missing = _first_missing(made.missing)
     if found:
         made.rows = pa.Table.from_pydict(dict(zip(SCHEMA.names, zip(*found, strict=True), strict=True)), schema=SCHEMA)
     return made
@@ -358,5 +366,9 @@ def _whole(blocks: Sequence[_Block], counted: str) -> TalkIndex:
             dropped[reason] = dropped.get(reason, 0) + count
             examples.setdefault(reason, block.examples[reason])
     rows = pa.concat_tables([SCHEMA.empty_table(), *(block.rows for block in blocks)]).combine_chunks()
-    missing = [path for block in blocks for path in block.missing][:MOST_MISSING]
+    missing = _first_missing([path for block in blocks for path in block.missing])
     return TalkIndex(rows, counted, dropped, examples, missing)
+
+
+def _first_missing(paths: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(paths))[:MOST_MISSING]

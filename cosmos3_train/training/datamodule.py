@@ -26,7 +26,7 @@ from cosmos3_train.model.caches import ensure_latents
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.reasoner_cache import Reasoner, distinct, ensure_reasoner, prompts_of
 from cosmos3_train.model.sight import Counter
-from cosmos3_train.runtime import ignore_sigterm, is_first_rank
+from cosmos3_train.runtime import ignore_sigterm, is_first_rank, world_size
 from cosmos3_train.training.batching import PackedSteps, Packer, SeenSteps
 from cosmos3_train.training.strategy import data_rank
 
@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 ENDLESS = 1 << 40
 """Steps in the loader's order; the run ends when the module has made its own."""
+
+DATA = "data.json"
+"""In a run's folder: the fingerprint of every dataset."""
 
 Opened = dict[str, tuple[PreparedDataset | ConversationDataset, config.Dataset]]
 
@@ -217,7 +220,10 @@ def open_dataset(
 def _open_conversations(
     loaded: Loaded, name: str, entry: config.Dataset, card: DatasetCard, encoder: Encoder | None
 ) -> ConversationDataset:
-    """A set of conversations, those over the token budget left out and counted."""
+    """A set of conversations, those over the token budget left out and counted.
+
+    An index is not made again for pictures that have come where ranks could see other ones, or a run is under way.
+    """
     experiment, prepared = loaded.experiment, loaded.root / entry.prepared
     what = f"data.datasets.{name}"
     counter = None if encoder is None else Counter.of(loaded.model, encoder.parts, what)
@@ -231,6 +237,7 @@ def _open_conversations(
             most_tokens=experiment.training.tokens_per_micro_batch,
             workers=max(1, experiment.data.workers),
             progress=is_first_rank(),
+            settled=world_size() > 1 or (loaded.run_folder / DATA).is_file(),
         )
     if encoder is not None and counter is not None and dataset.shows_pictures:
         encoder.sight = counter.needed()

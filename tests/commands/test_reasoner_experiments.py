@@ -175,3 +175,33 @@ def test_a_set_for_validation_alone_is_measured_on_and_not_trained(cosmos3, proj
     for command in ("check", "train"):
         assert cosmos3(command, *line, *own) == 2
         assert "videophy2_val, which is held out whole by its name" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_keeps_to_its_rows_when_a_missing_picture_comes(cosmos3, project, seeing, capsys):
+    folder = project / "downloads" / "coming"
+    folder.mkdir(parents=True)
+    rows = []
+    for number in range(6):
+        (folder / f"{number}.jpg").write_bytes(picture_bytes(number))
+        ask = {"role": "user", "content": f"<image>What is {number}?"}
+        rows.append({"messages": [ask, {"role": "assistant", "content": "A cup."}], "image": f"{number}.jpg"})
+    (folder / "talk.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    late = (folder / "5.jpg").rename(project / "late.jpg")
+    card, prepared = project / "coming.yaml", project / "prepared" / "coming"
+    card.write_text("name: coming\nformat: conversations\nsource: downloads/coming\n")
+    name = "data.datasets.llava_onevision"
+    own = ("name=coming", f"{name}.card={card}", f"{name}.prepared={prepared}")
+
+    def usable():
+        return json.loads((prepared / "card.json").read_text())["rows"]
+
+    assert (
+        cosmos3("train", "experiments/nano_reasoner_llava_onevision.yaml", *settings(seeing, "export=none"), *own) == 0
+    )
+    assert usable() == 5
+    late.rename(folder / "5.jpg")
+    assert cosmos3("evaluate", "coming", "--on", card) == 0
+    assert usable() == 5
+    assert cosmos3("prepare", card, "--output", prepared) == 0
+    assert usable() == 6

@@ -344,25 +344,28 @@ def test_a_picture_that_was_missing_is_taken_when_it_comes(tmp_path, monkeypatch
     monkeypatch.setattr("cosmos3_train.data.talk_index.MOST_MISSING", 3)
     source, folder = tmp_path / "set", tmp_path / "index"
     source.mkdir()
-    names = ["a.png", "b.png", "x\0.png", f"{'y' * 5000}.png", *(f"c/{number}.png" for number in range(4))]
+    names = ["a.png", "b.png", "b.png", "x\0.png", f"{'y' * 5000}.png", *(f"c/{number}.png" for number in range(4))]
     rows = [{"messages": [ASK, SAY], "image": name} for name in names]
     (source / "talk.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for _ in range(2):  # an index that nothing is in keeps no block that would be believed
         with pytest.raises(
-            UserError, match=r"8 × a picture is missing.*; fetch or mend them: cosmos3 check CARD --scan"
+            UserError, match=r"9 × a picture is missing.*; fetch or mend them: cosmos3 check CARD --scan"
         ):
             index_talks(CARD, source, folder)
     (source / "a.png").write_bytes(picture_bytes(0, form="PNG"))
     assert index_talks(CARD, source, folder).rows.num_rows == 1
     told = json.loads((folder / "card.json").read_text())["missing"]
-    assert told == {"rows": 7, "first": ["b.png", "x\0.png", "c/0.png"]}
+    assert told == {"rows": 8, "first": ["b.png", "x\0.png", "c/0.png"]}
     monkeypatch.setattr(logging.getLogger("cosmos3_train"), "propagate", True)  # a command's test turns it off
     with caplog.at_level("INFO", "cosmos3_train"):
         dataset = open_conversations(CARD, source, folder)
-    assert dataset.index.reused and "left out 7 × a picture is missing, such as" in caplog.text
+    assert dataset.index.reused and "left out 8 × a picture is missing, such as" in caplog.text
     (source / "b.png").write_bytes(picture_bytes(1, form="PNG"))
+    with caplog.at_level("INFO", "cosmos3_train"):
+        assert open_conversations(CARD, source, folder, settled=True).count("train") == 1
+    assert "pictures that were missing are there by now; cosmos3 prepare takes them in" in caplog.text
     index = index_talks(CARD, source, folder)
-    assert (index.reused, index.rows.num_rows, index.dropped) == (False, 2, {"a picture is missing": 6})
+    assert (index.reused, index.rows.num_rows, index.dropped) == (False, 3, {"a picture is missing": 6})
     assert index_talks(CARD, source, folder).reused
 
 
