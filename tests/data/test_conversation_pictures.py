@@ -399,8 +399,9 @@ def test_unfinished_blocks_see_a_picture_that_came_and_fresh_begins_anew(tmp_pat
 
 
 def test_what_was_prepared_inside_a_set_is_no_part_of_it(tmp_path):
-    write_llava(tmp_path)
-    for folder in (tmp_path / "index", tmp_path / "index2", tmp_path / "ai2d(gpt4v)" / "index3"):
+    part = write_llava(tmp_path) / "ai2d(gpt4v)"
+    (part / "card.json").write_text('{"settings": {}}')  # of the set's own
+    for folder in (tmp_path / "index", tmp_path / "index2", part / "index3"):
         assert index_talks(CARD, tmp_path, folder).rows.num_rows == 24
         assert open_conversations(CARD, tmp_path, folder).index.reused
     lines = tmp_path / "lines"

@@ -219,7 +219,9 @@ def _is_prepared(folder: Path) -> bool:
         card = json.loads((folder / CARD_FILE).read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(card, dict) and ("made_of" in card or "settings" in card)
+    return isinstance(card, dict) and (
+        {"made_of", "counted"} <= card.keys() or {"settings", "fingerprint"} <= card.keys()
+    )
 
 
 def _numbered(count: int) -> np.ndarray:
