@@ -125,6 +125,7 @@ def _conversations(loaded: Loaded, name: str, card: DatasetCard, source: Path, p
     dataset = open_conversations(
         card, source, prepared, heldout_fraction=data.heldout_fraction, most_tokens=budget, most_rows=CONVERSATIONS
     )
+    dataset.check_trains()
     train, heldout = dataset.count("train"), dataset.count("heldout")
     places = range(train)[:: max(1, -(-train // PICTURED))] if dataset.shows_pictures else range(train)[:CONVERSATIONS]
     samples = [dataset.sample("train", index, "conversation", index) for index in places]

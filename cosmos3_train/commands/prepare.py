@@ -63,18 +63,19 @@ def run(
     Raises:
         UserError: the log, a card or the disk does not allow it.
     """
-    _check_caches(cache, model)
     from cosmos3_train.data.card import load_card  # the data floor brings pyarrow and torch
+    from cosmos3_train.data.files import exclusive
     from cosmos3_train.data.prepare import prepare
     from cosmos3_train.flow.tasks import sound_task
 
     card = load_card(card_path)
     root = project_root(card_path)
     if card.format == "conversations":
-        _refuse_logs_options(embodiment=embodiment, stride=stride, cache=cache, tasks=tasks)
+        _refuse_logs_options(embodiment=embodiment, stride=stride, cache=cache or None, tasks=tasks)
         return _prepare_talks(
             card, source or card.source_folder(root), output, model, root, workers, heldout, tokens, fresh=fresh
         )
+    _check_caches(cache, model)
     if tokens is not None:
         raise UserError(f"--tokens {tokens}: {card.format} has no conversations; leave it out")
     contract = read_contract(card_path, card, embodiment, root)
@@ -83,16 +84,17 @@ def run(
     tasks = tasks or (card.tasks if card.shows_clips else ["policy"])
     _check_tasks(tasks, robot=not card.shows_clips)
     part = None if model is None else read_model(model, root)
-    summary = prepare(
-        card,
-        contract,
-        source if source is not None else card.source_folder(root),
-        output,
-        window_stride=1 if stride is None else stride,
-        heldout_fraction=heldout,
-        workers=workers,
-        fresh=fresh,
-    )
+    with exclusive(output):
+        summary = prepare(
+            card,
+            contract,
+            source if source is not None else card.source_folder(root),
+            output,
+            window_stride=1 if stride is None else stride,
+            heldout_fraction=heldout,
+            workers=workers,
+            fresh=fresh,
+        )
     state = "was prepared already" if summary.reused else f"prepared in {summary.seconds:.1f} s"
     say(f"{summary.folder}: {state}")
     unit = "clips" if card.shows_clips else "episodes"
@@ -107,20 +109,23 @@ def run(
         say(f"  picture of the normalised actions: {summary.folder / 'statistics.png'}")
     if part is not None and "latents" in cache:
         heard = sound_task(dict.fromkeys(tasks, 1.0))
-        _cache_latents(output, contract, part, source, workers, heard)
+        with exclusive(output):
+            _cache_latents(output, contract, part, source, workers, heard)
         say(f"  latents of {part.path}: {output / 'caches' / 'latents'}")
         if heard is not None:
             say(f"  latents of sound: {output / 'caches' / 'sound'}")
     if part is not None and "reasoner" in cache:
-        count = _cache_reasoner(output, contract, part, tasks)
+        with exclusive(output):
+            count = _cache_reasoner(output, contract, part, tasks)
         say(f"  keys and values of {count:,} prompts by {part.path}: {output / 'caches' / 'reasoner'}")
     return FINISHED
 
 
 def _refuse_logs_options(**given: object) -> None:
     for name, value in given.items():
-        if value:
-            raise UserError(f"--{name} {value}: conversations have none; leave it out")
+        if value is not None:
+            given_as = ",".join(value) if isinstance(value, list) else value
+            raise UserError(f"--{name} {given_as}: conversations have none; leave it out")
 
 
 def _prepare_talks(
@@ -129,18 +134,22 @@ def _prepare_talks(
 ) -> int:  # fmt: skip
     """Index a set of conversations; with a model, count their tokens."""
     from cosmos3_train.data.conversations import open_conversations
+    from cosmos3_train.data.files import exclusive
 
     for name, value, least in (("workers", workers, 1), ("tokens", tokens, 1)):
         if value is not None and value < least:
             raise UserError(f"--{name} is {value}; it is at least {least}")
+    if not 0 <= heldout < 1:
+        raise UserError(f"--heldout is {heldout}; it is a share from 0 to below 1")
     if tokens is not None and model is None:
         raise UserError(f"--tokens {tokens} needs --model PART, such as --model cosmos3_nano, whose tokens they are")
     budget = tokens or Training().tokens_per_micro_batch
     counter = None if model is None else _counter(card, read_model(model, root))
-    dataset = open_conversations(
-        card, source, output, heldout_fraction=heldout, measure=counter, most_tokens=budget, workers=workers,
-        progress=True, fresh=fresh,
-    )  # fmt: skip
+    with exclusive(output):
+        dataset = open_conversations(
+            card, source, output, heldout_fraction=heldout, measure=counter, most_tokens=budget, workers=workers,
+            progress=True, fresh=fresh,
+        )  # fmt: skip
     if counter is not None and dataset.shows_pictures:
         counter.needed()
     say(f"{output}: {'was prepared already' if dataset.index.reused else 'prepared'}")

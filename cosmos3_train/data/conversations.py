@@ -1,6 +1,8 @@
 """Conversations for next-token prediction, their pictures read and decoded when a sample is.
 
-Every row is looked at once (`talk_index`); a sample then costs one seek and the decoding of its own pictures.
+Every row is looked at once (`talk_index`). A sample then costs the decoding of its own pictures, and the reading of its
+row: of JSON lines one seek; of VideoPhy-2 a file of its own; of Parquet the columns of its row group up to the row, the
+pictures of other rows too, so that small row groups are read faster.
 """
 
 from __future__ import annotations
@@ -46,14 +48,15 @@ class ConversationDataset:
             source: the set's folder or file;  index: of it.
             heldout_fraction: share of the conversations, by a hash of (seed, content), that is "heldout": adding a row
                 moves no other, and copies of a conversation, here or in another file, are on one side. A folder of
-                VideoPhy-2 that is for validation is held out whole, and then nothing else is.
+                VideoPhy-2 that is for validation is held out whole, and then nothing else is: alone it can be measured
+                on, not trained (`check_trains`).
             most_tokens: conversations with more are left out, where the index has counted.
 
         Raises:
-            UserError: none is left.
+            UserError: the cap leaves none.
         """
         self.name, self.card, self.index = card.name, card, index
-        self.source = open_talks(source)
+        self.source, self._given = open_talks(source), source
         tokens, contents = index.column("tokens"), index.column("content")
         kept = np.ones(len(tokens), dtype=bool) if most_tokens is None else tokens <= most_tokens
         self.left_out = int((~kept).sum())
@@ -67,12 +70,6 @@ class ConversationDataset:
         held = np.array([self.source.heldout(file) for file in self.source.files])[self._files]
         if held.any():
             heldout = held
-            if not (kept & ~held).any():
-                file = self.source.files[int(self._files[np.flatnonzero(kept)[0]])]
-                raise UserError(
-                    f"{source}: all conversations that can be used lie in {(self.source.root / file).parent}, which is "
-                    "held out whole by its name; add a folder to train on, or rename it"
-                )
         else:
             different = list(dict.fromkeys(contents[kept].tolist()))
             sides = assign_splits(CONVERSATION, different, heldout_fraction if len(different) > 1 else 0.0, seed)
@@ -83,6 +80,15 @@ class ConversationDataset:
         digest = hashlib.sha256(np.ascontiguousarray(contents[kept]).tobytes())
         digest.update(repr(card.pictures).encode() if self.shows_pictures else b"")
         self.fingerprint = digest.hexdigest()[:32]
+
+    def check_trains(self) -> None:
+        """Raise `UserError` where no conversation is to train on, since all lie in folders for validation."""
+        if not self.count("train"):
+            file = self.source.files[int(self._files[self._places["heldout"][0]])]
+            raise UserError(
+                f"{self._given}: all conversations that can be used lie in {(self.source.root / file).parent}, which "
+                "is held out whole by its name; add a folder to train on, or rename it"
+            )
 
     def count(self, split: str) -> int:
         """Conversations of "train" or "heldout"."""
@@ -115,7 +121,7 @@ class ConversationDataset:
 def open_conversations(
     card: DatasetCard, source: Path, folder: Path | None = None, *, heldout_fraction: float = 0.0, seed: int = 0,
     measure: Measure | None = None, most_tokens: int | None = None, workers: int = 1, progress: bool = False,
-    most_rows: int | None = None, fresh: bool = False,
+    most_rows: int | None = None, fresh: bool = False, settled: bool = False,
 ) -> ConversationDataset:  # fmt: skip
     """A set, looked at where that has not been done.
 
@@ -125,11 +131,11 @@ def open_conversations(
         others: as of `talk_index.index_talks` and `ConversationDataset`.
     """
     index = index_talks(
-        card, source, folder, measure=measure, workers=workers, progress=progress, most_rows=most_rows, fresh=fresh
-    )
-    if not index.reused:
-        for reason, count in index.dropped.items():
-            logger.info("%s: left out %s × %s, such as %s", card.name, f"{count:,}", reason, index.examples[reason])
+        card, source, folder, measure=measure, workers=workers, progress=progress, most_rows=most_rows, fresh=fresh,
+        settled=settled,
+    )  # fmt: skip
+    for reason, count in index.dropped.items():
+        logger.info("%s: left out %s × %s, such as %s", card.name, f"{count:,}", reason, index.examples[reason])
     made = ConversationDataset(
         card, source, index, heldout_fraction=heldout_fraction, seed=seed, most_tokens=most_tokens
     )

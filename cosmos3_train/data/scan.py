@@ -85,7 +85,7 @@ def scan_log(
             some = log.episodes[start : start + AT_ONCE]
             places = {episode.video[camera].path for episode in some for camera in embodiment.cameras}
             decoded = {  # what neighbours share is decoded once
-                place: decoded.get(place) or pool.submit(decode_whole, log.root, place)
+                place: decoded.get(place) or pool.submit(decode_whole, *split_place(log.root, place))
                 for place in sorted(places)
                 if is_video(place)
             }
@@ -215,7 +215,7 @@ def scan_clips(log: ClipLog, scan: Scan, threads: int = 1, progress: Progress = 
         for start in range(0, len(log.clips), AT_ONCE):
             records = list(log.records(log.clips[start : start + AT_ONCE]))
             places = {record.clip.place for record in records if record.video is not None}
-            decoded = {place: pool.submit(decode_whole, log.root, place) for place in sorted(places)}
+            decoded = {place: pool.submit(decode_whole, *split_place(log.root, place)) for place in sorted(places)}
             sounds = {
                 record.clip.place: pool.submit(sound_fault, log.root, record.clip.place, record.sound)
                 for record in records
@@ -302,7 +302,7 @@ def scan_talks(
             places = talks.places(file)
             for start in range(0, len(places), AT_ONCE):
                 some = places[start : start + AT_ONCE]
-                looked: list[tuple[int, list[Future[str]]]] = []
+                looked: list[tuple[int, list[Future[Unusable | None]]]] = []
                 try:
                     rows = list(talks.rows(file, some[:, 1].tolist()))
                 except UserError as error:
@@ -322,23 +322,23 @@ def scan_talks(
                     looked.append((number, faults_of))
                 for number, wrong in looked:
                     scan.frames += len(wrong)
-                    for words in (future.result() for future in wrong):
-                        if words:
-                            yield Finding(UNREADABLE, talks.where(file, number), "", words)
+                    for fault in (future.result() for future in wrong):
+                        if fault is not None:
+                            yield Finding(fault.reason, talks.where(file, number), "", fault.example)
                 scan.items += len(some)
                 progress(len(some))
 
 
-def _picture_fault(folder: Path, reference: Reference, options: PictureOptions) -> str:
-    """What is wrong with a picture, "" where nothing is. From any thread, so a video is opened for itself alone."""
+def _picture_fault(folder: Path, reference: Reference, options: PictureOptions) -> Unusable | None:
+    """What is wrong with a picture. From any thread, so a video is opened for itself alone."""
     try:
         check_there(folder, reference)
         if reference.kind == "image" or reference.content is not None:
             read_picture(folder, reference, options)
-            return ""
+            return None
     except Unusable as error:
-        return error.example
-    video = decode_whole(folder, reference.path)
+        return error
+    video = decode_whole(folder / reference.path)
     if video.faults:
-        return f"{reference.path}: {video.faults[0][1]}"
-    return "" if len(video.times) > 1 else f"{reference.path}: the video has one frame"
+        return Unusable(UNREADABLE, f"{reference.path}: {video.faults[0][1]}")
+    return None if len(video.times) > 1 else Unusable(UNREADABLE, f"{reference.path}: the video has one frame")

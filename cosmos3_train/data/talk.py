@@ -2,7 +2,8 @@
 
 Read are role/content and ShareGPT's from/value messages, bare or below "messages" or "conversations". A picture is a
 part of the content, {"type": "image", "image": PATH}, or `<image>` or `<video>` in the words, with the row's `image`,
-`images`, `video` or `videos` beside, in order: a path inside the set's folder, or the file's bytes.
+`images`, `video` or `videos` beside, in order: a path inside the set's folder, or the file's bytes. One that is null
+or empty is none; but where a row has such a key, words that name a picture are no mere words.
 """
 
 from __future__ import annotations
@@ -57,10 +58,13 @@ def parse_talk(row: Any) -> Talk:
     """
     given, media = row, {}
     if isinstance(row, Mapping):
-        given = next((row[key] for key in ("messages", "conversations") if key in row), None)
-        if given is None:
+        keys = [key for key in ("messages", "conversations") if key in row]
+        if not keys:
             raise NoTalk(f"no 'messages'.{nearest('messages', [str(key) for key in row])}")
-        media = {kind: _given(row, kind) for kind in ("image", "video")}
+        given = next((row[key] for key in keys if row[key]), row[keys[0]])
+        if given is None:
+            raise NoTalk(f"{keys[0]!r} is null")
+        media = {kind: _given(row, kind) for kind in ("image", "video") if kind in row or f"{kind}s" in row}
     if not isinstance(given, Sequence) or isinstance(given, str | bytes) or not given:
         raise NoTalk("a non-empty list of messages is expected")
     shown = _Shown(media)
@@ -85,13 +89,15 @@ class _Shown:
     """The pictures of a row, handed out in the order in which its words name them."""
 
     def __init__(self, media: Mapping[str, list[Any]]) -> None:
-        self.named = {kind: bool(values) for kind, values in media.items()}
+        self.kinds = set(media)
+        """That the row has a key of, whatever it holds."""
         self._waiting = {kind: list(values) for kind, values in media.items()}
+        self._listed = {kind for kind, values in media.items() if values}
         self.found: list[Reference] = []
 
     def take(self, kind: Literal["image", "video"], own: Any) -> None:
         """The next of a kind: the row's where it lists any, else what the part itself names."""
-        if self.named.get(kind):
+        if kind in self._listed:
             if not self._waiting[kind]:
                 raise Unusable(UNMATCHED, f"fewer {kind}s than the words name")
             own = self._waiting[kind].pop(0)
@@ -105,9 +111,19 @@ def _given(row: Mapping[str, Any], kind: str) -> list[Any]:
     """What a row lists of a kind."""
     for key in (kind, f"{kind}s"):
         value = row.get(key)
-        if value is not None:
-            return list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
+        if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+            if any(map(_is_empty, value)):
+                raise Unusable(UNMATCHED, f"{key!r} holds an empty entry")
+            if value:
+                return list(value)
+        elif not _is_empty(value):
+            return [value]
     return []
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a picture's entry is one of no picture, as columns hold for rows of words alone."""
+    return value is None or value in ("", b"") or (isinstance(value, Mapping) and not any(value.values()))
 
 
 def _reference(kind: Literal["image", "video"], value: Any) -> Reference:
@@ -174,8 +190,8 @@ def _words(words: str, shown: _Shown) -> str | list[dict[str, Any]]:
     parts, after = [], 0
     for match in _PLACEHOLDER.finditer(words):
         kind = "image" if match[1] == "image" else "video"
-        if not shown.named.get(kind):
-            continue  # a row without pictures may talk about tags
+        if kind not in shown.kinds:
+            continue  # a row that knows of no pictures may talk about tags
         parts += [{"type": "text", "text": words[after : match.start()]}] if match.start() > after else []
         shown.take(kind, None)
         parts.append({"type": kind})

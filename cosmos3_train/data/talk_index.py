@@ -1,7 +1,8 @@
 """The index of a conversation set: which rows can be used, what each is made of, how many tokens it has.
 
 Made in blocks by several processes, the same bytes for any number of them, and kept in the prepared folder: what is
-killed goes on where it was. It is of the source's bytes: of others it is made anew.
+killed goes on where it was. It is of the source's bytes, and of the pictures that are missing: of others, or where one
+of these is there by now, it is made anew.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,16 +27,20 @@ from cosmos3_train.config import UserError, to_plain
 from cosmos3_train.data.blocks import open_work_folder
 from cosmos3_train.data.card import DatasetCard, PictureOptions
 from cosmos3_train.data.files import disk_full_is_the_users, write_whole
-from cosmos3_train.data.sources.conversations import TalkSource, open_talks
+from cosmos3_train.data.sources.conversations import CARD_FILE, TalkSource, open_talks
 from cosmos3_train.data.talk import NoTalk, Talk, parse_talk
-from cosmos3_train.data.talk_pictures import Shape, check_there, picture_shape
+from cosmos3_train.data.talk_pictures import MISSING, Gone, Shape, check_there, is_there, picture_shape
 from cosmos3_train.data.unusable import Unusable
 from cosmos3_train.data.workers import run_in_workers
 from cosmos3_train.runtime import fold
 
-VERSION = 1
-ROWS_FILE, CARD_FILE = "conversations.parquet", "card.json"
+logger = logging.getLogger(__name__)
+
+VERSION = 2
+ROWS_FILE = "conversations.parquet"
 BLOCK_ROWS = 1024
+MOST_MISSING, LONGEST_PATH = 1000, 4096
+"""Missing pictures that are remembered, the first of a set; and characters of a path that a file can have."""
 NO_TALK = "no conversation"
 UNTAKEN = "cannot be turned into tokens"
 
@@ -66,6 +72,7 @@ class Measure(Protocol):
 class TalkIndex:
     """rows: of `SCHEMA`;  counted: by which `Measure` tokens were, "" by none
     dropped: reason → rows;  examples: reason → the first
+    missing: paths below the source's folder of the first MOST_MISSING pictures that rows were dropped for
     total:   rows of the set, where only some were looked at
     """
 
@@ -73,6 +80,7 @@ class TalkIndex:
     counted: str
     dropped: dict[str, int]
     examples: dict[str, str]
+    missing: list[str]
     reused: bool = False
     total: int = 0
 
@@ -100,7 +108,7 @@ _BlockRows = tuple[int, np.ndarray]
 
 def index_talks(
     card: DatasetCard, source: Path, folder: Path | None, *, measure: Measure | None = None, workers: int = 1,
-    progress: bool = False, most_rows: int | None = None, fresh: bool = False,
+    progress: bool = False, most_rows: int | None = None, fresh: bool = False, settled: bool = False,
 ) -> TalkIndex:  # fmt: skip
     """Look at every row of a set.
 
@@ -108,15 +116,19 @@ def index_talks(
         source: its folder or file.
         folder: prepared folder where the index is kept and looked for; None keeps none.
         measure: None counts no tokens; an index with tokens serves all the same.
-        fresh: make an index anew that is there.
+        fresh: make an index anew that is there, or that was left unfinished.
+        settled: take an index of this source that is there, also where pictures that were missing have come since.
         most_rows: where no index is there, only so many rows are looked at, and nothing is written.
 
     Raises:
-        UserError: a file cannot be read, a JSON line is no conversation, or no row can be used.
+        UserError: a file cannot be read, a JSON line is no conversation, no row can be used, or the prepared folder is
+            the set's.
     """
     talks = open_talks(source)
+    if folder is not None and folder.resolve() == talks.root.resolve():
+        raise UserError(f"{folder}: holds the set itself; name another folder to prepare it in")
     made_of = _made_of(talks, card.pictures)
-    there = None if folder is None else _read(folder, made_of)
+    there = None if folder is None else _read(folder, made_of, talks.root, settled=settled)
     counted = "" if measure is None else measure.fingerprint
     if there is not None and not fresh and counted in ("", there.counted):
         return there
@@ -134,9 +146,13 @@ def index_talks(
     with disk_full_is_the_users(folder):
         beside = folder.with_name(f"{folder.name}.partial")
         beside.parent.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            shutil.rmtree(beside, ignore_errors=True)
         open_work_folder(beside, f"{made_of} {counted}")
         _run_blocks(work, blocks, beside, workers, progress, f"preparing {card.name}")
         found = _whole([_read_block(_block_path(beside, n)) for n in range(len(blocks))], counted)
+        if not found.rows.num_rows:  # what is mended may be pictures, of which the blocks know nothing
+            shutil.rmtree(beside)
         _refuse_empty(found, source)
         _write(folder, found, made_of, card)
         shutil.rmtree(beside)
@@ -157,8 +173,8 @@ def _made_of(talks: TalkSource, options: PictureOptions) -> str:
     return hashlib.sha256(settings.encode()).hexdigest()[:32]
 
 
-def _read(folder: Path, made_of: str) -> TalkIndex | None:
-    """The index that is there, None where there is none or one of other bytes.
+def _read(folder: Path, made_of: str, root: Path, *, settled: bool) -> TalkIndex | None:
+    """The index that is there, None where there is none, or one of other bytes, or, unless it is settled, pictures.
 
     Raises:
         UserError: the folder holds the rows of a log.
@@ -173,9 +189,20 @@ def _read(folder: Path, made_of: str) -> TalkIndex | None:
         return None
     try:
         rows = pq.read_table(folder / ROWS_FILE)
-        return TalkIndex(rows, card["counted"], card["dropped"], card["examples"], reused=True)
-    except (OSError, ValueError, KeyError, pa.ArrowException):
+        found = TalkIndex(
+            rows, card["counted"], card["dropped"], card["examples"], card["missing"]["first"], reused=True
+        )
+        came = _came(root, found.missing)
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
         return None
+    if came and settled:
+        logger.info("%s: pictures that were missing are there by now; cosmos3 prepare takes them in", folder)
+    return None if came and not settled else found
+
+
+def _came(root: Path, missing: Sequence[str]) -> bool:
+    """Whether any picture that was missing is there now."""
+    return any(is_there(root / path) for path in missing)
 
 
 def _write(folder: Path, index: TalkIndex, made_of: str, card: DatasetCard) -> None:
@@ -184,7 +211,8 @@ def _write(folder: Path, index: TalkIndex, made_of: str, card: DatasetCard) -> N
     (folder / CARD_FILE).unlink(missing_ok=True)
     write_whole(folder / ROWS_FILE, _parquet_bytes(index.rows))
     content = {"name": card.name, "format": card.format, "made_of": made_of, "counted": index.counted,
-               "rows": index.rows.num_rows, "dropped": index.dropped, "examples": index.examples}  # fmt: skip
+               "rows": index.rows.num_rows, "dropped": index.dropped, "examples": index.examples,
+               "missing": {"rows": index.dropped.get(MISSING, 0), "first": index.missing}}  # fmt: skip
     write_whole(folder / CARD_FILE, (json.dumps(content, indent=2) + "\n").encode())
 
 
@@ -198,9 +226,10 @@ def _refuse_empty(index: TalkIndex, source: Path) -> TalkIndex:
     if not index.rows.num_rows:
         reasons = [f"{n:,} × {reason}, such as {index.examples[reason]}" for reason, n in index.dropped.items()]
         raise UserError(
-            f"{source}: no conversation can be used: {'; '.join(reasons)}"
+            f"{source}: no conversation can be used: {'; '.join(reasons)}; fetch or mend them: cosmos3 check CARD "
+            "--scan names every one"
             if reasons
-            else f"{source}: the file has no conversation"
+            else f"{source}: the set has no conversation; fetch it again, or name another file or folder"
         )
     return index
 
@@ -210,16 +239,18 @@ def _refuse_empty(index: TalkIndex, source: Path) -> TalkIndex:
 
 @dataclass
 class _Block:
-    """rows: of `SCHEMA`;  dropped, examples: as of `TalkIndex`"""
+    """rows: of `SCHEMA`;  dropped, examples, missing: as of `TalkIndex`"""
 
     rows: pa.Table
     dropped: dict[str, int]
     examples: dict[str, str]
+    missing: list[str]
 
 
 def _do_block(work: _Work, block: _BlockRows) -> _Block:
     file, places = block
-    name, found, made = work.talks.files[file], list[tuple[int, ...]](), _Block(SCHEMA.empty_table(), {}, {})
+    name, found, made = work.talks.files[file], list[tuple[int, ...]](), _Block(SCHEMA.empty_table(), {}, {}, [])
+    folder = work.talks.pictures(name)
 
     def drop(reason: str, example: str) -> None:
         made.dropped[reason] = made.dropped.get(reason, 0) + 1
@@ -230,15 +261,18 @@ def _do_block(work: _Work, block: _BlockRows) -> _Block:
         where = work.talks.where(name, turn)
         try:
             talk = talk_of(row)
-            tokens = _tokens(work, talk, work.talks.pictures(name), where)
+            tokens = _tokens(work, talk, folder, where)
         except NoTalk as error:
             if work.talks.strict:
                 raise UserError(f"{where}: {error}") from None
             drop(NO_TALK, f"{where}: {error}")
         except Unusable as error:
+            if isinstance(error, Gone) and len(error.path) <= LONGEST_PATH:
+                made.missing.append((folder / error.path).relative_to(work.talks.root).as_posix())
             drop(error.reason, f"{where}: {error.example}")
         else:
             found.append((file, place, turn, content_of(talk), len(talk.pictures), tokens))
+    made.missing = _first_missing(made.missing)
     if found:
         made.rows = pa.Table.from_pydict(dict(zip(SCHEMA.names, zip(*found, strict=True), strict=True)), schema=SCHEMA)
     return made
@@ -274,8 +308,12 @@ def _tokens(work: _Work, talk: Talk, folder: Path, where: str) -> int:
 def _run_blocks(
     work: _Work, blocks: Sequence[_BlockRows], folder: Path, workers: int, progress: bool, words: str
 ) -> None:
-    """Do the blocks that are not done. Returns when all are."""
-    todo = [number for number in range(len(blocks)) if not _block_path(folder, number).exists()]
+    """Do the blocks that are not done, or of which a missing picture came since. Returns when all are."""
+
+    def is_done(path: Path) -> bool:
+        return path.exists() and not _came(work.talks.root, _read_block(path).missing)
+
+    todo = [number for number in range(len(blocks)) if not is_done(_block_path(folder, number))]
     sizes = [len(places) for _, places in blocks]
     done = sum(sizes) - sum(sizes[number] for number in todo)
     with tqdm(total=sum(sizes), initial=done, unit="row", desc=words, disable=not progress) as bar:
@@ -310,14 +348,14 @@ def _block_path(folder: Path, number: int) -> Path:
 def _write_block(work: _Work, block: _BlockRows, path: Path) -> None:
     """Rows, with what was left out beside them in the file's own header: one file, whole or not there."""
     made = _do_block(work, block)
-    told = json.dumps([made.dropped, made.examples]).encode()
+    told = json.dumps([made.dropped, made.examples, made.missing]).encode()
     write_whole(path, _parquet_bytes(made.rows.replace_schema_metadata({b"left_out": told})))
 
 
 def _read_block(path: Path) -> _Block:
     rows = pq.read_table(path)
-    dropped, examples = json.loads((rows.schema.metadata or {})[b"left_out"])
-    return _Block(rows.replace_schema_metadata(None), dropped, examples)
+    dropped, examples, missing = json.loads((rows.schema.metadata or {})[b"left_out"])
+    return _Block(rows.replace_schema_metadata(None), dropped, examples, missing)
 
 
 def _whole(blocks: Sequence[_Block], counted: str) -> TalkIndex:
@@ -328,4 +366,9 @@ def _whole(blocks: Sequence[_Block], counted: str) -> TalkIndex:
             dropped[reason] = dropped.get(reason, 0) + count
             examples.setdefault(reason, block.examples[reason])
     rows = pa.concat_tables([SCHEMA.empty_table(), *(block.rows for block in blocks)]).combine_chunks()
-    return TalkIndex(rows, counted, dropped, examples)
+    missing = _first_missing([path for block in blocks for path in block.missing])
+    return TalkIndex(rows, counted, dropped, examples, missing)
+
+
+def _first_missing(paths: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(paths))[:MOST_MISSING]

@@ -16,19 +16,28 @@ from cosmos3_train.config import UserError
 from cosmos3_train.data.card import PictureOptions
 from cosmos3_train.data.talk import Reference
 from cosmos3_train.data.unusable import Unusable
-from cosmos3_train.data.video import frames_at, opened, video_times
+from cosmos3_train.data.video import decode_frames, opened, video_times
 from cosmos3_train.types import Picture
 
 MISSING = "a picture is missing"
 UNREADABLE = "a picture cannot be read"
+TOO_LARGE = "a picture has more pixels than are read"
 LEAST_FRAMES = 4
 """That are taken of a video, as transformers' own processor does where it has them."""
 
 _BROKEN = (
-    UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError, IndexError,
+    UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, IndexError,
     KeyError, TypeError, struct.error, zlib.error,
 )  # fmt: skip
 """What Pillow's readers raise for damaged bytes."""
+
+
+class Gone(Unusable):
+    """A picture whose file is missing. path: of it, in the folder that the set's pictures lie in"""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(MISSING, path[:160])
+        self.path = path
 
 
 class Shape(NamedTuple):
@@ -46,21 +55,25 @@ def frame_numbers(count: int, fps: float, options: PictureOptions) -> tuple[int,
     return tuple(np.linspace(0, count - 1, wanted).round().astype(int).tolist())
 
 
-def check_there(root: Path, reference: Reference) -> None:
-    """Raise `Unusable` where a picture's file is missing."""
+def is_there(path: Path) -> bool:
+    """Whether a picture's file is."""
     try:
-        there = reference.content is not None or (root / reference.path).is_file()
+        return path.is_file()
     except (OSError, ValueError):  # a name that no file can have
-        there = False
-    if not there:
-        raise Unusable(MISSING, reference.path[:160])
+        return False
+
+
+def check_there(root: Path, reference: Reference) -> None:
+    """Raise `Gone` where a picture's file is missing."""
+    if reference.content is None and not is_there(root / reference.path):
+        raise Gone(reference.path)
 
 
 def picture_shape(root: Path, reference: Reference, options: PictureOptions) -> Shape:
     """A picture's shape, from its header or its index.
 
     Raises:
-        Unusable: it is missing, no picture, or a video of one frame.
+        Unusable: it is missing, too large, no picture, or a video of one frame.
     """
     check_there(root, reference)
     try:
@@ -68,7 +81,7 @@ def picture_shape(root: Path, reference: Reference, options: PictureOptions) -> 
             numbers, fps, _ = _film(root, reference, options)
             stream = opened(root / reference.path).streams.video[0]
             return Shape((stream.height, stream.width), numbers, fps, options.video_pixels)
-        with Image.open(_file(root, reference)) as image:
+        with _opened(root, reference) as image:
             return Shape((image.height, image.width), None, 0.0, options.image_pixels)
     except (UserError, *_BROKEN) as error:
         raise Unusable(UNREADABLE, _named(reference, error)) from None
@@ -78,17 +91,20 @@ def read_picture(root: Path, reference: Reference, options: PictureOptions) -> P
     """A picture, decoded.
 
     Raises:
-        Unusable: it is missing or damaged.
+        Unusable: it is missing, too large or damaged.
     """
     check_there(root, reference)
     try:
         if reference.kind == "video":
             numbers, fps, times = _film(root, reference, options)
-            frames = frames_at(root, reference.path, times[list(numbers)])
+            # Not `frames_at`: a file's name may hold '#', which sets apart places inside of logs' files.
+            frames = decode_frames(root / reference.path, times[list(numbers)])
             return Picture(frames, numbers, fps, options.video_pixels)
-        with Image.open(_file(root, reference)) as image:
-            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB")).transpose(2, 0, 1)
-        return Picture(torch.from_numpy(np.ascontiguousarray(pixels))[None], pixels=options.image_pixels)
+        with _opened(root, reference) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            rgb = image if image.mode == "RGB" else image.convert("RGB")
+            pixels = np.asarray(rgb).transpose(2, 0, 1).copy()
+        return Picture(torch.from_numpy(pixels)[None], pixels=options.image_pixels)
     except (UserError, *_BROKEN) as error:
         raise Unusable(UNREADABLE, _named(reference, error)) from None
 
@@ -97,17 +113,27 @@ def _film(root: Path, reference: Reference, options: PictureOptions) -> tuple[tu
     """The frames that are taken of a video, its rate, and when each of its frames is shown."""
     if reference.content is not None:
         raise Unusable(UNREADABLE, "a video that lies in a column; only files are read")
-    times, fps = video_times(root, reference.path)
+    times, fps = video_times(root / reference.path)
     if len(times) < 2:
         raise Unusable(UNREADABLE, f"{reference.path}: the video has one frame")
     return frame_numbers(len(times), fps, options), fps, times
 
 
-def _file(root: Path, reference: Reference) -> Path | io.BytesIO:
-    return root / reference.path if reference.content is None else io.BytesIO(reference.content)
+def _opened(root: Path, reference: Reference) -> Image.Image:
+    """An image, not decoded yet. Pillow's limit of pixels, over which it warns, is one here: some kilobytes of PNG can
+    hold more than fits into memory."""
+    try:
+        image = Image.open(root / reference.path if reference.content is None else io.BytesIO(reference.content))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise Unusable(TOO_LARGE, _named(reference, error)) from None
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and image.width * image.height > most:
+        image.close()
+        raise Unusable(TOO_LARGE, _named(reference, f"{image.height} x {image.width} pixels, over {most:,}"))
+    return image
 
 
-def _named(reference: Reference, error: Exception) -> str:
+def _named(reference: Reference, error: Exception | str) -> str:
     unknown = isinstance(error, UnidentifiedImageError)  # its own words hold an address in memory
     problem = "of no kind of image that is known" if unknown else " ".join(str(error).split())[:160]
     return f"{reference.path}: {problem}" if reference.path and reference.path not in problem else problem

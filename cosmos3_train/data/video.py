@@ -78,13 +78,15 @@ def reading_size(size: tuple[int, int], tier: int) -> tuple[int, int]:
     return round(size[0] * least / shorter), round(size[1] * least / shorter)
 
 
-def video_times(root: Path, place: str) -> VideoTimes:
+def video_times(path: Path, inside: str = "") -> VideoTimes:
     """When a video's frames are shown, from its file's index where it has one; without decoding.
+
+    Args:
+        path, inside: as of `decode_frames`.
 
     Raises:
         UserError: it is missing or corrupt, or has no frames.
     """
-    path, inside = archives.split_place(root, place)
     container = opened(path, inside)
     stream = container.streams.video[0]
     try:
@@ -107,9 +109,12 @@ def video_times(root: Path, place: str) -> VideoTimes:
     return VideoTimes(ticks * float(stream.time_base), fps)
 
 
-def decode_whole(root: Path, place: str) -> Decoded:
-    """Decode every frame of a video and keep none: what cannot be decoded is told, not raised. From any thread."""
-    path, inside = archives.split_place(root, place)
+def decode_whole(path: Path, inside: str = "") -> Decoded:
+    """Decode every frame of a video and keep none: what cannot be decoded is told, not raised. From any thread.
+
+    Args:
+        path, inside: as of `decode_frames`.
+    """
     times: list[float] = []
     wrong: list[tuple[float, str]] = []
     try:

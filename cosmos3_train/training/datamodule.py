@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from cosmos3_train import config
 from cosmos3_train.config import Clips, Embodiment, Loaded, UserError
 from cosmos3_train.data.card import DatasetCard, load_card
 from cosmos3_train.data.conversations import ConversationDataset, open_conversations
+from cosmos3_train.data.files import exclusive
 from cosmos3_train.data.mixture import Mixture, StepDataset, check_entry, refuse_silence
 from cosmos3_train.data.prepare import prepare
 from cosmos3_train.data.reader import PreparedDataset
@@ -27,7 +26,7 @@ from cosmos3_train.model.caches import ensure_latents
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.reasoner_cache import Reasoner, distinct, ensure_reasoner, prompts_of
 from cosmos3_train.model.sight import Counter
-from cosmos3_train.runtime import ignore_sigterm, is_first_rank
+from cosmos3_train.runtime import ignore_sigterm, is_first_rank, world_size
 from cosmos3_train.training.batching import PackedSteps, Packer, SeenSteps
 from cosmos3_train.training.strategy import data_rank
 
@@ -35,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 ENDLESS = 1 << 40
 """Steps in the loader's order; the run ends when the module has made its own."""
+
+DATA = "data.json"
+"""In a run's folder: the fingerprint of every dataset."""
 
 Opened = dict[str, tuple[PreparedDataset | ConversationDataset, config.Dataset]]
 
@@ -150,6 +152,8 @@ def open_datasets(loaded: Loaded, encoder: Encoder | None, reasoner: Reasoner | 
         for name, entry in loaded.experiment.data.datasets.items()
     }
     for dataset, entry in opened.values():
+        if isinstance(dataset, ConversationDataset):
+            dataset.check_trains()
         if entry.statistics is not None:
             other = opened[entry.statistics][0]
             assert isinstance(dataset, PreparedDataset) and isinstance(other, PreparedDataset)
@@ -187,7 +191,7 @@ def open_dataset(
     embodiment = loaded.experiment.embodiments[entry.embodiment] if entry.embodiment else None
     prepared = loaded.root / entry.prepared
     contract = None if card is None else contract_of(loaded, name, entry, card)
-    with _exclusive(prepared):
+    with exclusive(prepared):
         if card is not None:
             assert contract is not None
             prepare(
@@ -216,11 +220,14 @@ def open_dataset(
 def _open_conversations(
     loaded: Loaded, name: str, entry: config.Dataset, card: DatasetCard, encoder: Encoder | None
 ) -> ConversationDataset:
-    """A set of conversations, those over the token budget left out and counted."""
+    """A set of conversations, those over the token budget left out and counted.
+
+    An index is not made again for pictures that have come where ranks could see other ones, or a run is under way.
+    """
     experiment, prepared = loaded.experiment, loaded.root / entry.prepared
     what = f"data.datasets.{name}"
     counter = None if encoder is None else Counter.of(loaded.model, encoder.parts, what)
-    with _exclusive(prepared):
+    with exclusive(prepared):
         dataset = open_conversations(
             card,
             _source(loaded, card, entry),
@@ -230,6 +237,7 @@ def _open_conversations(
             most_tokens=experiment.training.tokens_per_micro_batch,
             workers=max(1, experiment.data.workers),
             progress=is_first_rank(),
+            settled=world_size() > 1 or (loaded.run_folder / DATA).is_file(),
         )
     if encoder is not None and counter is not None and dataset.shows_pictures:
         encoder.sight = counter.needed()
@@ -280,15 +288,3 @@ def contract_of(loaded: Loaded, name: str, entry: config.Dataset, card: DatasetC
 
 def _source(loaded: Loaded, card: DatasetCard, entry: config.Dataset) -> Path:
     return loaded.root / entry.source if entry.source else card.source_folder(loaded.root)
-
-
-@contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """One process of this machine prepares a folder at a time; the others find it done."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)

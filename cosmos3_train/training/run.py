@@ -45,6 +45,7 @@ from cosmos3_train.training.checkpoints import (
     load_result,
 )
 from cosmos3_train.training.datamodule import (
+    DATA,
     Opened,
     StepData,
     caches_reasoner,
@@ -75,7 +76,6 @@ logger = logging.getLogger(__name__)
 
 EXPERIMENT = "experiment.yaml"
 BASE = "base.json"
-DATA = "data.json"
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
 """What ranks but the first print, a file a rank."""

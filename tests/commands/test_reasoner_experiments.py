@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from safetensors.torch import load_file
 from transformers import Cosmos3OmniForConditionalGeneration
 
+from cosmos3_train.commands import prepare
+from cosmos3_train.data.files import exclusive
 from cosmos3_train.evaluation.pictures import read_metrics
 from tests.commands.tiny import QUICK, ROOT, make_model
 from tests.data.talks import picture_bytes, write_llava, write_videophy
@@ -94,7 +97,18 @@ def test_prepare_counts_tokens_and_what_is_over_the_cap(cosmos3, project, seeing
     assert cosmos3(*line) == 0
     assert "was prepared already" in capsys.readouterr().out
     assert cosmos3(*line, "--tokens", "40") == 2 and "needs --model" in capsys.readouterr().err
-    assert cosmos3(*line, "--embodiment", "pusht") == 2 and "conversations have none" in capsys.readouterr().err
+    for words, told in (
+        (("--embodiment", "pusht"), "--embodiment pusht: conversations have none"),
+        (("--cache", "latents,reasoner"), "--cache latents,reasoner: conversations have none"),
+        (("--stride", "0"), "--stride 0: conversations have none"),
+        (("--tasks", "policy"), "--tasks policy: conversations have none"),
+        (("--heldout", "1"), "--heldout is 1.0; it is a share from 0 to below 1"),
+        (("--heldout", "nan"), "--heldout is nan; it is a share from 0 to below 1"),
+        (("--heldout", "-0.1"), "--heldout is -0.1; it is a share"),
+        (("--workers", "0"), "--workers is 0; it is at least 1"),
+    ):
+        assert cosmos3(*line, *words) == 2
+        assert [text for text in capsys.readouterr().err.splitlines() if text.startswith(f"error: {told}")], words
     assert cosmos3("check", "--scan", "data/published/llava_onevision.yaml", "--source", "llava") == 2
     assert "found: 1 × a picture cannot be read" in capsys.readouterr().out
 
@@ -127,3 +141,67 @@ def test_pictures_and_robots_train_together(cosmos3, project, seeing):
 def test_the_cards_say_what_is_read():
     for name in SETS:
         assert "not read yet" not in (ROOT / "data" / "published" / f"{name}.yaml").read_text()
+
+
+def test_prepare_waits_for_another_at_the_same_folder(project):
+    write_llava(project / "waiting", rows=3)
+    output = project / "prepared" / "waiting"
+
+    def prepare_it():
+        prepare.run(
+            project / "data/published/llava_onevision.yaml", None, project / "waiting", output, workers=1, stride=None,
+            heldout=0.0, fresh=False, cache=[], model=None, tasks=None, tokens=None,
+        )  # fmt: skip
+
+    with ThreadPoolExecutor(1) as pool:
+        with exclusive(output):
+            other = pool.submit(prepare_it)
+            with pytest.raises(TimeoutError):
+                other.result(timeout=0.5)
+            assert not output.exists()
+        other.result(timeout=60)
+    assert (output / "card.json").is_file()
+
+
+def test_a_set_for_validation_alone_is_measured_on_and_not_trained(cosmos3, project, seeing, capsys):
+    write_videophy(project / "downloads" / "apart", train=0, val=2)
+    source = "downloads/apart/videophy2_val"
+    card = project / "apart.yaml"
+    card.write_text(f"name: apart\nformat: conversations\nsource: {source}\n")
+    assert cosmos3("evaluate", seeing, "--on", card) == 0
+    assert "heldout/loss: " in capsys.readouterr().out
+    line = ("experiments/nano_reasoner_videophy2.yaml", *settings(seeing, "export=none", "name=apart"))
+    own = (f"data.datasets.videophy2.source={source}", "data.datasets.videophy2.prepared=prepared/of_apart")
+    for command in ("check", "train"):
+        assert cosmos3(command, *line, *own) == 2
+        assert "videophy2_val, which is held out whole by its name" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_keeps_to_its_rows_when_a_missing_picture_comes(cosmos3, project, seeing, capsys):
+    folder = project / "downloads" / "coming"
+    folder.mkdir(parents=True)
+    rows = []
+    for number in range(6):
+        (folder / f"{number}.jpg").write_bytes(picture_bytes(number))
+        ask = {"role": "user", "content": f"<image>What is {number}?"}
+        rows.append({"messages": [ask, {"role": "assistant", "content": "A cup."}], "image": f"{number}.jpg"})
+    (folder / "talk.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    late = (folder / "5.jpg").rename(project / "late.jpg")
+    card, prepared = project / "coming.yaml", project / "prepared" / "coming"
+    card.write_text("name: coming\nformat: conversations\nsource: downloads/coming\n")
+    name = "data.datasets.llava_onevision"
+    own = ("name=coming", f"{name}.card={card}", f"{name}.prepared={prepared}")
+
+    def usable():
+        return json.loads((prepared / "card.json").read_text())["rows"]
+
+    assert (
+        cosmos3("train", "experiments/nano_reasoner_llava_onevision.yaml", *settings(seeing, "export=none"), *own) == 0
+    )
+    assert usable() == 5
+    late.rename(folder / "5.jpg")
+    assert cosmos3("evaluate", "coming", "--on", card) == 0
+    assert usable() == 5
+    assert cosmos3("prepare", card, "--output", prepared) == 0
+    assert usable() == 6

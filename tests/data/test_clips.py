@@ -129,7 +129,7 @@ def test_rests_and_lengths_from_the_card_or_the_entry(scenes, tmp_path):
 def test_times_come_from_the_files_index(tmp_path):
     for b_frames in (0, 2):
         (tmp_path / "x.mp4").write_bytes(mp4(20, b_frames=b_frames))
-        times, fps = video_times(tmp_path, "x.mp4")
+        times, fps = video_times(tmp_path / "x.mp4")
         with av.open(str(tmp_path / "x.mp4")) as container:
             assert times.tolist() == pytest.approx([frame.time for frame in container.decode(video=0)])
         assert fps == 24

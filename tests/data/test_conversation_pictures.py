@@ -2,7 +2,10 @@
 
 import io
 import json
+import logging
 import shutil
+import struct
+import zlib
 from collections import Counter
 from dataclasses import replace
 from random import Random
@@ -17,9 +20,10 @@ from transformers.video_utils import VideoMetadata
 from cosmos3_train.config import UserError
 from cosmos3_train.data.card import DatasetCard, PictureOptions
 from cosmos3_train.data.conversations import open_conversations
-from cosmos3_train.data.talk import NoTalk, parse_talk
+from cosmos3_train.data.scan import Scan, scan_talks
+from cosmos3_train.data.talk import NoTalk, Reference, parse_talk
 from cosmos3_train.data.talk_index import index_talks
-from cosmos3_train.data.talk_pictures import frame_numbers
+from cosmos3_train.data.talk_pictures import frame_numbers, read_picture
 from cosmos3_train.data.unusable import Unusable
 from tests.data.talks import llava_row, picture_bytes, write_llava, write_video, write_videophy
 from tests.data.test_fuzz import BYTES, retyped
@@ -55,6 +59,13 @@ def of(row):
         ([{**ASK, "weight": None, "content": [{**TEXT, "image": None}]}, SAY], "What?", []),
         ({"messages": [{**ASK, "content": "<video><image>What?"}, SAY], "image": "a.jpg", "video": "v.mp4"},
          [VIDEO, IMAGE, TEXT], [("video", "v.mp4"), ("image", "a.jpg")]),
+        *(({"messages": [{**ASK, "content": "What?"}, SAY], key: value}, "What?", [])
+          for key in ("image", "images", "video", "videos")
+          for value in (None, [], "", {}, {"bytes": None, "path": None})),
+        ({"messages": [ASK, SAY], "image": [], "images": ["a.jpg"]}, [IMAGE, TEXT], [("image", "a.jpg")]),
+        ({"messages": None, "conversations": [ASK, SAY], "image": "a.jpg"}, [IMAGE, TEXT], [("image", "a.jpg")]),
+        ({"messages": [{**ASK, "content": [{**IMAGE, "image": "a.jpg"}, TEXT]}, SAY], "images": None},
+         [IMAGE, TEXT], [("image", "a.jpg")]),
     ],
 )  # fmt: skip
 def test_rows(row, content, pictures):
@@ -74,6 +85,24 @@ def test_rows(row, content, pictures):
         ({"messages": [ASK, SAY], "image": "x/../../a.jpg"}, "outside"),
         ({"messages": [ASK, SAY], "image": "..\\a.jpg"}, "outside"),
         ({"messages": [ASK, SAY], "image": 7}, "that is not there"),
+        *(
+            ({"messages": [ASK, SAY], "image": value}, "the words name an image that is not there")
+            for value in (None, [], "", {}, {"bytes": None, "path": None}, False, {"url": "a"})
+        ),
+        *(
+            ({"messages": [{**ASK, "content": "<video>What?"}, SAY], key: value}, "a video that is not there")
+            for key in ("video", "videos")
+            for value in (None, [])
+        ),
+        *(
+            ({"messages": [ASK, SAY], "images": [value, "a.jpg"]}, "'images' holds an empty entry")
+            for value in (None, "", {})
+        ),
+        ({"messages": [{**ASK, "content": "What?"}, SAY], "image": [None]}, "'image' holds an empty entry"),
+        *(
+            ([{**ASK, "content": [{**IMAGE, "image": value}]}, SAY], "that is not there")
+            for value in (None, [], "", {})
+        ),
     ],
 )
 def test_pictures_that_cannot_be_used(row, words):
@@ -81,10 +110,50 @@ def test_pictures_that_cannot_be_used(row, words):
         parse_talk(row)
 
 
-@pytest.mark.parametrize("row", [{"conversations": []}, {"conversations": None}, 7, [{"from": "bot", "value": "a"}]])
-def test_rows_that_are_no_conversation(row):
-    with pytest.raises(NoTalk):
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"conversations": []}, "a non-empty list of messages is expected"),
+        ({"conversations": None}, "'conversations' is null"),
+        ({"messages": None, "conversations": None}, "'messages' is null"),
+        (None, "a non-empty list"),
+        (7, "a non-empty list"),
+        ([None], "message 0: exactly the keys"),
+        ([{**ASK, "content": None}], "message 0: exactly the keys"),
+        ([{**ASK, "content": []}], "message 0: content is neither words nor a list"),
+        ([{**ASK, "content": [None]}], "message 0: a part is none of"),
+        ([{**ASK, "content": [{"type": None}]}], "message 0: a part is none of"),
+        ([{"from": "bot", "value": "a"}], "role 'bot'"),
+    ],
+)
+def test_rows_that_are_no_conversation(row, words):
+    with pytest.raises(NoTalk, match=words):
         parse_talk(row)
+
+
+def test_nulls_in_files_of_each_layout(tmp_path):
+    def change(row):
+        number = int(row["id"][4:])
+        return row | ({"conversations": None} if number == 0 else {"image": None} if number == 1 else {})
+
+    index = index_talks(CARD, write_llava(tmp_path / "llava", 6, change), None)
+    assert index.dropped == {"no conversation": 1, "its words and its pictures do not match": 1}
+    assert "row 0: 'conversations' is null" in index.examples["no conversation"]
+    root = write_videophy(tmp_path / "phy", train=3, val=0) / "videophy2_train"
+    (root / "text" / "conversation_0.json").write_text('{"conversations": null}')
+    entries = json.loads((root / "meta.json").read_text())
+    entries[1] |= {"media": [None]}
+    entries[2] |= {"media": None, "conversation": None}  # where the layout puts them
+    (root / "meta.json").write_text(json.dumps(entries))
+    index = index_talks(CARD, root, None)
+    assert index.dropped == {"no conversation": 1, "its words and its pictures do not match": 1}
+    path = tmp_path / "talk.jsonl"
+    path.write_text('{"messages": null}')
+    with pytest.raises(UserError, match="line 1: 'messages' is null"):
+        index_talks(CARD, path, None)
+    path.write_text(json.dumps({"messages": [ASK, SAY], "image": []}))
+    with pytest.raises(UserError, match=r"its words and its pictures do not match, such as .*that is not there"):
+        index_talks(CARD, path, None)
 
 
 def shown(dataset, split="train"):
@@ -124,10 +193,13 @@ def test_videophy2(tmp_path):
 
 def test_a_validation_folder_is_never_trained_on(tmp_path):
     write_videophy(tmp_path, train=1, val=2)
+    open_conversations(CARD, tmp_path).check_trains()
     (tmp_path / "videophy2_train" / "media" / "video_0.mp4").unlink()
     for source in (tmp_path, tmp_path / "videophy2_val"):
+        dataset = open_conversations(CARD, source)
+        assert (dataset.count("train"), len(shown(dataset, "heldout"))) == (0, 2)
         with pytest.raises(UserError, match="videophy2_val, which is held out whole by its name; add a folder"):
-            open_conversations(CARD, source)
+            dataset.check_trains()
 
 
 def test_one_bad_row_is_counted_and_ends_nothing(tmp_path):
@@ -266,6 +338,157 @@ def test_a_killed_index_goes_on(tmp_path, monkeypatch):
     again = []
     index_talks(CARD, source, tmp_path / "index", measure=Area(again.append))
     assert len(again) == 24 - 5 and len(set(again) | set(seen)) == 24
+
+
+def test_a_picture_that_was_missing_is_taken_when_it_comes(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("cosmos3_train.data.talk_index.MOST_MISSING", 3)
+    source, folder = tmp_path / "set", tmp_path / "index"
+    source.mkdir()
+    names = ["a.png", "b.png", "b.png", "x\0.png", f"{'y' * 5000}.png", *(f"c/{number}.png" for number in range(4))]
+    rows = [{"messages": [ASK, SAY], "image": name} for name in names]
+    (source / "talk.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for _ in range(2):  # an index that nothing is in keeps no block that would be believed
+        with pytest.raises(
+            UserError, match=r"9 × a picture is missing.*; fetch or mend them: cosmos3 check CARD --scan"
+        ):
+            index_talks(CARD, source, folder)
+    (source / "a.png").write_bytes(picture_bytes(0, form="PNG"))
+    assert index_talks(CARD, source, folder).rows.num_rows == 1
+    told = json.loads((folder / "card.json").read_text())["missing"]
+    assert told == {"rows": 8, "first": ["b.png", "x\0.png", "c/0.png"]}
+    monkeypatch.setattr(logging.getLogger("cosmos3_train"), "propagate", True)  # a command's test turns it off
+    with caplog.at_level("INFO", "cosmos3_train"):
+        dataset = open_conversations(CARD, source, folder)
+    assert dataset.index.reused and "left out 8 × a picture is missing, such as" in caplog.text
+    (source / "b.png").write_bytes(picture_bytes(1, form="PNG"))
+    with caplog.at_level("INFO", "cosmos3_train"):
+        assert open_conversations(CARD, source, folder, settled=True).count("train") == 1
+    assert "pictures that were missing are there by now; cosmos3 prepare takes them in" in caplog.text
+    index = index_talks(CARD, source, folder)
+    assert (index.reused, index.rows.num_rows, index.dropped) == (False, 3, {"a picture is missing": 6})
+    assert index_talks(CARD, source, folder).reused
+
+
+def test_unfinished_blocks_see_a_picture_that_came_and_fresh_begins_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr("cosmos3_train.data.talk_index.BLOCK_ROWS", 1)
+    source = tmp_path / "set"
+    source.mkdir()
+    for name in "ac":
+        (source / f"{name}.png").write_bytes(picture_bytes(0, form="PNG"))
+    rows = [{"messages": [ASK, SAY], "image": f"{name}.png"} for name in "abc"]
+    (source / "talk.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def stop(where):
+        if "line 3" in where:
+            raise KeyboardInterrupt
+
+    def killed(**options):
+        with pytest.raises(KeyboardInterrupt):
+            index_talks(CARD, source, tmp_path / "index", measure=Area(stop), **options)
+
+    killed()
+    (source / "b.png").write_bytes(picture_bytes(1, form="PNG"))
+    seen = []
+    index = index_talks(CARD, source, tmp_path / "index", measure=Area(seen.append))
+    assert (index.rows.num_rows, index.dropped) == (3, {})
+    assert [where[-6:] for where in seen] == ["line 2", "line 3"], "the first block was kept"
+    killed(fresh=True)
+    seen.clear()
+    index_talks(CARD, source, tmp_path / "index", measure=Area(seen.append), fresh=True)
+    assert len(seen) == 3
+
+
+def test_what_was_prepared_inside_a_set_is_no_part_of_it(tmp_path):
+    part = write_llava(tmp_path) / "ai2d(gpt4v)"
+    (part / "card.json").write_text('{"settings": {}}')  # of the set's own
+    for folder in (tmp_path / "index", tmp_path / "index2", part / "index3"):
+        assert index_talks(CARD, tmp_path, folder).rows.num_rows == 24
+        assert open_conversations(CARD, tmp_path, folder).index.reused
+    lines = tmp_path / "lines"
+    lines.mkdir()
+    (lines / "talk.jsonl").write_text(json.dumps([{**ASK, "content": "What?"}, SAY]))
+    work = lines / "index.partial"  # of a command that was killed
+    (work / "blocks").mkdir(parents=True)
+    (work / "fingerprint").write_text("")
+    shutil.copy(tmp_path / "index" / "conversations.parquet", work / "blocks" / "00000.parquet")
+    for _ in range(2):
+        assert open_conversations(CARD, lines, lines / "index").source.files == ("talk.jsonl",)
+    for source in (lines, lines / "talk.jsonl"):
+        with pytest.raises(UserError, match="holds the set itself; name another folder"):
+            index_talks(CARD, source, lines)
+
+
+def test_names_may_hold_a_hash(tmp_path):
+    (tmp_path / "a#1.png").write_bytes(picture_bytes(0, form="PNG"))
+    write_video(tmp_path / "part#2" / "v#3.mp4")
+    row = {"messages": [{**ASK, "content": "<video><image>What?"}, SAY], "image": "a#1.png", "video": "part#2/v#3.mp4"}
+    (tmp_path / "talk.jsonl").write_text(json.dumps(row))
+    dataset = open_conversations(CARD, tmp_path, measure=Area())
+    (sample,) = shown(dataset)
+    assert [picture.frames.shape for picture in sample.pictures] == [(6, 3, 48, 64), (1, 3, 48, 64)]
+    scan = Scan()
+    assert not list(scan_talks(dataset.source, CARD.pictures, scan)) and scan.frames == 2
+
+
+def png(width, height, compressed=b""):
+    """A PNG's header and what stands behind it: no more bytes, however large the picture."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", compressed) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("size", [(10_000, 8949), (100_000, 50_000)])  # one over Pillow's limit by little, and by far
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_picture_of_too_many_pixels_is_counted_and_never_decoded(tmp_path, size):
+    (tmp_path / "bomb.png").write_bytes(png(*size))
+    (tmp_path / "least.png").write_bytes(png(10_000, 8947))
+    rows = [{"messages": [ASK, SAY], "image": name} for name in ("bomb.png", "least.png")]
+    (tmp_path / "talk.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    index = index_talks(CARD, tmp_path, None, measure=Area())
+    assert (index.rows.num_rows, index.dropped) == (1, {"a picture has more pixels than are read": 1})
+    assert "line 1: bomb.png: " in index.examples["a picture has more pixels than are read"]
+    (tmp_path / "least.png").write_bytes(picture_bytes(0, form="PNG"))
+    dataset = open_conversations(CARD, tmp_path)
+    with pytest.raises(UserError, match=r"line 1: a picture has more pixels than are read: bomb\.png"):
+        dataset.sample("train", 0, "conversation", 0)
+    found = [finding.kind for finding in scan_talks(dataset.source, CARD.pictures, Scan())]
+    assert found == ["a picture has more pixels than are read"]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
+def test_pictures_are_turned_as_they_are_to_be_seen(tmp_path, orientation, mode):
+    image = Image.fromarray(np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)).convert(mode)
+    exif = Image.Exif()
+    exif[274] = orientation
+    image.save(tmp_path / "a.png", exif=exif)
+    picture = read_picture(tmp_path, Reference("image", "a.png"), PictureOptions())
+    rgb = torch.tensor(np.array(image.convert("RGB")))
+    turned = {
+        1: rgb, 2: rgb.flip(1), 3: rgb.rot90(2), 4: rgb.flip(0), 5: rgb.transpose(0, 1), 6: rgb.rot90(-1),
+        7: rgb.rot90(2).transpose(0, 1), 8: rgb.rot90(1),
+    }  # fmt: skip
+    assert torch.equal(picture.frames[0].permute(1, 2, 0), turned[orientation])
+
+
+def test_a_folder_of_two_sets(tmp_path):
+    write_llava(tmp_path)
+    (tmp_path / "talk.jsonl").write_text(json.dumps([{**ASK, "content": "What?"}, SAY]))
+    with pytest.raises(UserError, match=r"holds talk\.jsonl and ai2d\(gpt4v\)/train-00000-.* name one of the"):
+        open_conversations(CARD, tmp_path)
+    assert open_conversations(CARD, tmp_path / "talk.jsonl").count("train") == 1
+
+
+def test_an_index_is_made_anew_of_other_words_of_the_same_length(tmp_path):
+    root, folder = write_videophy(tmp_path, train=2, val=0) / "videophy2_train", tmp_path / "index"
+    before = index_talks(CARD, root, folder).column("content").tolist()
+    text = root / "text" / "conversation_1.json"
+    text.write_text(text.read_text().replace("Score", "Judge"))
+    index = index_talks(CARD, root, folder)
+    assert not index.reused and index.column("content")[0] == before[0] and index.column("content")[1] != before[1]
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ import numpy as np
 
 from cosmos3_train.config import UserError, nearest
 from cosmos3_train.data import poses
+from cosmos3_train.data.archives import split_place
 from cosmos3_train.data.card import DatasetCard
 from cosmos3_train.data.sources.clips import Clip, look_up
 from cosmos3_train.data.sources.log import Episode, EpisodeRecord, VideoPlace
@@ -97,7 +98,7 @@ class TrackLog:
             except Unusable as fault:
                 raise UserError(f"{self.root / clip.place}: {fault.example}") from None
             track = _poses(_track(documents, self.card), self.card, f"{self.root / clip.place}: camera track")
-            times, _ = video_times(self.root, clip.place)
+            times, _ = video_times(*split_place(self.root, clip.place))
             length = min(len(track), len(times))
             faults = {}
             if len(track) != len(times):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cosmos3_train.config import UserError, nearest
+from cosmos3_train.data.archives import split_place
 from cosmos3_train.data.card import DatasetCard
 from cosmos3_train.data.sound import Track, track_of
 from cosmos3_train.data.unusable import Unusable
@@ -118,7 +119,7 @@ class ClipLog:
         if not (self.root / clip.place.partition("#")[0]).is_file():
             raise Unusable(NO_VIDEO, f"{self.root / clip.place} is missing")
         try:
-            video = video_times(self.root, clip.place)
+            video = video_times(*split_place(self.root, clip.place))
         except UserError as error:
             raise Unusable(UNREADABLE, str(error)) from None
         found, counts, examples = [], Counter[str](), {}

@@ -26,6 +26,8 @@ from cosmos3_train.data.talk import NoTalk
 COLUMNS = ("messages", "conversations", "image", "images", "video", "videos")
 """Of a Parquet file, that are read."""
 VALIDATION = "_val"
+CARD_FILE = "card.json"
+"""Of a prepared folder, of logs and of conversations alike."""
 PAGE = 1 << 20
 """Bytes of a column that are read at a time: without it, all that a row group has of it."""
 TAIL = 1 << 16
@@ -162,15 +164,18 @@ class VideoPhy(TalkSource):
 
     def _add(self, digest: Any, path: Path) -> None:
         super()._add(digest, path)
-        texts = sorted((path.parent / "text").glob("*.json"))
-        digest.update(json.dumps([(text.name, text.stat().st_size) for text in texts]).encode())
+        for entry in _meta(path):
+            try:
+                digest.update(hashlib.sha256((path.parent / _text_of(entry)).read_bytes()).digest())
+            except (NoTalk, OSError, ValueError):  # as in `_joined`, which says so
+                digest.update(b"none")
 
 
 def open_talks(source: Path) -> TalkSource:
     """The rows of a set at a file or in a folder, by its layout.
 
     Raises:
-        UserError: there is none, or several .jsonl files and nothing says which.
+        UserError: there is none, or several .jsonl files, or Parquet files beside, and nothing says which.
     """
     _tables.close()  # what was open may have been written anew
     _metas.close()
@@ -183,13 +188,40 @@ def open_talks(source: Path) -> TalkSource:
     metas = [path for pattern in ("meta.json", "*/meta.json") for path in source.glob(pattern)]
     if metas:
         return VideoPhy(source, metas)
-    tables = list(source.rglob("*.parquet"))
+    tables, lines = _tables_of(source), sorted(source.glob("*.jsonl"))
+    if tables and lines:
+        both = f"{lines[0].name} and {min(tables).relative_to(source)}"
+        raise UserError(f"{source}: holds {both}, which are two sets; name one of the files, or move one out")
     if tables:
         return ParquetRows(source, tables)
-    lines = sorted(source.glob("*.jsonl"))
     if len(lines) != 1:
         raise UserError(f"{source}: holds {len(lines)} .jsonl files; name one of them")
     return JsonLines(source, lines)
+
+
+def _tables_of(source: Path) -> list[Path]:
+    """The Parquet files below a folder, but for those of prepared folders in it, of which an index may be one."""
+    ours: dict[Path, bool] = {source: False}
+
+    def within(folder: Path) -> bool:
+        if folder not in ours:
+            ours[folder] = _is_prepared(folder) or within(folder.parent)
+        return ours[folder]
+
+    return [path for path in source.rglob("*.parquet") if not within(path.parent)]
+
+
+def _is_prepared(folder: Path) -> bool:
+    """Whether `cosmos3 prepare` has made a folder, or works in it."""
+    if (folder / "fingerprint").is_file() and (folder / "blocks").is_dir():
+        return True
+    try:
+        card = json.loads((folder / CARD_FILE).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(card, dict) and (
+        {"made_of", "counted"} <= card.keys() or {"settings", "fingerprint"} <= card.keys()
+    )
 
 
 def _numbered(count: int) -> np.ndarray:
@@ -206,9 +238,10 @@ def _json(content: bytes) -> Any:
 def _joined(folder: Path, entry: Mapping[str, Any]) -> Any:
     """A row of VideoPhy-2: its conversation, with the videos that its entry names."""
     name, media = entry.get("id"), entry.get("media")
-    text = entry.get("conversation") or f"text/conversation_{name}.json"
-    if not isinstance(text, str) or Path(text).is_absolute() or ".." in Path(text).parts:
-        return NoTalk(f"its conversation {text!r} is no path inside the set's folder")
+    try:
+        text = _text_of(entry)
+    except NoTalk as error:
+        return error
     try:
         row = _json((folder / text).read_bytes())
     except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
@@ -219,6 +252,14 @@ def _joined(folder: Path, entry: Mapping[str, Any]) -> Any:
     if isinstance(row, Mapping):
         return {key: row[key] for key in ("messages", "conversations") if key in row} | {"videos": videos}
     return {"messages": row, "videos": videos} if isinstance(row, list) else row
+
+
+def _text_of(entry: Mapping[str, Any]) -> str:
+    """Where an entry's conversation lies in its folder."""
+    text = entry.get("conversation") or f"text/conversation_{entry.get('id')}.json"
+    if not isinstance(text, str) or Path(text).is_absolute() or ".." in Path(text).parts:
+        raise NoTalk(f"its conversation {text!r} is no path inside the set's folder")
+    return text
 
 
 def _meta(path: Path) -> list[dict[str, Any]]:
@@ -258,8 +299,7 @@ def _of_group(path: Path, opened: pq.ParquetFile, group: int, names: list[str], 
         for batch in opened.iter_batches(batch_size=16, row_groups=[group], columns=names, use_threads=False):
             here = [row - before for row in left if row < before + batch.num_rows]
             if here:
-                for row in batch.take(pa.array(here)).to_pylist():
-                    yield {name: value for name, value in row.items() if value is not None}
+                yield from batch.take(pa.array(here)).to_pylist()
                 left = left[len(here) :]
             if not left:
                 return
