@@ -535,12 +535,12 @@ def beside(folder):
     ("make", "pattern", "damages"),
     [
         (write_llava, "**/*.parquet", BYTES),
-        (write_videophy, "**/*.mp4", BYTES),
+        pytest.param(write_videophy, "**/*.mp4", BYTES, marks=pytest.mark.long),
         (write_videophy, "**/*.json", (*BYTES, retyped)),
         (beside, "*.jsonl", (*BYTES, retyped)),
         (beside, "*.jpg", BYTES),
-        (beside, "*.png", BYTES),
-        (beside, "*.mp4", BYTES),
+        pytest.param(beside, "*.png", BYTES, marks=pytest.mark.long),
+        pytest.param(beside, "*.mp4", BYTES, marks=pytest.mark.long),
     ],
 )
 def test_damage_is_an_error_in_one_line_or_counted(tmp_path, make, pattern, damages):

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.slow
 
 TWO = "strategy.context_parallel=2"
 UNMEASURED = "training.evaluate_every_n_steps=0 evaluation.before=false evaluation.action_samples=0"
-RUNS = [("lora", "ddp"), ("full", "fsdp2")]
-MORE = [("hybrid", "ddp"), ("full", "ddp")]
+RUNS = [("lora", "ddp")]
+MORE = [("full", "fsdp2"), ("hybrid", "ddp"), ("full", "ddp")]
 FEW = f"{UNMEASURED} training.steps=4 training.samples_per_step=5"
 
 

@@ -53,7 +53,7 @@ def root_cause(output: str) -> str:
     return output.rpartition("Root Cause")[2]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.long)])
 def test_a_dead_rank_ends_the_run_and_is_named_first(project, strategy):
     folder = project / "runs" / f"dead_{strategy}"
     process = local(project, f"name=dead_{strategy}", f"strategy.name={strategy}", *LONG)

@@ -86,7 +86,7 @@ CASES = [
     pytest.param("tower", None, False, id="tower", marks=pytest.mark.slow),
     pytest.param("lora", None, True, id="recomputed"),
     pytest.param("lora", "aot_eager", False, id="lora compiled", marks=pytest.mark.slow),
-    pytest.param("tower", "aot_eager", False, id="tower compiled", marks=pytest.mark.slow),
+    pytest.param("tower", "aot_eager", False, id="tower compiled", marks=pytest.mark.long),
 ]
 
 
