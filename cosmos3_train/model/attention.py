@@ -8,7 +8,7 @@ sdpa    torch's scaled_dot_product_attention, sample by sample: CPU, float32, an
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import inspect
 import logging
 from collections.abc import Callable
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy
 
-from cosmos3_train.config import UserError
+from cosmos3_train.config import UserError, first_line
 from cosmos3_train.types import Spans
 
 logger = logging.getLogger(__name__)
@@ -100,24 +100,27 @@ def _obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | N
     if backend == "flash4":
         if major < 9:
             return "it needs a Hopper or Blackwell GPU"
-        if not _importable("flash_attn.cute"):
-            return "flash-attn-4 is not installed"
+        return _not_importable("flash_attn.cute", "flash-attn-4")
     if backend == "flash3":
         if major != 9:
             return "it needs a Hopper GPU"
-        if not _importable("flash_attn_interface"):
-            return "flash_attn_interface (FlashAttention-3) is not installed"
+        return _not_importable("flash_attn_interface", "flash_attn_interface (FlashAttention-3)")
     if backend == "flash2" and major < 8:
         return "it needs an Ampere GPU or newer"
     return None
 
 
 @cache
-def _importable(module: str) -> bool:
+def _not_importable(module: str, package: str) -> str | None:
+    """Why a kernel's module cannot be used, or None. It is imported, for a wheel may lack a library that it wants."""
     try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the parent package is missing
-        return False
+        importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError, AttributeError, TypeError) as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{module}.".startswith(f"{missing}."):  # itself or the package around it
+            return f"{package} is not installed"
+        return f"{package} is installed and does not import ({first_line(error)})"
+    return None
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal: bool) -> Tensor:

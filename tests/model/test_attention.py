@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosmos3_train.config import Tuning
-from cosmos3_train.model.attention import KERNEL_OPERATORS, attend
+from cosmos3_train.model.attention import KERNEL_OPERATORS, _not_importable, attend
 from cosmos3_train.types import Spans
 from tests.model.test_projections import adapted, difference, outputs
 from tests.parity.upstream import TINY
@@ -56,3 +56,25 @@ def test_what_attention_has_computed_is_kept_while_its_layer_is_computed_again(c
         assert again > attended == once > 0
     for name, value in plain.items():
         assert difference(kept[name], value) <= 1e-12, name
+
+
+def test_a_kernel_whose_package_is_broken_is_no_kernel(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, line in (
+        ("whole", ""),
+        ("lacks", "raise ImportError('libx.so: no such file\\nmore')"),
+        ("needs", "import nowhere"),
+    ):
+        (tmp_path / f"kernels_{name}").mkdir()
+        (tmp_path / f"kernels_{name}" / "__init__.py").write_text("")
+        (tmp_path / f"kernels_{name}" / "cute.py").write_text(line)
+    assert _not_importable("kernels_whole.cute", "K") is None
+    assert _not_importable("kernels_lacks.cute", "K") == "K is installed and does not import (libx.so: no such file)"
+    assert (
+        _not_importable("kernels_needs.cute", "K") == "K is installed and does not import (No module named 'nowhere')"
+    )
+    assert (
+        _not_importable("kernels_absent.cute", "K")
+        == _not_importable("kernels_whole.other", "K")
+        == "K is not installed"
+    )
