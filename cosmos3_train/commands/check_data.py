@@ -91,6 +91,9 @@ def check_dataset(loaded: Loaded, name: str, entry: Dataset) -> CheckedData:
             _check_settings(prepared, loaded.experiment.data, contract)
         moved = loaded.root / entry.source if entry.source else None
         dataset = PreparedDataset(prepared, robot, moved)
+        other = loaded.experiment.data.datasets[entry.statistics].prepared if entry.statistics else None
+        if other and robot and (loaded.root / other).exists():  # else it is said of that one that it is not prepared
+            dataset.use_statistics(Statistics.load(loaded.root / other, embodiment=robot.name))
         return _prepared(name, entry, dataset) if dataset.has_robot else _prepared_clips(name, entry, dataset)
     if card is None or source is None:
         raise UserError(

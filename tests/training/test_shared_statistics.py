@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from cosmos3_train.commands.check_data import check_dataset
 from cosmos3_train.config import UserError
 from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.training.datamodule import open_datasets
@@ -42,6 +43,16 @@ def test_one_takes_the_other_s(root):
     sample, row = more.sample("train", 0, "policy", 0, pixels=False), more.window("train", 0)
     expected = moves.normaliser.normalise(torch.tensor(row["action"]))
     assert sample.action is not None and torch.equal(sample.action, expected) and float(sample.action.abs().max()) > 1.5
+
+
+def test_check_normalises_by_the_other_s(root):
+    own, shared = (load(root, *MORE, *lines, "data.heldout_fraction=0") for lines in ((), (f"{SHARED}=moves",)))
+    open_datasets(shared, None)
+    said = [
+        dict(check_dataset(each, "more", each.experiment.data.datasets["more"]).rows)["ranges more"]
+        for each in (own, shared)
+    ]
+    assert said[0].endswith("none") and "x 91.7%" in said[1]
 
 
 @pytest.mark.parametrize(
