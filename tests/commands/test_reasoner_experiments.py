@@ -164,14 +164,14 @@ def test_prepare_waits_for_another_at_the_same_folder(project):
 
 
 def test_a_set_for_validation_alone_is_measured_on_and_not_trained(cosmos3, project, seeing, capsys):
-    write_videophy(project / "downloads" / "apart", train=0, val=2)
-    source = "downloads/apart/videophy2_val"
-    card = project / "apart.yaml"
-    card.write_text(f"name: apart\nformat: conversations\nsource: {source}\n")
+    write_videophy(project / "downloads" / "val_alone", train=0, val=2)
+    source = "downloads/val_alone/videophy2_val"
+    card = project / "val_alone.yaml"
+    card.write_text(f"name: val_alone\nformat: conversations\nsource: {source}\n")
     assert cosmos3("evaluate", seeing, "--on", card) == 0
     assert "heldout/loss: " in capsys.readouterr().out
-    line = ("experiments/nano_reasoner_videophy2.yaml", *settings(seeing, "export=none", "name=apart"))
-    own = (f"data.datasets.videophy2.source={source}", "data.datasets.videophy2.prepared=prepared/of_apart")
+    line = ("experiments/nano_reasoner_videophy2.yaml", *settings(seeing, "export=none", "name=val_alone"))
+    own = (f"data.datasets.videophy2.source={source}", "data.datasets.videophy2.prepared=prepared/of_val_alone")
     for command in ("check", "train"):
         assert cosmos3(command, *line, *own) == 2
         assert "videophy2_val, which is held out whole by its name" in capsys.readouterr().err
