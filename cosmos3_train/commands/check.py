@@ -18,13 +18,14 @@ from cosmos3_train.commands.console import FINISHED, USER_ERROR, say, say_error,
 from cosmos3_train.commands.delivery import refuse_form
 from cosmos3_train.config import Dataset, Loaded, UserError
 from cosmos3_train.data.reader import SOUND_LATENTS
+from cosmos3_train.data.statistics import FILE, Statistics
 from cosmos3_train.evaluation.closed_loop import make_simulator
 from cosmos3_train.flow.tasks import sound_task
 from cosmos3_train.model.domains import refuse_taken_domains
 from cosmos3_train.model.loading import fetched_folder
 from cosmos3_train.model.reasoner_cache import size_in_words as _size
 from cosmos3_train.model.sound import check_sound
-from cosmos3_train.training.datamodule import caches_reasoner
+from cosmos3_train.training.datamodule import caches_reasoner, refuse_two_scales
 
 LATENT_BYTES, SOUND_BYTES = 48 * 2, 2
 """Of one cell of a cached latent, 48 channels in bf16; of one number of a cached sound."""
@@ -72,6 +73,7 @@ def examine(loaded: Loaded) -> Findings:
     findings.look(lambda: refuse_taken_domains(experiment.embodiments.values()))
     for name, entry in experiment.data.datasets.items():
         findings.look(lambda name=name, entry=entry: _look_at_data(loaded, name, entry, findings))
+    findings.look(lambda: _look_at_scales(loaded))
     if not experiment.data.datasets:
         findings.problems.append(UserError("data.datasets is empty; name at least one dataset"))
     findings.look(lambda: _check_simulators(loaded, findings))
@@ -85,6 +87,16 @@ def examine(loaded: Loaded) -> Findings:
 def _look_at_data(loaded: Loaded, name: str, entry: Dataset, findings: Findings) -> None:
     findings.data[name] = check_dataset(loaded, name, entry)
     findings.rows.extend(findings.data[name].rows)
+
+
+def _look_at_scales(loaded: Loaded) -> None:
+    """Whether each robot has one scale, as far as its logs are prepared."""
+    datasets, robots = loaded.experiment.data.datasets, {}
+    for name, entry in datasets.items():
+        folder = loaded.root / datasets[entry.statistics or name].prepared
+        if entry.embodiment and (folder / FILE).is_file():
+            robots[name] = (entry.embodiment, entry, Statistics.load(folder, embodiment=entry.embodiment))
+    refuse_two_scales(robots)
 
 
 def _look_at_model(loaded: Loaded, findings: Findings) -> None:

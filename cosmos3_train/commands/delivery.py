@@ -149,15 +149,20 @@ def report(run: Run, verified: VerifyReport | None, seconds: float) -> Path:
 
 
 def measured_numbers(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> dict[str, Any]:
-    """The headline numbers of two evaluations. The first robot has the plain names, others theirs behind a slash."""
+    """The headline numbers of two evaluations. The first robot has the plain names, others theirs behind a slash.
+
+    An action error is compared with one of the same task alone: what was measured when a run began may be of another
+    version of this package, which took another one first.
+    """
     numbers: dict[str, Any] = {}
     for when, found in (("before", before or {}), ("after", after)):
         for place, (name, action) in enumerate(found.get("action", {}).items()):
             tail = f"/{name}" if place else ""
-            numbers[f"action_error_{when}{tail}"] = action["error"]
+            if action["task"] == after.get("action", {}).get(name, action)["task"]:
+                numbers[f"action_error_{when}{tail}"] = action["error"]
             numbers[f"action_error_constant{tail}"] = action["constant"]
-        for place, (name, action) in enumerate(found.get("policy", {}).items()):
-            numbers[f"policy_error_{when}" + (f"/{name}" if place else "")] = action["error"]
+            if name in found.get("policy", {}):
+                numbers[f"policy_error_{when}{tail}"] = found["policy"][name]["error"]
         for place, (name, closed) in enumerate(found.get("closed_loop", {}).items()):
             tail = f"/{name}" if place else ""
             numbers[f"coverage_{when}{tail}"] = closed["coverage"]

@@ -152,7 +152,9 @@ def _with_dataset(loaded: Loaded, card: DatasetCard, card_path: Path, robot: Emb
         embodiment=robot.name if robot else None,
     )
     if own:  # what is measured is never changed, nor cached for one measuring
-        entry = replace(own[0], cache_latents=False, cache_reasoner=False, augment=config.Augment())
+        entry = replace(
+            own[0], statistics=None, cache_latents=False, cache_reasoner=False, augment=config.Augment()
+        )  # normalised as the robot was trained all the same
     data = replace(experiment.data, datasets={card.name: entry})
     return replace(loaded, experiment=replace(experiment, data=data, embodiments={robot.name: robot} if robot else {}))
 
@@ -200,6 +202,8 @@ def _measure(subject: Subject, robot: Embodiment | None, episodes: int | None, b
     numbers["seconds"] = time.monotonic() - began
     page = write_report(subject.output, numbers, pictures, title=subject.title, facts=facts)
     say(subject.title)
+    if isinstance(dataset, PreparedDataset) and dataset.has_robot:
+        say(f"  normalised by {facts['normalised by']}")
     for key in (
         "heldout/loss",
         "action_error_model",

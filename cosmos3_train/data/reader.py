@@ -52,7 +52,8 @@ class PreparedDataset:
         fingerprint: of everything that made it
         contract:    the embodiment card (the given one, or the one that it was prepared with), or how video without a
                      robot is cut and framed
-        statistics, normaliser: of a robot's train split; video without a robot has neither
+        statistics, normaliser: of a robot's train split, or what `use_statistics` was given; video without a robot has
+                     neither
         rows:        windows of all splits; row numbers run over the whole table
         latent_cache, sound_cache: what is cached of them, None where nothing is
         notes_sound: whether rows say if they have sound (not those prepared before rows did)

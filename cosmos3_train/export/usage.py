@@ -13,7 +13,7 @@ from cosmos3_train.config import Embodiment, to_yaml
 from cosmos3_train.data.actions import Normaliser
 from cosmos3_train.data.files import write_whole
 from cosmos3_train.data.recorded import tool_of
-from cosmos3_train.data.statistics import Statistics
+from cosmos3_train.data.statistics import FILE, Statistics
 from cosmos3_train.export.folder import write_json
 from cosmos3_train.model.base_identity import BaseIdentity
 
@@ -24,7 +24,7 @@ ROBOT_MODULE = Path(__file__).with_name("robot.py")
 
 @dataclass(frozen=True)
 class Robot:
-    """A robot that the run trained: its card, the statistics of its log, an instruction to show in the usage text."""
+    """A robot that the run trained: its card, the statistics that normalised it, an instruction for the usage text."""
 
     embodiment: Embodiment
     statistics: Statistics
@@ -43,10 +43,13 @@ def write_robot_files(folder: Path, robots: Sequence[Robot]) -> None:
 
 
 def robot_statistics(folder: Path, embodiment: str) -> Statistics | None:
-    """The statistics that an exported folder holds of a robot, under whichever name; None where it holds none."""
-    for path in sorted(folder.glob("statistics.*json")):
-        statistics = Statistics.load(path)
-        if statistics.embodiment == embodiment:
+    """The statistics that an exported folder holds of a robot, under either of its names; None where it holds none.
+
+    Raises:
+        UserError: a file of its name cannot be read.
+    """
+    for path in (folder / f"statistics.{embodiment}.json", folder / FILE):
+        if path.is_file() and (statistics := Statistics.load(path)).embodiment == embodiment:
             return statistics
     return None
 

@@ -100,7 +100,7 @@ def _obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | N
     if backend == "flash4":
         if major < 9:
             return "it needs a Hopper or Blackwell GPU"
-        return _not_importable("flash_attn.cute", "flash-attn-4")
+        return _not_importable("flash_attn.cute.interface", "flash-attn-4", "_flash_attn_bwd")
     if backend == "flash3":
         if major != 9:
             return "it needs a Hopper GPU"
@@ -111,16 +111,17 @@ def _obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | N
 
 
 @cache
-def _not_importable(module: str, package: str) -> str | None:
-    """Why a kernel's module cannot be used, or None. It is imported, for a wheel may lack a library that it wants."""
+def _not_importable(module: str, package: str, *names: str) -> str | None:
+    """Why a kernel's module cannot be used, or None where it imports and has these names of ours."""
     try:
-        importlib.import_module(module)
-    except (ImportError, OSError, RuntimeError, AttributeError, TypeError) as error:
+        found = importlib.import_module(module)
+    except Exception as error:  # noqa: BLE001  a wheel that lacks a library, or was made for another Python, raises any
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and f"{module}.".startswith(f"{missing}."):  # itself or the package around it
             return f"{package} is not installed"
         return f"{package} is installed and does not import ({first_line(error)})"
-    return None
+    lacking = [name for name in names if not hasattr(found, name)]
+    return f"{package} is installed in a version without {lacking[0]}" if lacking else None
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, causal: bool) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from cosmos3_train.data.files import exclusive
 from cosmos3_train.data.mixture import Mixture, StepDataset, check_entry, refuse_silence
 from cosmos3_train.data.prepare import prepare
 from cosmos3_train.data.reader import PreparedDataset
+from cosmos3_train.data.statistics import Statistics
 from cosmos3_train.evaluation.closed_loop import make_simulator
 from cosmos3_train.flow.tasks import sound_task
 from cosmos3_train.model.caches import ensure_latents
@@ -158,22 +159,30 @@ def open_datasets(loaded: Loaded, encoder: Encoder | None, reasoner: Reasoner | 
             other = opened[entry.statistics][0]
             assert isinstance(dataset, PreparedDataset) and isinstance(other, PreparedDataset)
             dataset.use_statistics(other.statistics)
-    _refuse_two_scales(opened)
+    robots = {
+        name: (dataset.embodiment.name, entry, dataset.statistics)
+        for name, (dataset, entry) in opened.items()
+        if isinstance(dataset, PreparedDataset) and dataset.has_robot
+    }
+    refuse_two_scales(robots)
     return opened
 
 
-def _refuse_two_scales(opened: Opened) -> None:
-    """A deployed robot's actions are de-normalised by one file; two logs of it would train on two scales."""
-    seen: dict[str, tuple[str, PreparedDataset]] = {}
-    for name, (dataset, _) in opened.items():
-        if isinstance(dataset, PreparedDataset) and dataset.has_robot:
-            first, other = seen.setdefault(dataset.embodiment.name, (name, dataset))
-            if other.statistics.action != dataset.statistics.action:
-                raise UserError(
-                    f"data.datasets.{first} and {name} share embodiment {dataset.embodiment.name!r}, but each is "
-                    f"normalised by its own statistics, and a deployed robot has one; set "
-                    f"data.datasets.{name}.statistics to {first}, or give one a card of its own (shares_domain)"
-                )
+def refuse_two_scales(robots: Mapping[str, tuple[str, config.Dataset, Statistics]]) -> None:
+    """Raise `UserError` where two logs of one robot would train on two scales: when deployed it has one.
+
+    Args:
+        robots: by entry of the mixture, the robot's name, the entry, and the statistics that normalise it.
+    """
+    seen: dict[str, tuple[str, Statistics]] = {}
+    for name, (robot, entry, statistics) in robots.items():
+        first, other = seen.setdefault(robot, (entry.statistics or name, statistics))
+        if other.action != statistics.action:
+            raise UserError(
+                f"data.datasets.{first} and {name} share embodiment {robot!r}, but each is normalised by its own "
+                f"statistics, and a deployed robot has one; set data.datasets.{name}.statistics to {first}, or give "
+                "one a card of its own (shares_domain)"
+            )
 
 
 def open_dataset(

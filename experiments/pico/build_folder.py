@@ -142,13 +142,12 @@ def write_parts(transformer: str, vae: str, tokenizer: Path, output: Path, seed:
     (output / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def write_statistics(prepared: list[Path], output: Path) -> None:
+def write_statistics(robots: dict[str, Statistics], output: Path) -> None:
     """The statistics of each robot that the transformer learnt from, the first under the plain name."""
     for path in output.glob("statistics.*json"):
         path.unlink()
-    for place, folder in enumerate(prepared):
-        statistics = Statistics.load(folder)
-        statistics.save(output / f"statistics{f'.{statistics.embodiment}' if place else ''}.json")
+    for place, (name, statistics) in enumerate(robots.items()):
+        statistics.save(output / f"statistics{f'.{name}' if place else ''}.json")
 
 
 def check_folder(folder: Path) -> None:
@@ -175,8 +174,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    found = [Statistics.load(folder) for folder in args.statistics]
+    robots = {statistics.embodiment: statistics for statistics in found}
+    if len(robots) < len(found):
+        parser.error(f"--statistics: two folders of one robot among {', '.join(s.embodiment for s in found)}")
     write_parts(args.transformer, args.vae, args.tokenizer, args.output, args.seed)
-    write_statistics(args.statistics, args.output)
+    write_statistics(robots, args.output)
     check_folder(args.output)
 
 

@@ -15,6 +15,8 @@ import argparse
 import logging
 import multiprocessing
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -153,13 +155,20 @@ def main() -> None:
     if seeds[-1] > LAST_DATA_SEED:
         parser.error(f"--first-seed {seeds[0]} --seeds {len(seeds)}: data come from seeds 0 to {LAST_DATA_SEED}")
     batches = [seeds[first : first + options.batch] for first in range(0, len(seeds), options.batch)]
+    if robot_statistics(options.policy, ROBOT) is None:
+        parser.error(f"--policy {options.policy}: no statistics of robot {ROBOT} say what its actions mean")
+    options.states.parent.mkdir(parents=True, exist_ok=True)
+    partial = options.states.with_suffix(".partial.npz")
     context = multiprocessing.get_context("spawn")
     kept: list[Episode] = []
-    with context.Pool(options.workers, _start, (options.policy,)) as pool, tqdm(total=len(seeds), unit="seed") as bar:
-        for batch, recorded in zip(batches, pool.imap(_play, batches), strict=True):
+    with ExitStack() as stack:
+        pool = stack.enter_context(ProcessPoolExecutor(options.workers, context, _start, (options.policy,)))
+        bar = stack.enter_context(tqdm(total=len(seeds), unit="seed"))
+        for batch, recorded in zip(batches, pool.map(_play, batches), strict=True):
             kept += recorded
             bar.update(len(batch))
-            save_states(ROBOT, kept, options.states)
+            save_states(ROBOT, kept, partial)
+    partial.replace(options.states)
     steps = sum(len(episode.action) for episode in kept)
     logger.info("%s: %d corrections of %d seeds, %d steps", options.states, len(kept), len(seeds), steps)
 

@@ -6,6 +6,7 @@
 #   rows     prepared rows of the logs         CPU only, seconds
 #   codec    the video tokenizer               all GPUs, MINUTES
 #   folder   a complete folder, its transformer random
+#   recode   or the new codec beside the transformer that is there
 #   latents  every window through the codec    one GPU a robot, from the poses: no video is read
 #   train    the transformer                   all GPUs
 #   assemble the trained folder in data/cosmos3_pico
@@ -15,17 +16,18 @@
 #   corrections   states, log and rows of the expert correcting data/cosmos3_pico's play: about 3 s a seed and core
 #   train_corrected, assemble_corrected
 #
-# CORRECTED is how many seeds of play are corrected. SEEDS names the states files (ten), EPISODES what each holds (1,000); two thirds of all are drawn for the turned robot
-# and one for the swapped. MINUTES is the codec's time, CODEC more options for it ("--trained data/cosmos3_pico/vae" goes
-# on with the one that ships), TRAIN more key=value for the training, which goes on with what data/cosmos3_pico holds:
-# without the stage folder, with the transformer that ships.
+# CORRECTED is how many seeds of play are corrected: once, of the policy that data/cosmos3_pico holds then; take the
+# states file away to correct another. SEEDS names the states files (ten), EPISODES what each holds (1,000); two thirds of all
+# are drawn for the turned robot and one for the swapped. MINUTES is the codec's time, CODEC more options for it
+# ("--trained data/cosmos3_pico/vae" goes on with the one that ships), TRAIN more key=value for the training, which goes
+# on with what data/cosmos3_pico holds: with `recode` in place of `folder`, with the transformer that ships.
 set -euo pipefail
 SEEDS=${SEEDS:-0 1 2 3 4 5 6 7 8 9}
 EPISODES=${EPISODES:-1000}
 MINUTES=${MINUTES:-11}
 CODEC=${CODEC:-}
 TRAIN=${TRAIN:-}
-CORRECTED=${CORRECTED:-1800}
+CORRECTED=${CORRECTED:-1680}
 GPUS=${GPUS:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 WORKERS=${WORKERS:-$(nproc)}
 robots=(prepared/pico prepared/pico_turned prepared/pico_swapped)
@@ -67,6 +69,9 @@ for stage in "$@"; do
             --held-out-clips 64 --states "${states[0]}" $CODEC ;;
     folder)
         python experiments/pico/build_folder.py --transformer none --vae prepared/pico_codec/vae --output data/cosmos3_pico ;;
+    recode)
+        python experiments/pico/build_folder.py --transformer data/cosmos3_pico/transformer --vae prepared/pico_codec/vae \
+            --statistics "${robots[@]}" --output data/cosmos3_pico ;;
     latents)
         python experiments/pico/cache_latents.py --poses "${states[@]}" ;;
     train)
@@ -74,9 +79,9 @@ for stage in "$@"; do
         PROCESSES=$GPUS launch/local.sh experiments/pico.yaml $TRAIN ;;
     assemble) assemble pico ;;
     corrections)
-        python experiments/pico/correct_policy.py --seeds "$CORRECTED" --workers "$WORKERS" \
-            --states prepared/pico_states/corrections.npz
-        python data/pusht/make_episodes.py --contract pusht --episodes "$(( 4 * CORRECTED ))" \
+        [ -f prepared/pico_states/corrections.npz ] || python experiments/pico/correct_policy.py --seeds "$CORRECTED" \
+            --workers "$WORKERS" --states prepared/pico_states/corrections.npz
+        [ -d prepared/pico_corrected_log ] || python data/pusht/make_episodes.py --contract pusht --episodes "$(( 4 * CORRECTED ))" \
             --from-states prepared/pico_states/corrections.npz --gop 30 --crf 30 --workers "$WORKERS" \
             --output prepared/pico_corrected_log
         rows pusht prepared/pico_corrected_log prepared/pico_corrected 4
@@ -86,6 +91,6 @@ for stage in "$@"; do
         # shellcheck disable=SC2086 # TRAIN is words
         PROCESSES=$GPUS launch/local.sh experiments/pico_corrected.yaml $TRAIN ;;
     assemble_corrected) assemble pico_corrected ;;
-    *) echo "no stage '$stage': states logs rows codec folder latents train assemble corrections train_corrected assemble_corrected" >&2; exit 2 ;;
+    *) echo "no stage '$stage': states logs rows codec folder recode latents train assemble corrections train_corrected assemble_corrected" >&2; exit 2 ;;
     esac
 done

@@ -69,6 +69,7 @@ def test_a_kernel_whose_package_is_broken_is_no_kernel(tmp_path, monkeypatch):
         (tmp_path / f"kernels_{name}" / "__init__.py").write_text("")
         (tmp_path / f"kernels_{name}" / "cute.py").write_text(line)
     assert _not_importable("kernels_whole.cute", "K") is None
+    assert _not_importable("kernels_whole.cute", "K", "run") == "K is installed in a version without run"
     assert _not_importable("kernels_lacks.cute", "K") == "K is installed and does not import (libx.so: no such file)"
     assert (
         _not_importable("kernels_needs.cute", "K") == "K is installed and does not import (No module named 'nowhere')"

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from cosmos3_train.commands.check import examine
 from cosmos3_train.commands.check_data import check_dataset
+from cosmos3_train.commands.evaluate import _with_dataset
 from cosmos3_train.config import UserError
+from cosmos3_train.data.card import load_card
 from cosmos3_train.data.reader import PreparedDataset
-from cosmos3_train.training.datamodule import open_datasets
+from cosmos3_train.training.datamodule import open_datasets, refuse_two_scales
 from tests.data.logs import make_log
 from tests.training.project import CAMERA, load, write, write_project
 
@@ -43,6 +46,35 @@ def test_one_takes_the_other_s(root):
     sample, row = more.sample("train", 0, "policy", 0, pixels=False), more.window("train", 0)
     expected = moves.normaliser.normalise(torch.tensor(row["action"]))
     assert sample.action is not None and torch.equal(sample.action, expected) and float(sample.action.abs().max()) > 1.5
+
+
+def test_check_finds_two_scales_of_prepared_logs(root):
+    own, shared = (load(root, *MORE, *lines, "data.heldout_fraction=0") for lines in ((), (f"{SHARED}=moves",)))
+    open_datasets(shared, None)
+    words = f"set {SHARED} to moves"
+    assert [words in str(problem) for problem in examine(own).problems].count(True) == 1
+    assert not any(words in str(problem) for problem in examine(shared).problems)
+
+
+def test_the_entry_to_be_named_is_one_that_may_be(root):
+    """Where the first log takes another's statistics, a third that differs is told to take those too."""
+    lines = (*MORE, "data.heldout_fraction=0")
+    opened = open_datasets(load(root, *lines, "data.datasets.moves.statistics=more"), None)
+    third = open_datasets(load(root, "data.heldout_fraction=0"), None)["moves"]
+    robots = {
+        name: ("mover", entry, dataset.statistics)
+        for name, (dataset, entry) in (opened | {"third": third}).items()
+        if isinstance(dataset, PreparedDataset)
+    }
+    with pytest.raises(UserError, match=r"set data\.datasets\.third\.statistics to more"):
+        refuse_two_scales(robots)
+
+
+def test_evaluating_on_one_of_them_needs_no_other(root):
+    loaded = load(root, *MORE, f"{SHARED}=moves", "data.heldout_fraction=0")
+    card = root / "cards" / "more.yaml"
+    measured = _with_dataset(loaded, load_card(card), card, loaded.experiment.embodiments["mover"])
+    assert list(measured.experiment.data.datasets) == ["more"]
 
 
 def test_check_normalises_by_the_other_s(root):
