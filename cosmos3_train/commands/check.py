@@ -73,7 +73,7 @@ def examine(loaded: Loaded) -> Findings:
     findings.look(lambda: refuse_taken_domains(experiment.embodiments.values()))
     for name, entry in experiment.data.datasets.items():
         findings.look(lambda name=name, entry=entry: _look_at_data(loaded, name, entry, findings))
-    findings.look(lambda: _look_at_scales(loaded))
+    findings.look(lambda: _look_at_scales(loaded, findings))
     if not experiment.data.datasets:
         findings.problems.append(UserError("data.datasets is empty; name at least one dataset"))
     findings.look(lambda: _check_simulators(loaded, findings))
@@ -89,12 +89,13 @@ def _look_at_data(loaded: Loaded, name: str, entry: Dataset, findings: Findings)
     findings.rows.extend(findings.data[name].rows)
 
 
-def _look_at_scales(loaded: Loaded) -> None:
-    """Whether each robot has one scale, as far as its logs are prepared."""
+def _look_at_scales(loaded: Loaded, findings: Findings) -> None:
+    """Whether each robot has one scale, as far as its logs are prepared and were found in order."""
     datasets, robots = loaded.experiment.data.datasets, {}
     for name, entry in datasets.items():
-        folder = loaded.root / datasets[entry.statistics or name].prepared
-        if entry.embodiment and (folder / FILE).is_file():
+        whose = entry.statistics or name
+        folder = loaded.root / datasets[whose].prepared
+        if entry.embodiment and {name, whose} <= findings.data.keys() and (folder / FILE).is_file():
             robots[name] = (entry.embodiment, entry, Statistics.load(folder, embodiment=entry.embodiment))
     refuse_two_scales(robots)
 
