@@ -202,6 +202,7 @@ def test_a_signal_while_preparing_ends_with_75_and_the_same_command_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_finished_run_asked_for_another_export_carries_it_out(cosmos3, project, tiny_model, capsys):
     line = (*HYBRID, *QUICK, ROWS, f"model.path={tiny_model}", "name=twice", "evaluation.before=false")
     assert cosmos3("train", *line, "export=none") == 0

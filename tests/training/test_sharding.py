@@ -143,6 +143,7 @@ def test_two_copies_of_two_shards_make_the_curve_of_one(root):
     assert_same_curve(root, "few", "few_hsdp", steps=6)
 
 
+@pytest.mark.long
 def test_a_step_with_a_bad_gradient_is_left_out_by_every_rank(tmp_path):
     strategies = ("fsdp2", "deepspeed_zero2", "deepspeed_zero3")
     root = write_project(tmp_path / "root")
@@ -181,6 +182,7 @@ def test_a_spike_is_left_out_by_every_rank_and_made_again_by_one_process(root):
         assert len(shares) == 2 and len(samples) == 3 and again == pytest.approx(norm, rel=1e-5)
 
 
+@pytest.mark.long
 def test_killed_at_random_it_ends_with_the_weights_of_an_undisturbed_run(root):
     seed = random.randrange(1 << 30)
     assert kill_again_and_again(root, "fsdp2", 1, seed) == [], f"seed {seed}"
