@@ -18,7 +18,6 @@ from cosmos3_train.commands.console import FINISHED, USER_ERROR, say, say_error,
 from cosmos3_train.commands.delivery import refuse_form
 from cosmos3_train.config import Dataset, Loaded, UserError
 from cosmos3_train.data.reader import SOUND_LATENTS
-from cosmos3_train.data.statistics import FILE, Statistics
 from cosmos3_train.evaluation.closed_loop import make_simulator
 from cosmos3_train.flow.tasks import sound_task
 from cosmos3_train.model.domains import refuse_taken_domains
@@ -91,12 +90,11 @@ def _look_at_data(loaded: Loaded, name: str, entry: Dataset, findings: Findings)
 
 def _look_at_scales(loaded: Loaded, findings: Findings) -> None:
     """Whether each robot has one scale, as far as its logs are prepared and were found in order."""
-    datasets, robots = loaded.experiment.data.datasets, {}
-    for name, entry in datasets.items():
-        whose = entry.statistics or name
-        folder = loaded.root / datasets[whose].prepared
-        if entry.embodiment and {name, whose} <= findings.data.keys() and (folder / FILE).is_file():
-            robots[name] = (entry.embodiment, entry, Statistics.load(folder, embodiment=entry.embodiment))
+    robots = {}
+    for name, entry in loaded.experiment.data.datasets.items():
+        whose = findings.data.get(entry.statistics or name)
+        if name in findings.data and whose is not None and entry.embodiment and whose.statistics is not None:
+            robots[name] = (entry.embodiment, entry, whose.statistics)
     refuse_two_scales(robots)
 
 

@@ -55,6 +55,7 @@ class CheckedData:
     latent:  (t, h, w) of a window, None for conversations
     longest: samples to count tokens of: the longest words, in every task
     sound:   (mean and deviation, channels, S) of the sound of a window, None where it is not asked for
+    statistics: with which a robot's prepared rows are normalised, None where nothing is prepared or there is no robot
     """
 
     rows: list[tuple[str, str]] = field(default_factory=list)
@@ -62,6 +63,7 @@ class CheckedData:
     latent: tuple[int, int, int] | None = None
     longest: list[Sample] = field(default_factory=list)
     sound: tuple[int, int, int] | None = None
+    statistics: Statistics | None = None
 
 
 def check_dataset(loaded: Loaded, name: str, entry: Dataset) -> CheckedData:
@@ -156,7 +158,8 @@ def _prepared(name: str, entry: Dataset, dataset: PreparedDataset) -> CheckedDat
         _ranges(name, dataset.normaliser, actions, dataset.embodiment),
         *_caches(name, entry, dataset),
     ]
-    return CheckedData(table, dataset.rows, latent, robot_samples(entry, dataset.embodiment, words, size))
+    samples = robot_samples(entry, dataset.embodiment, words, size)
+    return CheckedData(table, dataset.rows, latent, samples, statistics=dataset.statistics)
 
 
 def _caches(name: str, entry: Dataset, dataset: PreparedDataset) -> list[tuple[str, str]]:
