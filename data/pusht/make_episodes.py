@@ -96,7 +96,9 @@ CONTRACTS = {
 }
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
+    """A step of an episode, before it is made."""
+
     agent: tuple[float, float]
     block: tuple[float, float, float]
     action: np.ndarray
@@ -134,7 +136,7 @@ def plan_episodes(contract: str, seed: int, *, disturbed: bool = False) -> list[
     expert, world = Expert(robot.control_hz), robot.world
     world.reset(seed)
     draws = np.random.default_rng([seed, 1])
-    recordings: list[list[_Row]] = [[]]
+    recordings: list[list[Row]] = [[]]
     until_knock = _steps_between(draws, KNOCK_EVERY_SECONDS, robot.control_hz) if disturbed else robot.episode_steps
     step, steps_after_done = 0, 0
     while step < robot.episode_steps:
@@ -153,19 +155,20 @@ def plan_episodes(contract: str, seed: int, *, disturbed: bool = False) -> list[
             continue
         target = expert.target(world.agent, world.block, done=done)
         action = robot.action_to((float(target[0]), float(target[1])))
-        recordings[-1].append(_Row(world.agent, world.block, action, robot.state_of(world.agent)))
+        recordings[-1].append(Row(world.agent, world.block, action, robot.state_of(world.agent)))
         world.drive(robot.target_of(action), 1.0 / robot.control_hz)
         step, until_knock = step + 1, until_knock - (not done)
     shortest = LEAST_SECONDS * robot.control_hz if disturbed else 1
     look = CONTRACTS[contract].look_of(seed)
-    return [_episode(seed, world.max_coverage, rows, look) for rows in recordings if len(rows) >= shortest]
+    return [episode_of(seed, world.max_coverage, rows, look) for rows in recordings if len(rows) >= shortest]
 
 
 def _steps_between(draws: np.random.Generator, seconds: tuple[float, float], control_hz: float) -> int:
     return round(draws.uniform(*seconds) * control_hz)
 
 
-def _episode(seed: int, max_coverage: float, rows: list[_Row], look: str) -> Episode:
+def episode_of(seed: int, max_coverage: float, rows: list[Row], look: str) -> Episode:
+    """What was recorded of a seed, as a camera's look shows it."""
     agent, block, action, state = (np.array(column, np.float32) for column in zip(*rows, strict=True))
     return Episode(seed, max_coverage, agent, block, action, state, look)
 

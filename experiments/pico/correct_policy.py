@@ -33,7 +33,18 @@ from cosmos3_train.model.loading import load_backbone, load_parts
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "data" / "pusht"))
 from expert import Expert
-from make_episodes import DONE_COVERAGE, INSTRUCTION, LAST_DATA_SEED, Episode, save_states
+from make_episodes import (
+    CONTRACTS,
+    DONE_COVERAGE,
+    INSTRUCTION,
+    LAST_DATA_SEED,
+    LEAST_SECONDS,
+    SECONDS_AFTER_DONE,
+    Episode,
+    Row,
+    episode_of,
+    save_states,
+)
 
 logger = logging.getLogger("correct_policy")
 
@@ -44,7 +55,6 @@ LOOKS = (1, 6)
 """How many chunks the policy plays before the expert takes over, drawn from this range."""
 CORRECTION = (18, 34)
 """Steps of the expert's that are recorded then: a window takes 17 frames."""
-STEPS_AFTER_DONE = 10
 
 
 class Play:
@@ -60,7 +70,7 @@ class Play:
     @property
     def over(self) -> bool:
         """Whether the time is up or the block has been home for a second."""
-        return self.step >= self.robot.episode_steps or self.after_done >= STEPS_AFTER_DONE
+        return self.step >= self.robot.episode_steps or self.after_done >= SECONDS_AFTER_DONE * self.robot.control_hz
 
     def follow(self, chunk: np.ndarray) -> None:
         """Carry the policy's actions out."""
@@ -76,11 +86,10 @@ class Play:
                 break
             target = self.expert.target(world.agent, world.block, done=world.max_coverage > DONE_COVERAGE)
             action = self.robot.action_to((float(target[0]), float(target[1])))
-            rows.append((world.agent, world.block, action, self.robot.state_of(world.agent)))
+            rows.append(Row(world.agent, world.block, action, self.robot.state_of(world.agent)))
             self._advance(action)
-        if len(rows) >= CORRECTION[0] - 1:
-            agent, block, actions, state = (np.array(column, np.float32) for column in zip(*rows, strict=True))
-            self.recorded.append(Episode(self.seed, world.max_coverage, agent, block, actions, state, "own"))
+        if len(rows) >= LEAST_SECONDS * self.robot.control_hz:
+            self.recorded.append(episode_of(self.seed, world.max_coverage, rows, CONTRACTS[ROBOT].look_of(self.seed)))
 
     def _advance(self, action: np.ndarray) -> None:
         if not self.over:

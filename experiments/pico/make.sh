@@ -17,8 +17,8 @@
 #   train_corrected, assemble_corrected
 #
 # CORRECTED is how many seeds of play are corrected: once, of the policy that data/cosmos3_pico holds then; take the
-# states file away to correct another. SEEDS names the states files (ten), EPISODES what each holds (1,000); two thirds of all
-# are drawn for the turned robot and one for the swapped. MINUTES is the codec's time, CODEC more options for it
+# states file away to correct another. SEEDS names the states files (ten), EPISODES what each holds (1,000); two thirds
+# of all are drawn for the turned robot and one for the swapped. MINUTES is the codec's time, CODEC more options for it
 # ("--trained data/cosmos3_pico/vae" goes on with the one that ships), TRAIN more key=value for the training, which goes
 # on with what data/cosmos3_pico holds: with `recode` in place of `folder`, with the transformer that ships.
 set -euo pipefail
@@ -42,8 +42,7 @@ rows() {
         --heldout 0.02
 }
 assemble() {
-    python experiments/pico/build_folder.py --transformer "runs/$1/export/merged/transformer" --vae data/cosmos3_pico/vae \
-        --statistics "${robots[@]}" --output data/cosmos3_pico
+    python experiments/pico/build_folder.py --transformer "$1" --vae "$2" --statistics "${robots[@]}" --output data/cosmos3_pico
 }
 
 for stage in "$@"; do
@@ -69,15 +68,13 @@ for stage in "$@"; do
             --held-out-clips 64 --states "${states[0]}" $CODEC ;;
     folder)
         python experiments/pico/build_folder.py --transformer none --vae prepared/pico_codec/vae --output data/cosmos3_pico ;;
-    recode)
-        python experiments/pico/build_folder.py --transformer data/cosmos3_pico/transformer --vae prepared/pico_codec/vae \
-            --statistics "${robots[@]}" --output data/cosmos3_pico ;;
+    recode) assemble data/cosmos3_pico/transformer prepared/pico_codec/vae ;;
     latents)
         python experiments/pico/cache_latents.py --poses "${states[@]}" ;;
     train)
         # shellcheck disable=SC2086 # TRAIN is words
         PROCESSES=$GPUS launch/local.sh experiments/pico.yaml $TRAIN ;;
-    assemble) assemble pico ;;
+    assemble) assemble runs/pico/export/merged/transformer data/cosmos3_pico/vae ;;
     corrections)
         [ -f prepared/pico_states/corrections.npz ] || python experiments/pico/correct_policy.py --seeds "$CORRECTED" \
             --workers "$WORKERS" --states prepared/pico_states/corrections.npz
@@ -90,7 +87,7 @@ for stage in "$@"; do
     train_corrected)
         # shellcheck disable=SC2086 # TRAIN is words
         PROCESSES=$GPUS launch/local.sh experiments/pico_corrected.yaml $TRAIN ;;
-    assemble_corrected) assemble pico_corrected ;;
+    assemble_corrected) assemble runs/pico_corrected/export/merged/transformer data/cosmos3_pico/vae ;;
     *) echo "no stage '$stage': states logs rows codec folder recode latents train assemble corrections train_corrected assemble_corrected" >&2; exit 2 ;;
     esac
 done
