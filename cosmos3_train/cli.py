@@ -113,8 +113,10 @@ def _benchmark(options: argparse.Namespace) -> int:
             raise UserError(
                 "--loader times no training, so there is nothing to measure it against; leave --against out"
             )
+        if options.memory is not None:
+            raise UserError(f"--loader uses no GPU, so it has no use for --memory {options.memory:g}; leave it out")
         return benchmark.run_loader(loaded, output=options.output)
-    return benchmark.run(loaded, against=options.against, output=options.output)
+    return benchmark.run(loaded, against=options.against, output=options.output, memory_gib=options.memory)
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -206,6 +208,9 @@ def _add_experiments(commands: argparse._SubParsersAction) -> None:
         if name == "benchmark":
             command.add_argument(
                 "--against", choices=("stock",), help="also time a loop over stock diffusers and PEFT, at its best"
+            )
+            command.add_argument(
+                "--memory", type=float, metavar="GIB", help="let the run allocate so much of the GPU and no more"
             )
             command.add_argument("--loader", action="store_true", help="time reading and packing alone, without a GPU")
             command.add_argument("--output", type=Path, metavar="DIR", help="folder of the result (runs/NAME)")

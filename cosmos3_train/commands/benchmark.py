@@ -31,10 +31,13 @@ HEAD = (
 )
 
 
-def run(loaded: Loaded, *, against: Literal["stock"] | None, output: Path | None) -> int:
+def run(
+    loaded: Loaded, *, against: Literal["stock"] | None, output: Path | None, memory_gib: float | None = None
+) -> int:
     """Measure, print, write.
 
     Args:
+        memory_gib: what the run may allocate on the GPU; None takes all of it.
         output: folder of the two files; None takes the run's.
 
     Raises:
@@ -46,7 +49,7 @@ def run(loaded: Loaded, *, against: Literal["stock"] | None, output: Path | None
 
     quieten_lightning()
     try:
-        result = measure(loaded, against)
+        result = measure(loaded, against, memory_gib)
     except TrainingFailed as error:
         say_error(error)
         return FAILED
@@ -94,12 +97,12 @@ def run_loader(loaded: Loaded, *, output: Path | None) -> int:
 def about(result: Result) -> list[str]:
     """What was measured, on what, in words."""
     compiled = f"compiled by {result.compiler}" if result.compiler else "not compiled"
-    recomputed = "activations recomputed" if result.recomputed else "activations kept"
     found = [
-        f"{result.workload}: {result.gpu}, torch {result.torch}",
+        f"{result.workload}: {result.gpu}, torch {result.torch}{_capped(result)}",
         f"a step: {result.samples} samples, {result.generation_tokens:,} generation and {result.text_tokens:,} text "
         f"tokens, {result.flops / 1e12:.4g} TFLOP that it must do, by which MFU counts",
-        f"cosmos3 train: attention {result.attention}, layers {compiled}, {recomputed}, frozen weights {result.frozen}",
+        f"cosmos3 train: attention {result.attention}, layers {compiled}, {result.recomputed}, "
+        f"frozen weights {result.frozen}",
     ]
     if result.reasoner_cached:
         found.append(
@@ -110,6 +113,10 @@ def about(result: Result) -> list[str]:
         tried = "; ".join(f"{way} {rate:.3g}" for way, rate in result.stock_tried.items())
         found.append(f"diffusers + PEFT, samples/s by a few samples: {tried}")
     return found
+
+
+def _capped(result: Result) -> str:
+    return "" if result.memory_gib is None else f", of its memory {result.memory_gib:g} GiB"
 
 
 def table(rates: Sequence[Rate]) -> list[tuple[str, ...]]:

@@ -10,13 +10,14 @@ import torch
 from cosmos3_train.commands.console import FINISHED, say, say_table
 from cosmos3_train.commands.plan_data import read_kinds
 from cosmos3_train.config import Loaded, UserError
+from cosmos3_train.model.attention import BACKENDS, obstacle_on
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.loading import DTYPES, config_folder, load_parts
 from cosmos3_train.model.vision import vision_numbers
 from cosmos3_train.training.datamodule import caches_reasoner
 from cosmos3_train.training.gpus import Gpu, gpu_called
 from cosmos3_train.training.measured import MEASURED
-from cosmos3_train.training.plan import GIB, Plan, Workload, predict, remedies
+from cosmos3_train.training.plan import GIB, Plan, Workload, attention_on, predict, remedies
 from cosmos3_train.training.plan_memory import read_architecture
 
 NANO_TOKENIZER = 705_000_000
@@ -46,7 +47,7 @@ def run(loaded: Loaded, *, gpu: str, gpus: int | None) -> int:
     workload, plan = opened.workload, predict(opened.workload)
     say(f"{loaded.experiment.name} on {workload.gpus} × {workload.gpu.key}: nothing is loaded, all is predicted")
     say()
-    say_table([*opened.rows, ("a step", _step(workload))])
+    say_table([*opened.rows, ("a step", _step(workload)), ("attention", _attention(workload))])
     say()
     memory = [(item.what, item.bytes) for item in plan.memory.items]
     memory.append(("the run, on each GPU", sum(size for _, size in memory)))
@@ -105,6 +106,16 @@ def _step(workload: Workload) -> str:
     training = workload.experiment.training
     count, budget = training.samples_per_step, training.tokens_per_micro_batch
     return f"{count} {'sample' if count == 1 else 'samples'}, micro-batches of up to {budget:,} tokens"
+
+
+def _attention(workload: Workload) -> str:
+    wanted = workload.experiment.model.attention
+    taken = attention_on(workload.gpu, wanted)
+    if wanted != "auto":
+        return taken
+    better = BACKENDS[: BACKENDS.index(taken)]
+    lacking = "; ".join(f"not {backend}: {obstacle_on(backend, workload.gpu.major)}" for backend in better)
+    return f"{taken}, as installed here ({lacking})" if lacking else f"{taken}, as installed here"
 
 
 def _rate(plan: Plan) -> str:

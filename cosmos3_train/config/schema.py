@@ -343,9 +343,12 @@ class Model:
     attention:              auto picks the fastest that works here and says which
     compile:                generate kernels for the layers (torch.compile): the first steps wait a minute for it,
                             then every step is faster; auto does on a GPU, not on a CPU
-    checkpoint_activations: recompute the generation tower's layers in backward: less memory, about a third slower;
-                            but_attention keeps what attention has computed (Nano: 0.3 MB a generation token), whose
-                            cost grows with the square of a clip's length
+    checkpoint_activations: what of the layers is computed again in backward, to save memory: true all of it (a third
+                            slower); but_attention all but that (Nano: 0.3 MB a generation token), whose cost grows with
+                            the square of a clip's length; but_products norms and gates alone (a hundredth slower);
+                            false nothing. auto measures at the first step: nothing where the GPU's memory allows it,
+                            else norms and gates, and of as few layers as need be all but attention. Where nothing is
+                            measured, on a CPU and under ZeRO, it is but_attention
     """
 
     path: str = MISSING
@@ -357,7 +360,7 @@ class Model:
     vae_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     attention: Literal["auto", "flash4", "flash3", "flash2", "sdpa"] = "auto"
     compile: Literal["auto", True, False] = "auto"
-    checkpoint_activations: Literal[True, False, "but_attention"] = True
+    checkpoint_activations: Literal["auto", True, False, "but_attention", "but_products"] = "auto"
 
     def __post_init__(self) -> None:
         _require("model", self, "1 or 2", lambda x: x in (1, 2), "fp8_copies")

@@ -18,7 +18,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy
 
 from cosmos3_train.config import UserError, first_line
 from cosmos3_train.types import Spans
@@ -56,12 +55,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, *, caus
     return _KERNELS[backend](q, k, v, queries, keys, causal)
 
 
-def kept_while_recomputing(context: object, operator: object, *arguments: object, **named: object) -> CheckpointPolicy:
-    """The policy of selective checkpointing that keeps what an attention kernel has computed, and nothing else."""
-    kept = str(operator) in KERNEL_OPERATORS
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
 def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Backend:
     """The backend to use, with one log line that says which and why.
 
@@ -96,7 +89,11 @@ def _obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | N
         return f"it needs a CUDA device, this is {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it needs bfloat16, this is {str(dtype).removeprefix('torch.')}"
-    major = torch.cuda.get_device_capability(device)[0]
+    return obstacle_on(backend, torch.cuda.get_device_capability(device)[0])
+
+
+def obstacle_on(backend: str, major: int) -> str | None:
+    """Why a backend cannot run in bfloat16, as installed here, on a GPU of compute capability `major`, or None."""
     if backend == "flash4":
         if major < 9:
             return "it needs a Hopper or Blackwell GPU"

@@ -142,9 +142,10 @@ def load_backbone(
     backbone.compute_dtype = DTYPES[model.dtype]
     backbone.attention_backend = choose_backend(model.attention, device, backbone.compute_dtype)
     backbone.compiler = choose_compiler(model.compile, device)
-    if model.checkpoint_activations:
+    again = model.checkpoint_activations
+    if again in (True, "auto", "but_attention"):
         backbone.enable_gradient_checkpointing()
-        backbone.keep_attention = model.checkpoint_activations == "but_attention"
+    backbone.keep_attention, backbone.lean = again in ("auto", "but_attention"), again == "but_products"
     return backbone
 
 

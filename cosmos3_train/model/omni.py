@@ -28,11 +28,12 @@ from diffusers.models.transformers.transformer_cosmos3 import (
     DomainAwareLinear,
 )
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
-from cosmos3_train.model.attention import Backend, attend, kept_while_recomputing
+from cosmos3_train.model.attention import Backend, attend
 from cosmos3_train.model.compiling import Compiler, compiled
 from cosmos3_train.model.context import ContextGroup, Exchange, to_heads, to_tokens
+from cosmos3_train.model.keeping import keeping_attention, keeping_products
 from cosmos3_train.model.projections import FusedLora, project, rejoin_shared
 from cosmos3_train.types import DomainRows, PackedSequence, PictureTokens, Velocities
 
@@ -123,6 +124,7 @@ class PackedDecoderLayer(Cosmos3VLTextMoTDecoderLayer):
         exchange: Any,
         backend: Backend,
         compiler: Compiler | None,
+        lean: bool = False,
         understood: KeysValues | None = None,
         joint: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Any, KeysValues | None]:
@@ -136,6 +138,7 @@ class PackedDecoderLayer(Cosmos3VLTextMoTDecoderLayer):
             exchange: of the stream, where this rank has a slice of it; then the keys and values that are handed on, and
                 those that are taken, are this rank's heads of all tokens.
             backend, compiler: of attention, and of the rest (None runs it as it is written).
+            lean: norms and gates are computed again in backward.
             understood, joint: generation only: the understanding tower's keys and values of this layer, and the order
                 that puts cat(understanding, generation) keys sample by sample with the generation tokens' places in it.
 
@@ -144,23 +147,23 @@ class PackedDecoderLayer(Cosmos3VLTextMoTDecoderLayer):
         """
         if stream == "both":
             one, other = zip(hidden, rotary, queries, keys, exchange, strict=True)
-            text, understood = self.forward("understanding", *one, backend, compiler)
-            made, _ = self.forward("generation", *other, backend, compiler, understood, joint)
+            text, understood = self.forward("understanding", *one, backend, compiler, lean)
+            made, _ = self.forward("generation", *other, backend, compiler, lean, understood, joint)
             return (text, made), None
         if stream == "understanding":
-            q, k, v, seen = compiled(_understanding_before, compiler)(self, hidden, rotary)
+            q, k, v, seen = compiled(_understanding_before, compiler)(self, hidden, rotary, lean)
             apart = () if self.self_attn.k_norm_und_for_gen is None else (seen,)  # else they are the text's own
             (q,) = to_heads(exchange, q)  # by themselves: where no text is learnt the last ones have no gradient, not 0
             k, v, *seen_apart = to_heads(exchange, k, v, *apart)
             seen = seen_apart[0] if seen_apart else k
             out = to_tokens(exchange, attend(q, k, v, queries, keys, causal=True, backend=backend))
-            return compiled(_understanding_after, compiler)(self, hidden, out), (seen, v)
+            return compiled(_understanding_after, compiler)(self, hidden, out, lean), (seen, v)
         assert understood is not None and joint is not None
-        q, k, v = compiled(_generation_before, compiler)(self, hidden, rotary)
+        q, k, v = compiled(_generation_before, compiler)(self, hidden, rotary, lean)
         q, k, v = to_heads(exchange, q, k, v)
         k, v = (_Joint.apply(text, own, *joint) for text, own in zip(understood, (k, v), strict=True))
         out = to_tokens(exchange, attend(q, k, v, queries, keys, causal=False, backend=backend))
-        return compiled(_generation_after, compiler)(self, hidden, out), None
+        return compiled(_generation_after, compiler)(self, hidden, out, lean), None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedDecoderLayer:
         super()._apply(fn, recurse)
@@ -180,9 +183,6 @@ class PackedDomainLinear(DomainAwareLinear):
         return torch.cat(parts) if parts else x.new_zeros((0, self.output_size))
 
 
-_keeping_attention = functools.partial(create_selective_checkpoint_contexts, kept_while_recomputing)
-
-
 class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
     """`Cosmos3OmniTransformer` that takes a `PackedSequence`. State-dict keys equal upstream's."""
 
@@ -192,6 +192,8 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
     attention_backend: Backend = "sdpa"
     compiler: Compiler | None = None
     keep_attention: bool = False
+    kept_layers: int = 0
+    lean: bool = False
     understanding_trains: bool = True
     joint_layers: bool = False
     recall: Recall | None = None
@@ -217,6 +219,12 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
     def understands(self) -> bool:
         """Whether the understanding tower's weights are there."""
         return hasattr(self, "embed_tokens")
+
+    @property
+    def recomputed_layers(self) -> int:
+        """How many layers compute all again in backward: with gradient checkpointing all but the last `kept_layers`.
+        Of the others norms and gates are, where they are `lean`."""
+        return max(0, len(self.layers) - self.kept_layers) if self.gradient_checkpointing else 0
 
     def use_packed_layers(self) -> None:
         """Give upstream's layers and action heads the packed forward."""
@@ -260,9 +268,8 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
             hidden, rotary, deep = self._text_in(pack)
             spans, kept = pack.text_spans, []
             for place, layer in enumerate(self.layers):
-                hidden, keys_values = self._layer(
-                    layer, self.understanding_trains, "understanding", hidden, rotary, spans, spans, exchange
-                )
+                again = self.understanding_trains and self._recomputes(place)
+                hidden, keys_values = self._layer(layer, again, "understanding", hidden, rotary, spans, spans, exchange)
                 hidden = _deepened(hidden, pack, deep, place)
                 kept.append(keys_values)
             return Understood(keys_values=kept, text_hidden=self._text_out(hidden, pack))
@@ -276,10 +283,10 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
         joint_order = pack.joint_order if understood.joint_order is None else understood.joint_order
         joint = (joint_order, pack.joint_places)
         _, exchange = self._exchanges(pack)
-        for layer, keys_values in zip(self.layers, understood.keys_values, strict=True):
+        for place, (layer, keys_values) in enumerate(zip(self.layers, understood.keys_values, strict=True)):
             hidden, _ = self._layer(
                 layer,
-                True,
+                self._recomputes(place),
                 "generation",
                 hidden,
                 rotary,
@@ -299,7 +306,8 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
         joint = (pack.joint_order, pack.joint_places)
         both, rotaries, exchanges = (text, hidden), (text_rotary, rotary), self._exchanges(pack)
         for place, layer in enumerate(self.layers):
-            both, _ = self._layer(layer, True, "both", both, rotaries, queries, keys, exchanges, None, joint)
+            again = self._recomputes(place)
+            both, _ = self._layer(layer, again, "both", both, rotaries, queries, keys, exchanges, None, joint)
             both = (_deepened(both[0], pack, deep, place), both[1])
         video, sound, action = self._generation_out(both[1], pack)
         return Velocities(video=video, sound=sound, action=action, text_hidden=self._text_out(both[0], pack))
@@ -378,12 +386,17 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
             hidden.requires_grad_()
         return hidden
 
-    def _layer(self, layer: nn.Module, trains: bool, *arguments) -> tuple[Any, KeysValues | None]:
-        arguments = (*arguments[:6], self.attention_backend, self.compiler, *arguments[6:])
-        if self.gradient_checkpointing and trains and torch.is_grad_enabled():
-            how: dict[str, Any] = {"context_fn": _keeping_attention} if self.keep_attention else {}
-            return checkpoint(layer, *arguments, use_reentrant=False, **how)  # pyright: ignore[reportReturnType]
-        return layer(*arguments)
+    def _recomputes(self, place: int) -> bool:
+        return torch.is_grad_enabled() and place < self.recomputed_layers
+
+    def _layer(self, layer: nn.Module, recomputes: bool, *arguments) -> tuple[Any, KeysValues | None]:
+        lean = self.lean and not recomputes and torch.is_grad_enabled()
+        arguments = (*arguments[:6], self.attention_backend, self.compiler, lean, *arguments[6:])
+        if not recomputes:
+            return layer(*arguments)
+        if self.keep_attention:
+            return keeping_attention(layer, *arguments)
+        return checkpoint(layer, *arguments, use_reentrant=False)  # pyright: ignore[reportReturnType]
 
 
 def _deepened(hidden: Tensor, pack: PackedSequence, deep: tuple[Tensor, ...], place: int) -> Tensor:
@@ -443,12 +456,12 @@ def _rotate(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 def _understanding_before(
-    layer: PackedDecoderLayer, hidden: Tensor, rotary: Rotary
+    layer: PackedDecoderLayer, hidden: Tensor, rotary: Rotary, lean: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Queries, keys and values of the text, and its keys as generation will see them."""
     attn = layer.self_attn
-    x = layer.input_layernorm(hidden)
-    q, k, v = (_heads(part, attn) for part in project((attn.to_q, attn.to_k, attn.to_v), x))
+    q, k, v = _normed(project, layer.input_layernorm, (attn.to_q, attn.to_k, attn.to_v), hidden, lean)
+    q, k, v = (_heads(part, attn) for part in (q, k, v))
     q = _rotate(attn.norm_q(q), rotary)
     normed = attn.norm_k(k)
     k = _rotate(normed, rotary)
@@ -457,22 +470,32 @@ def _understanding_before(
     return q, k, v, seen
 
 
-def _understanding_after(layer: PackedDecoderLayer, hidden: Tensor, attended: Tensor) -> Tensor:
+def _understanding_after(layer: PackedDecoderLayer, hidden: Tensor, attended: Tensor, lean: bool) -> Tensor:
     hidden = hidden + layer.self_attn.to_out(attended.flatten(-2))
-    return hidden + _mlp(layer.mlp, layer.post_attention_layernorm(hidden))
+    return hidden + _normed(_mlp, layer.post_attention_layernorm, layer.mlp, hidden, lean)
 
 
-def _generation_before(layer: PackedDecoderLayer, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+def _generation_before(
+    layer: PackedDecoderLayer, hidden: Tensor, rotary: Rotary, lean: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of the generation stream."""
     attn = layer.self_attn
-    x = layer.input_layernorm_moe_gen(hidden)
-    q, k, v = (_heads(part, attn) for part in project((attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), x))
+    projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+    q, k, v = _normed(project, layer.input_layernorm_moe_gen, projections, hidden, lean)
+    q, k, v = (_heads(part, attn) for part in (q, k, v))
     return _rotate(attn.norm_added_q(q), rotary), _rotate(attn.norm_added_k(k), rotary), v
 
 
-def _generation_after(layer: PackedDecoderLayer, hidden: Tensor, attended: Tensor) -> Tensor:
+def _generation_after(layer: PackedDecoderLayer, hidden: Tensor, attended: Tensor, lean: bool) -> Tensor:
     hidden = hidden + layer.self_attn.to_add_out(attended.flatten(-2))
-    return hidden + _mlp(layer.mlp_moe_gen, layer.post_attention_layernorm_moe_gen(hidden))
+    return hidden + _normed(_mlp, layer.post_attention_layernorm_moe_gen, layer.mlp_moe_gen, hidden, lean)
+
+
+def _normed(function: Callable[..., Any], norm: nn.Module, weights: Any, hidden: Tensor, lean: bool) -> Any:
+    """`function` of weights and of the normalised stream; lean, it keeps no more than its products."""
+    if lean:
+        return keeping_products(lambda x: function(weights, norm(x)), hidden)
+    return function(weights, norm(hidden))
 
 
 def _mlp(mlp: Cosmos3VLTextMLP, x: Tensor) -> Tensor:

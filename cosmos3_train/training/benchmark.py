@@ -26,6 +26,7 @@ from cosmos3_train.runtime import world_size
 from cosmos3_train.training.benchmark_log import ensure_benchmark_data, only_dataset, only_task
 from cosmos3_train.training.gpus import find_gpu
 from cosmos3_train.training.optimizer import clip_gradients
+from cosmos3_train.training.recompute import describe_recomputed
 from cosmos3_train.training.run import Run, train
 from cosmos3_train.training.stock import time_stock
 from cosmos3_train.training.strategy import device_for
@@ -78,6 +79,7 @@ class Result:
     done_flops: of these, what the run does: less where the understanding tower's keys and values are cached
     reasoner_cached: whether they are
     attention, compiler, recomputed: how the run was carried out;  frozen: in what its frozen weights were
+    memory_gib: the cap that was set on what the process may allocate; None: the whole GPU
     stock_tried: samples a second of every setting of stock, by a few samples
     """
 
@@ -92,8 +94,9 @@ class Result:
     reasoner_cached: bool
     attention: str
     compiler: str | None
-    recomputed: bool
+    recomputed: str
     frozen: str
+    memory_gib: float | None
     rates: list[Rate]
     stock_tried: dict[str, float] = field(default_factory=dict)
 
@@ -112,7 +115,7 @@ class _Watcher:
         self.done_flops = 0
         self.reasoner_cached = False
         self.samples: list[TokenSample] = []
-        self.how: tuple[str, str | None, bool] = ("", None, False)
+        self.how: tuple[str, str | None, str] = ("", None, "")
 
     def __call__(self, run: Run, step: StepTime) -> None:
         self.times.append(step)
@@ -120,7 +123,7 @@ class _Watcher:
             return
         self.run_peak = _peak(run.device)
         backbone = run.backbone
-        self.how = (backbone.attention_backend, backbone.compiler, backbone.gradient_checkpointing)
+        self.how = (backbone.attention_backend, backbone.compiler, describe_recomputed(backbone))
         steps = _steps(run)
         self.samples = run.encoder.encode(steps[0].samples)
         self.bare_seconds = time_bare_step(run, steps)
@@ -146,8 +149,11 @@ class _Watcher:
             forget_understanding(backbone)
 
 
-def measure(loaded: Loaded, against: Literal["stock"] | None = None) -> Result | None:
+def measure(loaded: Loaded, against: Literal["stock"] | None = None, memory_gib: float | None = None) -> Result | None:
     """Make the data, carry out the run anew, and time it; None where a signal interrupted it.
+
+    Args:
+        memory_gib: what the process may allocate, as if the GPU had no more.
 
     Raises:
         UserError: the experiment is no benchmark, or several processes were started.
@@ -171,6 +177,8 @@ def measure(loaded: Loaded, against: Literal["stock"] | None = None) -> Result |
         )
     ensure_benchmark_data(loaded)
     device = device_for(experiment.strategy)
+    if memory_gib is not None:
+        _cap(device, memory_gib)
     watcher = _Watcher()
     if train(loaded, fresh=True, watch=watcher) == "interrupted":
         return None
@@ -213,6 +221,7 @@ def measure(loaded: Loaded, against: Literal["stock"] | None = None) -> Result |
         compiler=compiler,
         recomputed=recomputed,
         frozen=describe_fp8(model.fp8_copies) if model.base_precision == "fp8" else model.dtype,
+        memory_gib=memory_gib,
         rates=_compared(rates, bare, theirs),
         stock_tried=tried,
     )
@@ -292,6 +301,16 @@ def _steps(run: Run) -> list[Any]:
     training = run.experiment.training
     steps = StepDataset(Mixture(run.opened, training.seed), training.samples_per_step, 0, 1, BARE_PACKED)
     return [steps[step] for step in range(BARE_PACKED)]
+
+
+def _cap(device: torch.device, gib: float) -> None:
+    """Let the process allocate so much of the device, and no more."""
+    if device.type != "cuda":
+        raise UserError(f"--memory {gib:g}: a cap is set on a GPU's memory, and this run is on the {device.type}")
+    total = torch.cuda.mem_get_info(device)[1]
+    if not 0 < gib * GIB <= total:
+        raise UserError(f"--memory {gib:g}: the GPU has {total / GIB:.1f} GiB; give a number above 0 and up to that")
+    torch.cuda.set_per_process_memory_fraction(gib * GIB / total, device)
 
 
 def _peak(device: torch.device) -> int:

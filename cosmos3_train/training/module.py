@@ -31,6 +31,7 @@ from cosmos3_train.training.batching import LOSSES, TEXT, PackedStep, Packer
 from cosmos3_train.training.checkpoints import Position
 from cosmos3_train.training.ema import Average
 from cosmos3_train.training.optimizer import clip_gradients, make_optimizer, set_learning_rate
+from cosmos3_train.training.recompute import recompute_more, settle
 from cosmos3_train.training.sharding import Reach, part_of, reach, reduce_after_this_pack
 from cosmos3_train.training.spikes import largest_norm, looked_at
 from cosmos3_train.training.strategy import (
@@ -111,6 +112,7 @@ class PostTraining(lightning.LightningModule):
         self.report = StepReport()
         self.own_time = OwnTime()
         self._compared_ranks = False
+        self._unsettled = experiment.model.checkpoint_activations == "auto"
         self._left_out: frozenset[Reach] = frozenset()
 
     # -------------------------------------------------------------------------------------------- the step
@@ -118,13 +120,13 @@ class PostTraining(lightning.LightningModule):
     def training_step(self, batch: StepBatch | PackedStep, batch_idx: int) -> None:
         """One optimizer step on this rank's share of the step's samples."""
         assert batch.step == self.position.drawn, "the loader and the run disagree about where they are"
-        torch.manual_seed(fold(self.experiment.training.seed, "dropout", batch.step, rank()))
         step = self.packer(batch) if isinstance(batch, StepBatch) else batch
         counts = self.step_counts(step)
         passes = self._passes(step)
-        self.own_time.begin(self.device)
-        with peers("what ranks exchange in a step") if self.sharded or self.sharing > 1 else nullcontext():
-            sums = self.accumulate(step.packs, counts, passes)
+        with peers("what ranks exchange in a step") if self._in_step else nullcontext():
+            self._settle_once(step, counts, passes)
+            self.own_time.begin(self.device)
+            sums = self._accumulate_in_room(step, counts, passes)
         self.own_time.end()
         self._descend(batch.step)
         self.report = replace(
@@ -136,6 +138,33 @@ class PostTraining(lightning.LightningModule):
         )
         self._sums, self._counts = sums, counts
         self.packed = step
+
+    def _settle_once(self, step: PackedStep, counts: Tensor, passes: int) -> None:
+        """Before the first step: see how much the device lets the layers keep, where `auto` asks for it."""
+        unsettled, self._unsettled = self._unsettled, False
+        if unsettled and self.device.type == "cuda" and self.zero is None:
+            settle(
+                self.backbone,
+                self.device,
+                lambda packs, passes: self.accumulate(packs, counts, passes),
+                step.packs,
+                passes,
+                self.experiment.training.tokens_per_micro_batch,
+                together=self._in_step,
+            )
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _accumulate_in_room(self, step: PackedStep, counts: Tensor, passes: int) -> dict[str, Tensor]:
+        """`accumulate`, made again with more of it recomputed where memory runs out and `auto` may choose."""
+        while True:
+            torch.manual_seed(fold(self.experiment.training.seed, "dropout", step.step, rank()))
+            try:
+                return self.accumulate(step.packs, counts, passes)
+            except torch.OutOfMemoryError:  # where ranks wait for each other in a step, one cannot begin it again
+                chooses = self.experiment.model.checkpoint_activations == "auto" and not self._in_step
+                if not (chooses and recompute_more(self.backbone)):
+                    raise
+            self.optimizer.zero_grad(set_to_none=True)
 
     def accumulate(
         self, packs: Sequence[PackedSequence], counts: Tensor, passes: int | None = None
@@ -283,6 +312,11 @@ class PostTraining(lightning.LightningModule):
     def sharded(self) -> bool:
         """Whether no process holds all of what trains."""
         return isinstance(self.backbone, FSDPModule) or self.zero is not None
+
+    @property
+    def _in_step(self) -> bool:
+        """Whether ranks exchange something between a step's beginning and its gradients."""
+        return self.sharded or self.sharing > 1
 
     def configure_model(self) -> None:
         """Lightning's door to shard the model, which is asked for; `run.build` has done it."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from cosmos3_train.config import Experiment, UserError, fail
-from cosmos3_train.model.attention import Backend, repeats_heads
+from cosmos3_train.model.attention import BACKENDS, Backend, obstacle_on, repeats_heads
 from cosmos3_train.training.gpus import Gpu
 from cosmos3_train.training.plan_memory import MASTER, Architecture, Memory, Pack, predict_memory
 from cosmos3_train.training.plan_time import Kind, Seconds, predict_seconds
+from cosmos3_train.training.recompute import MARGIN
 from cosmos3_train.training.throughput import Arithmetic
 
 GIB = 2**30
@@ -113,32 +114,45 @@ def predict(workload: Workload, repeated: bool | None = None) -> Plan:
     weights = [
         w for w in everything if not (workload.cached and w.understanding) and (loads_head or not w.output_layer)
     ]
-    backend: Backend = "flash2" if model.attention == "auto" else model.attention
+    backend = attention_on(gpu, model.attention)
     repeated = repeats_heads(backend) if repeated is None else repeated
-    found = [
-        predict_memory(
-            experiment,
-            weights,
-            workload.arithmetic,
-            Pack(
-                count * kind.text,
-                count * kind.generation,
-                count * kind.labelled,
-                kind.text if workload.one_prompt else None,
-                micro_batches == 1,
-            ),
-            cached=workload.cached,
-            shards=shards,
-            ranks=ranks,
-            compiled=model.compile is not False,
-            repeated=repeated,
-            tokenizer_bytes=tokenizer,
-            making=2 * sum(w.numbers for w in tower) + tokenizer if workload.cached else 0,
-            vision_bytes=workload.vision_bytes,
-        )
-        for kind, count in zip(workload.kinds, packs, strict=True)
-    ]
-    memory = max(found, key=lambda one: one.peak)
+
+    def memory_of(kept: int, lean: bool) -> Memory:
+        """The largest over the kinds of samples, with so many layers keeping their activations."""
+        found = [
+            predict_memory(
+                experiment,
+                weights,
+                workload.arithmetic,
+                Pack(
+                    count * kind.text,
+                    count * kind.generation,
+                    count * kind.labelled,
+                    kind.text if workload.one_prompt else None,
+                    micro_batches == 1,
+                ),
+                cached=workload.cached,
+                shards=shards,
+                ranks=ranks,
+                compiled=model.compile is not False,
+                repeated=repeated,
+                tokenizer_bytes=tokenizer,
+                making=2 * sum(w.numbers for w in tower) + tokenizer if workload.cached else 0,
+                kept=kept,
+                lean=lean,
+                vision_bytes=workload.vision_bytes,
+            )
+            for kind, count in zip(workload.kinds, packs, strict=True)
+        ]
+        return max(found, key=lambda one: one.peak)
+
+    layers, how = workload.arithmetic.layers, model.checkpoint_activations
+    kept, lean = layers if how in (False, "but_products") else 0, how == "but_products"
+    if how == "auto":  # as `recompute.settle`
+        within = gpu.gb * 1e9 * (1 - MARGIN)
+        lean = memory_of(layers, lean=False).peak > within
+        kept = next((count for count in range(layers, 0, -1) if memory_of(count, lean).peak <= within), 0)
+    memory = memory_of(kept, lean)
     trained = sum(w.numbers for w in weights if w.trains)
     seconds = predict_seconds(
         experiment,
@@ -147,6 +161,8 @@ def predict(workload: Workload, repeated: bool | None = None) -> Plan:
         workload.kinds,
         backend=backend,
         compiled=model.compile is not False,
+        recomputed=1 - kept / layers,
+        lean=lean,
         trained=trained,
         samples=samples,
         packs=micro_batches,
@@ -165,6 +181,11 @@ def predict(workload: Workload, repeated: bool | None = None) -> Plan:
         mfu=must / seconds.total / (gpu.bfloat16 * 1e12),
         fits=memory.peak <= gpu.gb * 1e9,
     )
+
+
+def attention_on(gpu: Gpu, wanted: Backend | Literal["auto"]) -> Backend:
+    """The attention that a run takes there, if what is installed here is installed there."""
+    return next(b for b in BACKENDS if obstacle_on(b, gpu.major) is None) if wanted == "auto" else wanted
 
 
 def _shards(experiment: Experiment, gpus: int) -> int:
@@ -204,8 +225,8 @@ def _fullest(kind: Kind, samples: int, budget: int) -> int:
 # ------------------------------------------------------------------------------------------------ what else
 
 
-CHECKPOINTS = (False, "but_attention", True)
-"""Of `model.checkpoint_activations`, by what they save."""
+CHECKPOINTS = (False, "auto", "but_products", "but_attention", True)
+"""Of `model.checkpoint_activations`, by what they save; of those in the middle, `auto` alone is proposed."""
 
 Change = Callable[[Workload], Workload | None]
 """The workload with a setting changed, None where that is so already or cannot be."""
@@ -247,7 +268,7 @@ def _changes(workload: Workload) -> Iterator[tuple[str, str, Change]]:
     yield "fp8", "model.base_precision=fp8 model.fp8_copies=1", _fp8
     longest = max(kind.text + kind.generation for kind in workload.kinds)
     yield "budget", f"training.tokens_per_micro_batch={longest}", lambda w: _budget(w, longest)
-    for how in ("but_attention", "true"):
+    for how in ("auto", "true"):
         words = f"model.checkpoint_activations={how}"
         yield "checkpoint", words, lambda w, how=how: _checkpoint(w, True if how == "true" else how)
     spread = "strategy.name=fsdp2"
@@ -300,8 +321,7 @@ def _spread(w: Workload, gpus: int) -> Workload | None:
 
 
 _SPEED: dict[str, dict[str, Any]] = {
-    "model.checkpoint_activations=but_attention": {"checkpoint_activations": "but_attention"},
-    "model.checkpoint_activations=false": {"checkpoint_activations": False},
+    "model.checkpoint_activations=auto": {"checkpoint_activations": "auto"},
     "model.base_precision=fp8 model.fp8_copies=2": {"base_precision": "fp8", "fp8_copies": 2},
 }
 

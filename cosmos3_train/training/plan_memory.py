@@ -139,13 +139,14 @@ def read_architecture(folder: Path, experiment: Experiment, model: Model) -> Arc
 
 
 def activation_bytes(
-    arithmetic: Arithmetic, itemsize: int, *, compiled: bool, adapted: bool, repeated: bool
+    arithmetic: Arithmetic, itemsize: int, *, compiled: bool, adapted: bool, repeated: bool, lean: bool = False
 ) -> tuple[int, int]:
     """Bytes that one layer of one tower keeps for backward: (a token of its stream, a token of the keys' stream).
 
     Args:
         adapted: LoRA on frozen weights; without, whole weights train.
         repeated: `attention.repeats_heads`.
+        lean: of `model.omni`.
     """
     a, gated = arithmetic, arithmetic.mlp_matrices == 3
     # The stream at the layer's input and after attention, and both again normalised.
@@ -155,6 +156,9 @@ def activation_bytes(
     # Gate and up, and their product.
     kept += (3 if gated else 2) * a.intermediate
     wide = 0
+    if lean:  # without the normalised stream and the gate's product; as it is written, a product's sum stays instead
+        kept -= 2 * a.hidden + a.intermediate - (0 if compiled else a.hidden)
+        gated = False
     if not compiled:  # norms in float32, and the gate after its activation
         wide = 2 * a.hidden + a.queries + a.keys
         kept += a.intermediate if gated else 0
@@ -176,11 +180,14 @@ def predict_memory(
     repeated: bool,
     tokenizer_bytes: int,
     making: float,
+    kept: int,
+    lean: bool,
     vision_bytes: int = 0,
 ) -> Memory:
     """Memory of each of `ranks` processes.
 
     Args:
+        kept: layers that keep their activations, all or but norms and gates (`lean`); the others are recomputed.
         weights: those that are loaded.
         cached: the understanding tower's keys and values are.
         shards: processes that share one copy of the large weights; 1 where each holds them all.
@@ -223,11 +230,15 @@ def predict_memory(
         *([Item("vision encoder", vision_bytes)] if vision_bytes else []),
     ]
     adapted, gradients = experiment.tuning.method in ("lora", "hybrid"), trained * MASTER
-    activations, work = _activations(experiment, arithmetic, pack, itemsize, compiled, repeated)
-    backward = [Item("gradients", gradients), Item("activations kept for backward", activations)]
-    if not (experiment.model.checkpoint_activations or (shards > 1 and not adapted)):
+    activations, work = _activations(experiment, arithmetic, pack, itemsize, compiled, repeated, kept, lean)
+    again = ["norms and gates"] * (lean and kept > 0) + [
+        f"{arithmetic.layers - kept} of {arithmetic.layers} layers"
+    ] * (kept < arithmetic.layers)
+    words = f", {' and '.join(again)} recomputed" if again else ""
+    backward = [Item("gradients", gradients), Item(f"activations kept for backward{words}", activations)]
+    if kept and not (shards > 1 and not adapted):
         # A layer keeps the copies that it multiplies by. Sharded, they are what is gathered; recomputed, one layer's.
-        copies = sum(w.numbers for w in weights if w.trains and w.layer)
+        copies = sum(w.numbers for w in weights if w.trains and w.layer) * kept / arithmetic.layers
         backward.append(Item("copies of what trains, in the model's dtype", copies * itemsize))
     backward.append(Item("one layer's work", work))
     if shards > 1:
@@ -257,21 +268,29 @@ def _prompts(arithmetic: Arithmetic, itemsize: int, pack: Pack, cached: bool) ->
 
 
 def _activations(
-    experiment: Experiment, arithmetic: Arithmetic, pack: Pack, itemsize: int, compiled: bool, repeated: bool
+    experiment: Experiment,
+    arithmetic: Arithmetic,
+    pack: Pack,
+    itemsize: int,
+    compiled: bool,
+    repeated: bool,
+    kept: int,
+    lean: bool,
 ) -> tuple[float, float]:
     """(what is kept of all layers until their backward, what one layer's backward takes beside that)."""
     adapted = experiment.tuning.method in ("lora", "hybrid")
-    own, joint = activation_bytes(arithmetic, itemsize, compiled=compiled, adapted=adapted, repeated=repeated)
+    own, joint = activation_bytes(
+        arithmetic, itemsize, compiled=compiled, adapted=adapted, repeated=repeated, lean=lean
+    )
     streams = [(pack.generation, pack.generation + pack.text)] if pack.generation else []
     if arithmetic.understanding_learns:
         streams.append((pack.text, pack.text))
     layer = sum(tokens * own + keys * joint for tokens, keys in streams)
     tokens = sum(tokens for tokens, _ in streams)
-    how = experiment.model.checkpoint_activations
     # The stream's gradient, and those of gate, up and their product.
     gradients = itemsize * (2 * arithmetic.hidden + 3 * arithmetic.intermediate)
     work = max((length for length, _ in streams), default=0) * gradients
-    if not how:
-        return arithmetic.layers * layer, work
-    kept = arithmetic.hidden + (arithmetic.queries if how == "but_attention" else 0)
-    return arithmetic.layers * tokens * kept * itemsize, work + layer
+    attention = experiment.model.checkpoint_activations in ("auto", "but_attention")
+    again = itemsize * tokens * (arithmetic.hidden + (arithmetic.queries if attention else 0))
+    # Without a layer that keeps its own, the last one's are made again when backward begins.
+    return kept * layer + (arithmetic.layers - kept) * again, work if kept else work + layer

@@ -66,6 +66,8 @@ def predict_seconds(
     *,
     backend: Backend,
     compiled: bool,
+    recomputed: float,
+    lean: bool,
     trained: int,
     samples: int,
     packs: int,
@@ -77,6 +79,7 @@ def predict_seconds(
 
     Args:
         arithmetic: what is done, so with `cached` where that is so.
+        recomputed: share of the layers that are;  lean: of the others norms and gates are.
         trained: numbers that it steps;  samples, packs: of its share of a step.
         gathered: bytes of the weights that it gathers in a pass over the layers;  summed: of gradients.
     """
@@ -87,10 +90,10 @@ def predict_seconds(
     linear = attention = traffic = 0.0
     for kind in kinds:
         count = kind.share * samples
-        products, heads, attended = _operations(experiment, arithmetic, kind)
+        products, heads, attended = _operations(experiment, arithmetic, kind, recomputed)
         linear += count * (products / linear_rate + heads / heads_rate)
         attention += count * attended / _attention_rate(gpu, backend, kind)
-        traffic += count * _traffic(experiment, arithmetic, kind, fp8)
+        traffic += count * _traffic(experiment, arithmetic, kind, fp8, recomputed, lean)
     if not compiled:
         traffic *= UNCOMPILED
     if fp8 and model.fp8_copies == 1:  # the codes are turned at every backward
@@ -104,15 +107,17 @@ def predict_seconds(
     return Seconds(linear, attention, elementwise, exposed + 2 * summed * share / link)
 
 
-def _operations(experiment: Experiment, arithmetic: Arithmetic, kind: Kind) -> tuple[float, float, float]:
+def _operations(
+    experiment: Experiment, arithmetic: Arithmetic, kind: Kind, recomputed: float
+) -> tuple[float, float, float]:
     """(of the layers' products, of the output layer, of attention) of one sample, with what is recomputed."""
     a, text, generation = arithmetic, [kind.text], [kind.generation]
     products, attended = a.linear_flops(text, generation), a.attention_flops(text, generation)
-    how = experiment.model.checkpoint_activations
-    if how:  # a forward again of the towers that gradients pass through
+    if recomputed:  # a forward again of the towers that gradients pass through
         again = replace(a, understanding="frozen" if a.understanding_learns else "cached", generation="frozen")
-        products += again.linear_flops(text, generation)
-        attended += again.attention_flops(text, generation) if how is True else 0
+        products += recomputed * again.linear_flops(text, generation)
+        if experiment.model.checkpoint_activations is True:
+            attended += recomputed * again.attention_flops(text, generation)
     # Logits are made once more in backward.
     heads = 2 * a.hidden * a.vocabulary * (PASSES[a.understanding] + 1) * kind.labelled
     return products, heads, attended
@@ -126,7 +131,9 @@ def _attention_rate(gpu: Gpu, backend: Backend, kind: Kind) -> float:
     return 1e12 * best * tokens / (tokens + HALF_RATE_TOKENS)
 
 
-def _traffic(experiment: Experiment, arithmetic: Arithmetic, kind: Kind, fp8: bool) -> float:
+def _traffic(
+    experiment: Experiment, arithmetic: Arithmetic, kind: Kind, fp8: bool, recomputed: float, lean: bool
+) -> float:
     """Bytes that element-wise kernels, norms and LoRA's thin products read and write for one sample, in all layers."""
     a, tuning = arithmetic, experiment.tuning
     # Two norms and two sums with the stream; norms and rotary of queries and keys; the gate.
@@ -145,6 +152,11 @@ def _traffic(experiment: Experiment, arithmetic: Arithmetic, kind: Kind, fp8: bo
         adapted = tuning.method in ("lora", "hybrid") and tower in tuning.towers
         once = ITEM_BYTES * (forward + lora * adapted) + (ITEM_BYTES + FP8_BYTES) * rounded * fp8
         back = ITEM_BYTES * (forward + lora * adapted) * 2 + (ITEM_BYTES + FP8_BYTES) * rounded_back * fp8
-        again = bool(experiment.model.checkpoint_activations)
-        found += tokens * (once if effort == "frozen" else once * (1 + again) + back)
+        if effort == "frozen":
+            found += tokens * once
+            continue
+        again = recomputed * once
+        if lean:  # two norms and the gate
+            again += (1 - recomputed) * ITEM_BYTES * (4 * a.hidden + 3 * a.intermediate)
+        found += tokens * (once + again + back)
     return a.layers * found

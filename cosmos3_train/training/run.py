@@ -13,7 +13,8 @@ import logging
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,7 +23,17 @@ from typing import Literal
 import lightning
 import torch
 
-from cosmos3_train.config import Experiment, Loaded, UserError, flatten, from_plain, read_yaml, to_plain, to_yaml
+from cosmos3_train.config import (
+    Experiment,
+    Loaded,
+    UserError,
+    first_line,
+    flatten,
+    from_plain,
+    read_yaml,
+    to_plain,
+    to_yaml,
+)
 from cosmos3_train.data.conversations import ConversationDataset
 from cosmos3_train.data.files import write_whole
 from cosmos3_train.data.reader import PreparedDataset
@@ -176,7 +187,8 @@ def train(
 
 
 def _carry_out(loaded: Loaded, evaluate: Evaluate | None, deliver: Deliver | None, watch: Watch | None) -> Ended:
-    run = build(loaded)
+    with _memory_named(loaded.experiment, lambda: "while the model was loaded"):
+        run = build(loaded)
     if not _fit(run, evaluate, watch):
         return "interrupted"
     if deliver is not None and is_first_rank():
@@ -208,12 +220,31 @@ def _fit(run: Run, evaluate: Evaluate | None, watch: Watch | None) -> bool:
     )
     trainer = make_trainer(run.experiment, run.device, loop)
     try:
-        trainer.fit(run.module, datamodule=data)
+        with _memory_named(run.experiment, lambda: f"in step {run.module.position.step + 1}"):
+            trainer.fit(run.module, datamodule=data)
     except TrainingFailed as error:
         if is_first_rank():
             write_status(run.folder, "failed", run.module.position.step, run.experiment.training.steps, str(error))
         raise
     return not loop.interrupted
+
+
+@contextmanager
+def _memory_named(experiment: Experiment, when: Callable[[], str]) -> Iterator[None]:
+    """Make of a GPU whose memory runs out one line with what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        model, budget = experiment.model, experiment.training.tokens_per_micro_batch
+        helps = [f"a smaller training.tokens_per_micro_batch (now {budget})"]
+        if model.base_precision != "fp8" or model.fp8_copies > 1:
+            helps.append("model.base_precision=fp8 with model.fp8_copies=1")
+        if model.checkpoint_activations not in (True, "auto"):
+            helps.append("model.checkpoint_activations=auto")
+        raise TrainingFailed(
+            f"the GPU's memory ran out {when()} ({torch.cuda.max_memory_allocated() / 2**30:.1f} GiB were in use); "
+            f"what helps: {', '.join(helps)}; 'cosmos3 plan' says what fits. {first_line(error)}"
+        ) from error
 
 
 def _tell_interrupted(loaded: Loaded) -> None:

@@ -38,7 +38,7 @@ def test_a_robots_log_is_looked_at_and_a_set_that_is_not_here_fills_the_canvas(p
     code, out, _ = plan("nano_policy_lora", "--gpu", "h100-80g", *NANO)
     assert code == 0 and "it fits: " in out
     assert "policy: 62 generation and 46 text tokens (its longest)" in out, "5 × 3 × 3 video and 17 action tokens"
-    assert "understanding tower's layers, bf16" in out and "model.checkpoint_activations=false" in out
+    assert "understanding tower's layers, bf16" in out and "layers recomputed" not in out
     code, out, _ = plan("nano_video_warehouse_operations_scenes", "--gpu", "h100-80g", "--gpus", "2", *NANO)
     assert code == 0 and "between GPUs" in out
     assert "6,240 generation and 180 text tokens (not on this disk: frames of 16:9)" in out

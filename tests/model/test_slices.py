@@ -100,6 +100,7 @@ CASES = {
     "joint": (TINY, {"joint_layers": True, "gradient_checkpointing": True}, TASKS),
     "recomputed": (TINY, {"gradient_checkpointing": True}, TASKS),
     "attention kept": (TINY, {"gradient_checkpointing": True, "keep_attention": True}, TASKS),
+    "lean, the last layer kept": (TINY, {"gradient_checkpointing": True, "kept_layers": 1, "lean": True}, TASKS),
     "short": (TINY, {}, ("text_to_image",)),
     "no text learnt": (TINY, {}, TASKS),
     "no text learnt, edge": (EDGE, {"joint_layers": True}, TASKS),

@@ -64,7 +64,9 @@ def test_one_pack_has_the_gradient_of_its_samples_alone(project, one_pack):
 
 
 @pytest.mark.parametrize(
-    ("budget", "checkpointed"), [(150, False), (80, False), (150, True)], ids=["few", "many", "checkpointed"]
+    ("budget", "checkpointed"),
+    [(150, False), (80, False), (150, True), (150, "but_products")],
+    ids=["few", "many", "checkpointed", "lean"],
 )
 def test_cut_into_packs_the_gradient_and_the_losses_are_the_same(project, one_pack, tmp_path, budget, checkpointed):
     module = perturb(make_module(project / "model", budget=budget, checkpoint_activations=checkpointed))

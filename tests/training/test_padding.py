@@ -66,7 +66,7 @@ def test_with_padding_every_layer_has_a_gradient_and_the_rule_says_which_are_non
             assert difference(value, before) < 1e-5 if before is not None else float(value.norm()) == 0, name
 
 
-@pytest.mark.parametrize("checkpointed", [False, True, "but_attention"])
+@pytest.mark.parametrize("checkpointed", [False, True, "but_attention", "but_products"])
 def test_both_towers_a_layer_at_a_time_compute_the_same(project, checkpointed):
     module = perturb(make_module(project / "model", budget=150, checkpoint_activations=checkpointed))
     batch = StepBatch(0, mixed_samples())

@@ -1,0 +1,136 @@
+"""How many layers keep what they have computed for backward, and how many compute it again: `checkpoint_activations` of
+`auto`.
+
+Memory that a run leaves free is time that it pays twice. So the first step is tried before it is made: with nearly
+all layers recomputed, with two more that keep theirs, and from what those two took follows how many the device holds.
+Where it does not hold all, the layers become lean, which costs little, and are counted once more. It is the last layers
+that keep theirs: backward comes to them first, and has freed them when it recomputes the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from cosmos3_train.model.omni import Cosmos3PackedTransformer
+from cosmos3_train.training.strategy import largest
+from cosmos3_train.types import PackedSequence
+
+logger = logging.getLogger(__name__)
+
+MARGIN = 0.03
+"""Of what the process may allocate, for what the allocator cannot fill."""
+
+TRIED = (1, 3)
+"""Layers that keep theirs in the two trials. The first is not without any: a layer that is recomputed takes as much as
+one that keeps its own while it is at work, so between none and one the largest moment hardly changes."""
+
+GIVEN_UP = 12
+"""Where memory runs out all the same, a layer of so many gives up what it keeps."""
+
+Measure = Callable[[int], int | None]
+"""The largest number of bytes allocated in a step with so many layers keeping theirs; None where memory ran out."""
+
+
+def settle(
+    backbone: Cosmos3PackedTransformer,
+    device: torch.device,
+    accumulate: Callable[[Sequence[PackedSequence], int], object],
+    packs: Sequence[PackedSequence],
+    passes: int,
+    budget: int,
+    *,
+    together: bool,
+) -> None:
+    """Let as many layers of a backbone keep what they compute as the device has room for. Leaves gradients behind.
+
+    Args:
+        accumulate: forward and backward of packs, in so many passes;  packs, passes: of the step to come
+        budget: tokens that a micro-batch may have
+        together: ranks exchange something in a pass, so all make the same ones, and memory that runs out ends the run
+    """
+    # Two micro-batches: while a later one is at work, the gradients of the first are there.
+    passes = min(passes, 2)
+    packs = sorted(packs, key=lambda pack: pack.tokens, reverse=True)[:passes]
+    before = torch.cuda.memory_allocated(device)
+
+    def measure(kept: int) -> int | None:
+        backbone.kept_layers = kept
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        try:
+            accumulate(packs, passes)
+        except torch.OutOfMemoryError:
+            if together:
+                raise
+            return None
+        return torch.cuda.max_memory_allocated(device)
+
+    measure(0)  # compiles, and makes whatever stays
+    fullest = max(pack.generation_spans.total or pack.tokens for pack in packs)
+    layers, room, fuller = len(backbone.layers), _room(device), max(1.0, budget / fullest)
+    for backbone.lean in (False, True):
+        kept = most_that_fit(measure, layers, room, before, fuller, try_it=not together)
+        backbone.kept_layers = -largest([-kept], "how many layers keep their activations")[0]
+        if backbone.kept_layers == layers:
+            break
+    torch.cuda.empty_cache()
+    logger.info("model.checkpoint_activations is auto: %s", describe_recomputed(backbone))
+
+
+def most_that_fit(
+    measure: Measure, layers: int, room: int, before: int, fuller: float = 1.0, *, try_it: bool = True
+) -> int:
+    """How many of `layers` may keep what they have computed.
+
+    Args:
+        room: bytes that may be allocated;  before: those that are, before the step
+        fuller: micro-batches to come have up to so many times the tokens of those that are measured
+        try_it: measure the answer too, and give way where it does not fit
+    """
+    tried = [measure(min(count, layers)) for count in TRIED]
+    if any(bytes is None for bytes in tried):
+        return 0
+    one, three = (bytes or 0 for bytes in tried)
+    layer = max(1, three - one) / (TRIED[1] - TRIED[0]) * fuller
+    spare = room - before - (one - before) * fuller
+    count = min(layers, max(0, TRIED[0] + math.floor(spare / layer)))
+    while try_it and count > TRIED[1] and ((found := measure(count)) is None or found > room):
+        count = int(count * 0.9)
+    return count
+
+
+def recompute_more(backbone: Cosmos3PackedTransformer) -> bool:
+    """After memory ran out: make layers lean, let fewer keep theirs, then none its attention. False where nothing is
+    left to give up."""
+    if backbone.kept_layers and not backbone.lean:
+        backbone.lean = True
+    elif backbone.kept_layers:
+        backbone.kept_layers = max(0, backbone.kept_layers - max(1, len(backbone.layers) // GIVEN_UP))
+    elif backbone.keep_attention:
+        backbone.keep_attention = False
+    else:
+        return False
+    torch.cuda.empty_cache()
+    logger.warning("memory ran out; now %s", describe_recomputed(backbone))
+    return True
+
+
+def describe_recomputed(backbone: Cosmos3PackedTransformer) -> str:
+    """In words, for the log and the benchmark."""
+    layers, again = len(backbone.layers), backbone.recomputed_layers
+    attention = ", attention kept" if backbone.keep_attention else ""
+    those = ["norms and gates recomputed"] if backbone.lean and again < layers else []
+    if again:
+        those.append(f"{again} of {layers} layers recomputed{attention}")
+    return "; ".join(those) or "activations kept"
+
+
+def _room(device: torch.device) -> int:
+    """Bytes that this process may allocate on a GPU: what is free and what it holds, or the cap that was set on it."""
+    free, total = torch.cuda.mem_get_info(device)
+    cap = torch.cuda.get_per_process_memory_fraction(device) * total
+    return int(min(free + torch.cuda.memory_reserved(device), cap) * (1 - MARGIN))
