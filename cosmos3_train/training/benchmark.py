@@ -37,8 +37,9 @@ logger = logging.getLogger(__name__)
 
 BARE_PACKED = 4
 """Steps of different data that the bare step goes through in turn."""
-BARE_ROUNDS, BARE_STEPS = 3, 8
-"""The bare step's seconds are the median of this many rounds, each the mean of so many steps without a wait between."""
+BARE_ROUNDS, BARE_STEPS, BARE_SECONDS = 3, 8, 5.0
+"""The bare step's seconds are the median of this many rounds, each the mean of so many steps without a wait between, or
+of as many as take so many seconds; but two at least."""
 
 GIB = 2**30
 
@@ -109,8 +110,8 @@ class _Watcher:
 
     def __init__(self) -> None:
         self.times: list[StepTime] = []
-        self.bare_seconds = 0.0
-        self.whole_seconds: float | None = None
+        self.bare = (0.0, 0)
+        self.whole: tuple[float, int] | None = None
         self.run_peak = self.bare_peak = self.whole_peak = 0
         self.done_flops = 0
         self.reasoner_cached = False
@@ -126,7 +127,7 @@ class _Watcher:
         self.how = (backbone.attention_backend, backbone.compiler, describe_recomputed(backbone))
         steps = _steps(run)
         self.samples = run.encoder.encode(steps[0].samples)
-        self.bare_seconds = time_bare_step(run, steps)
+        self.bare = time_bare_step(run, steps)
         self.bare_peak = _peak(run.device)
         self.reasoner_cached = backbone.recall is not None
         arithmetic = run.module.arithmetic.cached() if self.reasoner_cached else run.module.arithmetic
@@ -140,7 +141,7 @@ class _Watcher:
         try:
             read_understanding(backbone, run.loaded.model, run.device)
             backbone.recall = None
-            self.whole_seconds = time_bare_step(run, steps)
+            self.whole = time_bare_step(run, steps)
             self.whole_peak = _peak(run.device)
         except torch.OutOfMemoryError:
             logger.warning("without the reasoner cache the step does not fit on this device, so it is not timed")
@@ -195,11 +196,12 @@ def measure(loaded: Loaded, against: Literal["stock"] | None = None, memory_gib:
         data_wait_share=sum(step.waited for step in times) / sum(step.seconds for step in times),
         warm_up_seconds=max(0.0, sum(step.seconds for step in watcher.times[: first - 1]) - (first - 1) * median),
     )
-    bare = shape.rate("bare step", BARE_ROUNDS * BARE_STEPS, watcher.bare_seconds, watcher.bare_peak)
+    seconds, steps = watcher.bare
+    bare = shape.rate("bare step", steps, seconds, watcher.bare_peak)
     rates, theirs, tried = [ours, bare], None, {}
-    if watcher.whole_seconds is not None:
-        way = "bare step without the reasoner cache"
-        rates.append(shape.rate(way, BARE_ROUNDS * BARE_STEPS, watcher.whole_seconds, watcher.whole_peak))
+    if watcher.whole is not None:
+        seconds, steps = watcher.whole
+        rates.append(shape.rate("bare step without the reasoner cache", steps, seconds, watcher.whole_peak))
     if against == "stock":
         stock = time_stock(loaded.model, experiment.tuning, watcher.samples, device)
         theirs = shape.rate(f"diffusers + PEFT: {stock.way}", stock.steps, stock.seconds, stock.peak_bytes)
@@ -227,8 +229,9 @@ def measure(loaded: Loaded, against: Literal["stock"] | None = None, memory_gib:
     )
 
 
-def time_bare_step(run: Run, steps: Sequence[Any]) -> float:
-    """Seconds of an optimizer step on packs that are on the device: forward, backward, clipping, AdamW."""
+def time_bare_step(run: Run, steps: Sequence[Any]) -> tuple[float, int]:
+    """Seconds of an optimizer step on packs that are on the device (forward, backward, clipping, AdamW), and how many
+    were made."""
     module, device = run.module, run.device
     packed = [module.packer(step) for step in steps]
     ready = [([pack.to(device) for pack in step.packs], module.step_counts(step)) for step in packed]
@@ -244,13 +247,14 @@ def time_bare_step(run: Run, steps: Sequence[Any]) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    make_steps(1)
-    found = []
-    for _ in range(BARE_ROUNDS):
+    def timed(count: int) -> float:
         began = time.perf_counter()
-        make_steps(BARE_STEPS)
-        found.append((time.perf_counter() - began) / BARE_STEPS)
-    return statistics.median(found)
+        make_steps(count)
+        return (time.perf_counter() - began) / count
+
+    make_steps(1)
+    count = max(2, min(BARE_STEPS, round(BARE_SECONDS / timed(1))))
+    return statistics.median(timed(count) for _ in range(BARE_ROUNDS)), BARE_ROUNDS * count
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,13 @@ def test_the_loader_alone(policy, project, tmp_path, capsys):
     assert json.loads(drawn.read_text())["fingerprint"] == "drawn at random", "in a folder that no run reads"
     assert policy("--loader", "--against", "stock") == 2
     assert "nothing to measure it against" in capsys.readouterr().err
+    assert policy("--loader", "--memory", "8") == 2
+    assert "no use for --memory 8" in capsys.readouterr().err
+
+
+def test_a_cap_on_memory_needs_a_gpu(policy, capsys):
+    assert policy("--memory", "23") == 2
+    assert "--memory 23: a cap is set on a GPU's memory, and this run is on the cpu" in capsys.readouterr().err
 
 
 def test_a_second_benchmark_uses_the_log_of_the_first_and_another_geometry_makes_its_own(policy, project):
