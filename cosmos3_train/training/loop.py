@@ -25,6 +25,7 @@ from cosmos3_train.training.strategy import (
     any_rank,
     data_rank,
     from_all_ranks,
+    largest,
     meet,
     wait_for_first_rank,
 )
@@ -83,30 +84,54 @@ class RunLoop(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         assert self._throughput is not None
-        meet(f"the samples of step {self.module.position.step + 1}")
+        meet(f"the samples of step {self.module.coming + 1}")
         self._throughput.start()
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        training, step = self.training, self.module.position.step
+        module = self.module
         assert self._bar is not None and self._throughput is not None
-        report = self.module.report
-        if report.skipped:
-            assert self.module.packed is not None
-            keep_skipped(self.folder, self.module.packed, report.gradient_norm)
-            self._write(self.module.position.step + 1, {SKIPPED: self.module.position.skipped})
-            self.module.require_progress()
-        time = self._throughput.stop(report.tokens, report.samples, report.flops, self.module.own_time.seconds)
+        if self._due(module.coming):
+            module.conclude()
+        self._keep_left_out()
+        report = module.report
+        time = self._throughput.stop(report.tokens, report.samples, report.flops, module.own_seconds)
         if self.watch is not None:
             self.watch(time)
         if self._saving is not None:
             self._saving.check()
-        self._bar.advance(step)
+        stop = bool(largest([int(self._asked_to_stop)], "whether to stop")[0])
+        if stop:
+            module.conclude()
+            self._keep_left_out()
+        self._bar.advance(module.coming)
+        if module.coming == module.position.step:
+            self._at_border(trainer, stop)
+
+    def _due(self, step: int) -> bool:
+        """Whether something is to be done once the run stands at this step, so that it must be known to."""
+        training = self.training
+        every = (training.log_every_n_steps, training.checkpoint_every_n_steps, training.evaluate_every_n_steps)
+        return step >= training.steps or any(number and step % number == 0 for number in every)
+
+    def _keep_left_out(self) -> None:
+        """Keep the batches of skipped steps, and end a run that has nothing else."""
+        for left_out in self.module.left_out:
+            keep_skipped(self.folder, left_out.packed, left_out.norm)
+            self._write(self.module.position.step + 1, {SKIPPED: left_out.skipped})
+        if self.module.left_out:
+            self.module.left_out.clear()
+            self.module.require_progress()
+
+    def _at_border(self, trainer: lightning.Trainer, stop: bool) -> None:
+        """What is to be done where the run stands."""
+        assert self._throughput is not None
+        training, step = self.training, self.module.position.step
         last, made = step >= training.steps, not self.module.report.skipped
         if last or (made and step % training.log_every_n_steps == 0):
             self._log(step)
-        self.interrupted = not last and any_rank(self._asked_to_stop, self.module.device)
+        self.interrupted = stop and not last
         due = made and training.checkpoint_every_n_steps and step % training.checkpoint_every_n_steps == 0
         if last or self.interrupted or due:
             self._save(trainer, last or self.interrupted)

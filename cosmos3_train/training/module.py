@@ -57,7 +57,8 @@ class TrainingFailed(RuntimeError):
 @dataclass
 class StepReport:
     """What a step measured, for the log: mean losses by modality (those that occurred), norm, rate; also tokens and
-    samples of this process's share, or of its context group's, and the floating-point operations that it must do."""
+    samples of this process's share, or of its context group's, and the floating-point operations that it must do.
+    Losses, norm and whether it was skipped are known once the device has made it."""
 
     losses: dict[str, float] = field(default_factory=dict)
     total: float = math.nan
@@ -68,6 +69,30 @@ class StepReport:
     flops: int = 0
     packs: int = 0
     skipped: bool = False
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A step that was skipped, with its gradient's norm, and the number of those skipped until then."""
+
+    packed: PackedStep
+    norm: float
+    skipped: int
+
+
+@dataclass(frozen=True)
+class _Queued:
+    """A step that the device is making: what it will have found, and what is kept until then.
+
+    found: the gradient's norm and whether it was skipped, on its way to the host;  ready: when it has come (None: it is
+        there)
+    """
+
+    packed: PackedStep
+    found: Tensor
+    ready: torch.cuda.Event | None
+    learning_rate: float
+    own_time: OwnTime
 
 
 class PostTraining(lightning.LightningModule):
@@ -107,10 +132,14 @@ class PostTraining(lightning.LightningModule):
         decay = experiment.training.ema_decay
         self.average = Average(trainables.parameters, decay) if decay and to_train else None
         self.position = Position()
-        self.packed: PackedStep | None = None
-        """The last step's, until the next one is made."""
         self.report = StepReport()
-        self.own_time = OwnTime()
+        self.runs_ahead = zero is None and backbone.device.type == "cuda"
+        """Whether a step is left to the device until something asks what it has come to."""
+        self.own_seconds = 0.0
+        """Of the passes of the last step that was concluded."""
+        self.left_out: list[LeftOut] = []
+        """Steps that were skipped, until whoever keeps them has taken them."""
+        self._queued: _Queued | None = None
         self._compared_ranks = False
         self._unsettled = experiment.model.checkpoint_activations == "auto"
         self._left_out: frozenset[Reach] = frozenset()
@@ -118,26 +147,69 @@ class PostTraining(lightning.LightningModule):
     # -------------------------------------------------------------------------------------------- the step
 
     def training_step(self, batch: StepBatch | PackedStep, batch_idx: int) -> None:
-        """One optimizer step on this rank's share of the step's samples."""
-        assert batch.step == self.position.drawn, "the loader and the run disagree about where they are"
+        """One optimizer step on this rank's share of the step's samples. Where it `runs_ahead` it is queued and not
+        waited for: while the device makes it, the host prepares the next. `conclude` waits for what it comes to."""
+        assert batch.step == self.drawn, "the loader and the run disagree about where they are"
         step = self.packer(batch) if isinstance(batch, StepBatch) else batch
         counts = self.step_counts(step)
         passes = self._passes(step)
+        own_time = OwnTime()
         with peers("what ranks exchange in a step") if self._in_step else nullcontext():
             self._settle_once(step, counts, passes)
-            self.own_time.begin(self.device)
+            own_time.begin(self.device)
             sums = self._accumulate_in_room(step, counts, passes)
-        self.own_time.end()
-        self._descend(batch.step)
-        self.report = replace(
-            self.report,
+        own_time.end()
+        self.conclude()  # the step before, which decides the learning rate of this one
+        self._queued = self._descend(step, own_time)
+        self.report = StepReport(
+            learning_rate=self._queued.learning_rate,
             tokens=sum(p.tokens for p in step.packs),
             samples=step.samples,
             flops=self.arithmetic.step_flops(step.packs) // self.sharing,
             packs=len(step.packs),
         )
         self._sums, self._counts = sums, counts
-        self.packed = step
+        if not self.runs_ahead:
+            self.conclude()
+
+    def conclude(self) -> None:
+        """Wait for what the queued step has come to, if there is one, and move the position on."""
+        queued, self._queued = self._queued, None
+        if queued is None:
+            return
+        if queued.ready is not None:
+            queued.ready.synchronize()
+        norm, skipped = queued.found.tolist()
+        drawn = self.position.drawn
+        if skipped:
+            usual, spike = self.position.usual_norm, self.experiment.optimizer.spike
+            above = f", over {spike:g} times the usual {usual:.3g} (optimizer.spike)" if math.isfinite(norm) else ""
+            words = "step %d: gradient norm is %.3g%s; draw %d is skipped"
+            logger.warning(words, self.position.step + 1, norm, above, drawn)
+        elif self.average is not None:
+            self.average.update(self.trainables.parameters)
+        self.position = Position(
+            step=self.position.step + int(not skipped),
+            drawn=drawn + 1,
+            samples=self.position.samples + self.experiment.training.samples_per_step,
+            skipped=self.position.skipped + int(skipped),
+            skipped_in_a_row=self.position.skipped_in_a_row + 1 if skipped else 0,
+            **looked_at(self.position, norm),
+        )
+        if skipped:
+            self.left_out.append(LeftOut(queued.packed, norm, self.position.skipped))
+        self.report = replace(self.report, gradient_norm=norm, skipped=bool(skipped))
+        self.own_seconds = queued.own_time.seconds
+
+    @property
+    def drawn(self) -> int:
+        """Steps that were drawn, the queued one among them."""
+        return self.position.drawn + (self._queued is not None)
+
+    @property
+    def coming(self) -> int:
+        """Where the run will stand once the queued step is made, unless that is skipped."""
+        return self.position.step + (self._queued is not None)
 
     def _settle_once(self, step: PackedStep, counts: Tensor, passes: int) -> None:
         """Before the first step: see how much the device lets the layers keep, where `auto` asks for it."""
@@ -258,7 +330,7 @@ class PostTraining(lightning.LightningModule):
         objective = self.experiment.objective
         return {"video": objective.video, "action": objective.action, "sound": objective.sound, TEXT: objective.text}
 
-    def _descend(self, drawn: int) -> None:
+    def _descend(self, packed: PackedStep, own_time: OwnTime) -> _Queued:
         """Sum gradients over ranks, clip, step. A gradient that is not finite, or a spike, leaves weights, moments and
         schedule alone."""
         config, training = self.experiment.optimizer, self.experiment.training
@@ -282,24 +354,13 @@ class PostTraining(lightning.LightningModule):
         if self.zero is not None:
             set_learning_rate(self.zero.base, self.position.step, training.steps, config)
             self.zero.step(measured, config.clip, self._left_out, skip)
-        norm, skipped = torch.stack([measured.to(skip), skip]).tolist()
-        made = not skipped
-        if not made:
-            above = f", over {config.spike:g} times the usual {self.position.usual_norm:.3g} (optimizer.spike)"
-            reason = above if math.isfinite(norm) else ""
-            words = "step %d: gradient norm is %.3g%s; draw %d is skipped"
-            logger.warning(words, self.position.step + 1, norm, reason, drawn)
-        elif self.average is not None:
-            self.average.update(self.trainables.parameters)
-        self.position = Position(
-            step=self.position.step + int(made),
-            drawn=drawn + 1,
-            samples=self.position.samples + training.samples_per_step,
-            skipped=self.position.skipped + int(not made),
-            skipped_in_a_row=0 if made else self.position.skipped_in_a_row + 1,
-            **looked_at(self.position, norm),
-        )
-        self.report = StepReport(gradient_norm=norm, learning_rate=rate, skipped=not made)
+        found = torch.stack([measured.to(skip), skip])
+        if self.device.type != "cuda":
+            return _Queued(packed, found, None, rate, own_time)
+        there = torch.empty(found.shape, dtype=found.dtype, pin_memory=True).copy_(found, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        return _Queued(packed, there, ready, rate, own_time)
 
     def _compare_ranks_once(self, parameters: list[nn.Parameter], norm: Tensor) -> None:
         if not self._compared_ranks and bool(norm.isfinite()):

@@ -141,7 +141,7 @@ class StepTime:
     seconds: from the end of the step before, so reading, logging and everything around the step is in it
     waited:  seconds of these in which the loader had nothing ready (and Lightning's own moments)
     tokens, samples: of this process's share, or of its context group's;  flops: that this process must do
-    own:     seconds of these that went into its own forward and backward passes
+    own:     seconds that went into its own forward and backward passes; on a GPU of the step before
     """
 
     seconds: float
@@ -182,7 +182,8 @@ class OwnTime:
 class Throughput:
     """The times of steps, gathered between two lines of the log.
 
-    A step ends when the host knows its gradient's norm, which waits for the device, so the host's clock is the step's.
+    On a GPU a step ends when the host has queued it and knows what the one before has come to, so the host is one step
+    ahead of the device at most, and its clock is the steps', if not exactly each one's.
     """
 
     def __init__(self, device: torch.device) -> None:
