@@ -341,7 +341,7 @@ def test_a_killed_index_goes_on(tmp_path, monkeypatch):
 
 
 def test_a_picture_that_was_missing_is_taken_when_it_comes(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("cosmos3_train.data.talk_index.MOST_MISSING", 3)
+    monkeypatch.setattr("cosmos3_train.data.talk_index.MOST_FAULTY", 3)
     source, folder = tmp_path / "set", tmp_path / "index"
     source.mkdir()
     names = ["a.png", "b.png", "b.png", "x\0.png", f"{'y' * 5000}.png", *(f"c/{number}.png" for number in range(4))]
@@ -354,8 +354,8 @@ def test_a_picture_that_was_missing_is_taken_when_it_comes(tmp_path, monkeypatch
             index_talks(CARD, source, folder)
     (source / "a.png").write_bytes(picture_bytes(0, form="PNG"))
     assert index_talks(CARD, source, folder).rows.num_rows == 1
-    told = json.loads((folder / "card.json").read_text())["missing"]
-    assert told == {"rows": 8, "first": ["b.png", "x\0.png", "c/0.png"]}
+    told = json.loads((folder / "card.json").read_text())["faulty"]
+    assert told == {"b.png": [], "x\0.png": [], "c/0.png": []}
     monkeypatch.setattr(logging.getLogger("cosmos3_train"), "propagate", True)  # a command's test turns it off
     with caplog.at_level("INFO", "cosmos3_train"):
         dataset = open_conversations(CARD, source, folder)
@@ -363,10 +363,30 @@ def test_a_picture_that_was_missing_is_taken_when_it_comes(tmp_path, monkeypatch
     (source / "b.png").write_bytes(picture_bytes(1, form="PNG"))
     with caplog.at_level("INFO", "cosmos3_train"):
         assert open_conversations(CARD, source, folder, settled=True).count("train") == 1
-    assert "pictures that were missing are there by now; cosmos3 prepare takes them in" in caplog.text
+    assert "pictures that were left out have come or changed; cosmos3 prepare looks again" in caplog.text
     index = index_talks(CARD, source, folder)
     assert (index.reused, index.rows.num_rows, index.dropped) == (False, 3, {"a picture is missing": 6})
     assert index_talks(CARD, source, folder).reused
+
+
+def test_a_picture_that_could_not_be_read_is_taken_when_it_is_mended(tmp_path):
+    source, folder = tmp_path / "set", tmp_path / "index"
+    source.mkdir()
+    (source / "here.png").write_bytes(picture_bytes(0, form="PNG"))
+    (source / "cut.png").write_bytes(picture_bytes(1, form="PNG")[:20])
+    write_video(source / "film.mp4", frames=1)
+    rows = [{"messages": [ASK, SAY], "image": name} for name in ("here.png", "cut.png")]
+    rows.append({"messages": [{**ASK, "content": "What?"}, SAY], "video": "film.mp4"})
+    (source / "talk.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    index = index_talks(CARD, source, folder, measure=Area())
+    assert (index.rows.num_rows, index.dropped) == (1, {"a picture cannot be read": 2})
+    assert index_talks(CARD, source, folder, measure=Area()).reused
+    (source / "cut.png").write_bytes(picture_bytes(1, form="PNG"))
+    assert index_talks(CARD, source, folder, measure=Area()).rows.num_rows == 2
+    (source / "film.mp4").unlink()  # as a copy does that is whole or not there
+    write_video(source / "film.mp4", frames=8)
+    index = index_talks(CARD, source, folder, measure=Area())
+    assert (index.reused, index.rows.num_rows, index.dropped) == (False, 3, {})
 
 
 def test_unfinished_blocks_see_a_picture_that_came_and_fresh_begins_anew(tmp_path, monkeypatch):
