@@ -79,8 +79,11 @@ def read_part(path: Path, offset: int, size: int) -> bytes:
 
 
 def split_place(root: Path, place: str) -> tuple[Path, str]:
-    """The file of a place of a log, and what inside of it the place is: "" for the whole file."""
+    """The file of a place of a log, and what inside of it the place is: "" for the whole file, also for one whose own
+    name holds '#'."""
     file, _, inside = place.partition("#")
+    if "#" in place and not os.path.exists(root / file) and os.path.isfile(root / place):
+        return root / place, ""
     return root / file, inside
 
 

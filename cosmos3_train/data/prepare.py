@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ import torch
 
 from cosmos3_train.config import Clips, Embodiment, UserError, flatten, numbered, to_plain
 from cosmos3_train.data.actions import Normaliser
+from cosmos3_train.data.archives import split_place
 from cosmos3_train.data.blocks import (
     Plan,
     count_sounding,
@@ -250,14 +252,14 @@ def _log_digest(log: Log | ClipLog) -> str:
         media = {episode.data_file for episode in log.episodes}
         media |= {place.path for episode in log.episodes for place in episode.video.values()}
         media |= read_besides(log)
-    files = {name.partition("#")[0] for name in media}
+    files = {name.removesuffix(f"#{inside}") if (inside := split_place(log.root, name)[1]) else name for name in media}
     tail = TAIL if len(files) <= MANY else 0
     for name in sorted(media | files):
         if name not in files:  # a place inside one of the files
             digest.update(f"{name}\0".encode())
             continue
         path = log.root / name
-        size = path.stat().st_size if path.is_file() else -1
+        size = path.stat().st_size if os.path.isfile(path) else -1  # any name, see `ClipLog._record`
         digest.update(f"{name}\0{size}\0".encode())
         if size > 0 and tail:
             with path.open("rb") as file:

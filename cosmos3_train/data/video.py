@@ -56,14 +56,14 @@ def frames_at(
         size: (H, W) that videos are resized to; None leaves them as they are.
     """
     path, inside = archives.split_place(root, place)
-    if not is_video(place):
+    if not is_video(root, place):
         return read_pictures(path, inside, timestamps)
     return decode_frames(path, timestamps, inside, size)
 
 
-def is_video(place: str) -> bool:
+def is_video(root: Path, place: str) -> bool:
     """Whether a place of a log is a video, of its own or in an archive; else its pictures are stored one by one."""
-    path, inside = archives.split_place(Path(), place)
+    path, inside = archives.split_place(root, place)
     return not inside or path.suffix == archives.SUFFIX
 
 

@@ -181,6 +181,22 @@ def test_videos_that_are_missing_or_broken_are_counted(tmp_path):
     assert json.loads((tmp_path / "out" / "card.json").read_text())["examples"] == summary.examples
 
 
+def test_names_that_hold_what_sets_places_in_archives_apart(tmp_path):
+    files = {"videos/a#2.mp4": mp4(9, 200), "videos/b#1@0+4.mp4": mp4(9, 100)}
+    write_files(tmp_path, files)
+    write_rows(tmp_path / "rows.jsonl", [row(stem, 9, "words") for stem in ("a#2", "b#1@0+4", "n" * 300)])
+    summary = prepared(tmp_path, tmp_path / "out", heldout_fraction=0.0)
+    assert summary.windows["train"] == 2 and summary.dropped == {NO_VIDEO: 1}
+    dataset = PreparedDataset(tmp_path / "out", None)
+    assert [numbers(dataset.frames(row))[0] for row in dataset.iter_rows()] == [200, 100]
+    (tmp_path / "videos" / "a#2.mp4").write_bytes(mp4(10, 200))
+    with pytest.raises(UserError, match="the log has changed since"):
+        prepared(tmp_path, tmp_path / "out", heldout_fraction=0.0)
+    (tmp_path / "rows.jsonl").rename(tmp_path / "rows#1.jsonl")
+    with pytest.raises(UserError, match=r"rows#1\.jsonl: '#' in its name .*; rename it"):
+        prepared(tmp_path, tmp_path / "out", heldout_fraction=0.0)
+
+
 def test_a_gap_in_a_clips_times(tmp_path):
     frames, file = mp4(13), tmp_path / "videos" / "a.mp4"
     write_files(tmp_path, {"videos/whole.mp4": frames})

@@ -8,6 +8,7 @@ sets hold some of each kind. Only a set of which nothing is left is one.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -116,10 +117,11 @@ class ClipLog:
         documents = self.documents(clip)
         if not documents:
             self.caption(clip, documents)  # raises unless the card says it itself: of some nothing is said
-        if not (self.root / clip.place.partition("#")[0]).is_file():
+        path, inside = split_place(self.root, clip.place)
+        if not os.path.isfile(path):  # which takes any name: `Path.is_file` raises where it is too long for a file's
             raise Unusable(NO_VIDEO, f"{self.root / clip.place} is missing")
         try:
-            video = video_times(*split_place(self.root, clip.place))
+            video = video_times(path, inside)
         except UserError as error:
             raise Unusable(UNREADABLE, str(error)) from None
         found, counts, examples = [], Counter[str](), {}

@@ -50,6 +50,9 @@ def open_jsonl(card: DatasetCard, source: Path) -> JsonlLog:
     files = sorted(root.glob(pattern)) if source.is_dir() else [source]
     if not files or not all(file.is_file() for file in files):
         raise UserError(f"{source}: no file of rows ({pattern}) is there; fetch the set, or name one with --source")
+    for file in files:
+        if "#" in file.relative_to(root).as_posix():
+            raise UserError(f"{file}: '#' in its name separates a file of rows from its lines here; rename it")
     clips: list[Clip] = []
     for file in files:
         clips += [_clip(card, root, file, line, len(clips) + place) for place, line in enumerate(read_json_lines(file))]

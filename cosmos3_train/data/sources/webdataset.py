@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cosmos3_train.config import UserError, nearest
-from cosmos3_train.data.archives import SUFFIX, list_members, place_of, read_place
+from cosmos3_train.data.archives import SUFFIX, list_members, place_of, read_place, split_place
 from cosmos3_train.data.card import DatasetCard
 from cosmos3_train.data.sources.clips import BAD_TEXT, Clip, ClipLog, parse_document
 from cosmos3_train.data.unusable import Unusable
@@ -47,7 +47,7 @@ class ShardLog(ClipLog):
         """See `ClipLog.documents`: its caption files, the preferred first."""
         read: dict[str, Mapping[str, Any]] = {}
         for place in clip.text:
-            name = _name(place)
+            name = _name(self.root, place)
             try:
                 found = parse_document(read_place(self.root, place), name)
             except UserError as error:
@@ -58,7 +58,7 @@ class ShardLog(ClipLog):
 
     def facts(self, clip: Clip) -> Mapping[str, Any]:
         """See `ClipLog.facts`: also the folder that its file lies in."""
-        return {**super().facts(clip), "folder": Path(clip.place.partition("#")[0]).parent.name}
+        return {**super().facts(clip), "folder": split_place(self.root, clip.place)[0].parent.name}
 
 
 def open_webdataset(card: DatasetCard, source: Path) -> ShardLog:
@@ -124,8 +124,8 @@ def _members(
     """What of the files fits: of a shard the members of these names; a loose file as it is, or of the names `loose`."""
     for path in sorted({path for pattern in files for path in root.glob(pattern) if path.is_file()}):
         file = path.relative_to(root).as_posix()
-        if "#" in file:
-            raise UserError(f"{path}: '#' in a file's name separates an archive from its member here; rename it")
+        if "#" in file and path.suffix == SUFFIX:
+            raise UserError(f"{path}: '#' in an archive's name separates it from its member here; rename it")
         if path.suffix == SUFFIX:
             for member in list_members(path):
                 if any(fnmatchcase(member.name, pattern) for pattern in names):
@@ -134,6 +134,6 @@ def _members(
             yield _Found(file, file, file)
 
 
-def _name(place: str) -> str:
-    file, _, inside = place.partition("#")
-    return inside.rpartition("@")[0] if inside else file
+def _name(root: Path, place: str) -> str:
+    _, inside = split_place(root, place)
+    return inside.rpartition("@")[0] if inside else place
