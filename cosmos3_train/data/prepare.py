@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -35,16 +34,16 @@ from cosmos3_train.data.blocks import (
     values_path,
 )
 from cosmos3_train.data.card import DatasetCard, Filters
-from cosmos3_train.data.files import disk_full_is_the_users, write_whole
+from cosmos3_train.data.files import disk_is_the_users, is_there, write_whole
 from cosmos3_train.data.filters import read_keep_ranges
 from cosmos3_train.data.index import GAP, SPLITS, check_log
+from cosmos3_train.data.output import CARD_FILE, check_output
 from cosmos3_train.data.sources import CLIP_OPENERS, OPENERS, open_clips, open_log
 from cosmos3_train.data.sources.clips import ClipLog
 from cosmos3_train.data.sources.log import Log, left_out_of, read_besides
 from cosmos3_train.data.statistics import FILE as STATISTICS_FILE
 from cosmos3_train.data.statistics import Statistics, compute_moments, draw_histograms
 
-CARD_FILE = "card.json"
 LAYOUT_VERSION = 1
 WORK_VERSION = 3
 """Of the files in a work folder: one that an older version left unfinished is begun anew."""
@@ -104,6 +103,9 @@ def prepare(
     """
     began = time.monotonic()
     source, output = Path(source), Path(output)
+    check_output(output, source)
+    if output.is_symlink():
+        output = output.resolve()  # the folder that it leads to is replaced, on whatever disk that is
     window_stride = contract.step if isinstance(contract, Clips) else window_stride
     _check_settings(card, window_stride, heldout_fraction, workers)
     if isinstance(contract, Clips):
@@ -114,11 +116,11 @@ def prepare(
     settings = _settings(card, contract, log, window_stride, heldout_fraction, seed)
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     work = output.with_name(f".{output.name}.preparing")
-    done = _already_prepared(output, settings, fingerprint, fresh)
-    if done is not None:
-        shutil.rmtree(work, ignore_errors=True)
-        return _summary(output, done, began, reused=True)
-    with disk_full_is_the_users(output):
+    with disk_is_the_users(output):
+        done = _already_prepared(output, settings, fingerprint, fresh)
+        if done is not None:
+            shutil.rmtree(work, ignore_errors=True)
+            return _summary(output, done, began, reused=True)
         open_work_folder(work, f"{fingerprint} {WORK_VERSION}")
         try:
             plan, short = make_plan(card, contract, log, source, work, window_stride, heldout_fraction, seed)
@@ -259,7 +261,7 @@ def _log_digest(log: Log | ClipLog) -> str:
             digest.update(f"{name}\0".encode())
             continue
         path = log.root / name
-        size = path.stat().st_size if os.path.isfile(path) else -1  # any name, see `ClipLog._record`
+        size = path.stat().st_size if is_there(path) else -1
         digest.update(f"{name}\0{size}\0".encode())
         if size > 0 and tail:
             with path.open("rb") as file:
@@ -272,8 +274,6 @@ def _already_prepared(output: Path, settings: dict[str, Any], fingerprint: str, 
     """The card of a folder that is as wanted; None where there is work to do."""
     if not output.exists():
         return None
-    if not output.is_dir() or (not (output / CARD_FILE).exists() and any(output.iterdir())):
-        raise UserError(f"{output}: exists and is not a prepared folder; choose another output")
     if not (output / CARD_FILE).exists():
         output.rmdir()
         return None

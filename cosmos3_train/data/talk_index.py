@@ -27,8 +27,9 @@ from tqdm import tqdm
 from cosmos3_train.config import UserError, to_plain
 from cosmos3_train.data.blocks import open_work_folder
 from cosmos3_train.data.card import DatasetCard, PictureOptions
-from cosmos3_train.data.files import disk_full_is_the_users, write_whole
-from cosmos3_train.data.sources.conversations import CARD_FILE, TalkSource, open_talks
+from cosmos3_train.data.files import disk_is_the_users, write_whole
+from cosmos3_train.data.output import CARD_FILE, check_output
+from cosmos3_train.data.sources.conversations import TalkSource, open_talks
 from cosmos3_train.data.talk import NoTalk, Talk, parse_talk
 from cosmos3_train.data.talk_pictures import Faulty, Shape, check_there, picture_shape, stamp_of
 from cosmos3_train.data.unusable import Unusable
@@ -122,12 +123,12 @@ def index_talks(
         most_rows: where no index is there, only so many rows are looked at, and nothing is written.
 
     Raises:
-        UserError: a file cannot be read, a JSON line is no conversation, no row can be used, or the prepared folder is
-            the set's.
+        UserError: a file cannot be read, a JSON line is no conversation, no row can be used, or the prepared folder
+            cannot be one (`check_output`).
     """
     talks = open_talks(source)
-    if folder is not None and folder.resolve() == talks.root.resolve():
-        raise UserError(f"{folder}: holds the set itself; name another folder to prepare it in")
+    if folder is not None:
+        check_output(folder, source)
     made_of = _made_of(talks, card.pictures)
     there = None if folder is None else _read(folder, made_of, talks.root, settled=settled)
     counted = "" if measure is None else measure.fingerprint
@@ -144,7 +145,7 @@ def index_talks(
     if folder is None:
         found = _whole([_do_block(work, block) for block in blocks], counted)
         return replace(_refuse_empty(found, source), total=total)
-    with disk_full_is_the_users(folder):
+    with disk_is_the_users(folder):
         beside = folder.with_name(f"{folder.name}.partial")
         beside.parent.mkdir(parents=True, exist_ok=True)
         if fresh:
@@ -205,9 +206,10 @@ def _are_mended(root: Path, faulty: Mapping[str, list[int]]) -> bool:
 
 
 def _write(folder: Path, index: TalkIndex, made_of: str, card: DatasetCard) -> None:
-    """The card last: it says that the index is whole."""
+    """The card last: it says that the index is whole. One of nothing first, by which a folder is known as ours when
+    this is killed: the rows may lie inside a set of such files."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CARD_FILE).unlink(missing_ok=True)
+    write_whole(folder / CARD_FILE, json.dumps({"made_of": "", "counted": ""}).encode())
     write_whole(folder / ROWS_FILE, _parquet_bytes(index.rows))
     content = {"name": card.name, "format": card.format, "made_of": made_of, "counted": index.counted,
                "rows": index.rows.num_rows, "dropped": index.dropped, "examples": index.examples,

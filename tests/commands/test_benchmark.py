@@ -108,6 +108,10 @@ def test_the_loader_alone(policy, project, tmp_path, capsys):
     assert json.loads(drawn.read_text())["fingerprint"] == "drawn at random", "in a folder that no run reads"
     assert policy("--loader", "--against", "stock") == 2
     assert "nothing to measure it against" in capsys.readouterr().err
+    (tmp_path / "file").write_text("mine")
+    for way in ((), ("--loader",)):
+        assert policy(*way, "--output", str(tmp_path / "file")) == 2
+        assert "cannot be made (File exists); choose another folder" in capsys.readouterr().err
 
 
 def test_a_second_benchmark_uses_the_log_of_the_first_and_another_geometry_makes_its_own(policy, project):

@@ -6,6 +6,7 @@ import logging
 import shutil
 import struct
 import zlib
+from pathlib import Path
 from collections import Counter
 from dataclasses import replace
 from random import Random
@@ -436,6 +437,31 @@ def test_what_was_prepared_inside_a_set_is_no_part_of_it(tmp_path):
     for source in (lines, lines / "talk.jsonl"):
         with pytest.raises(UserError, match="holds the set itself; name another folder"):
             index_talks(CARD, source, lines)
+
+
+def test_rows_of_a_command_that_was_killed_are_no_part_of_the_set_they_lie_in(tmp_path, monkeypatch):
+    source, replace_file = write_llava(tmp_path), Path.replace
+
+    def killed(self, target):
+        if target.name == "conversations.parquet":
+            replace_file(self, target)
+            raise KeyboardInterrupt
+        return replace_file(self, target)
+
+    for fresh in (False, True):  # the second over an index that is whole
+        with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+            context.setattr(Path, "replace", killed)
+            index_talks(CARD, source, source / "index", fresh=fresh)
+        index = index_talks(CARD, source, source / "index")
+        assert (index.reused, index.rows.num_rows) == (False, 24)
+
+
+def test_other_peoples_folders_hold_no_index(tmp_path):
+    source = write_llava(tmp_path / "set")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists and is not a prepared folder; choose another"):
+        index_talks(CARD, source, tmp_path / "mine", fresh=True)
 
 
 def test_names_may_hold_a_hash(tmp_path):

@@ -8,7 +8,6 @@ sets hold some of each kind. Only a set of which nothing is left is one.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 from cosmos3_train.config import UserError, nearest
 from cosmos3_train.data.archives import split_place
 from cosmos3_train.data.card import DatasetCard
+from cosmos3_train.data.files import is_there
 from cosmos3_train.data.sound import Track, track_of
 from cosmos3_train.data.unusable import Unusable
 from cosmos3_train.data.video import VideoTimes, video_times
@@ -118,7 +118,7 @@ class ClipLog:
         if not documents:
             self.caption(clip, documents)  # raises unless the card says it itself: of some nothing is said
         path, inside = split_place(self.root, clip.place)
-        if not os.path.isfile(path):  # which takes any name: `Path.is_file` raises where it is too long for a file's
+        if not is_there(path):
             raise Unusable(NO_VIDEO, f"{self.root / clip.place} is missing")
         try:
             video = video_times(path, inside)
