@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cosmos3_train.config import UserError
 from cosmos3_train.data.card import PictureOptions
+from cosmos3_train.data.pixels import TooLarge, check_pixels
 from cosmos3_train.data.talk import Reference
 from cosmos3_train.data.unusable import Unusable
 from cosmos3_train.data.video import decode_frames, opened, video_times
@@ -86,7 +87,7 @@ def picture_shape(root: Path, reference: Reference, options: PictureOptions) -> 
         with _opened(root, reference) as image:
             return Shape((image.height, image.width), None, 0.0, options.image_pixels)
     except (UserError, *_BROKEN) as error:
-        raise _fault(UNREADABLE, reference, error) from None
+        raise _fault(TOO_LARGE if isinstance(error, TooLarge) else UNREADABLE, reference, error) from None
 
 
 def read_picture(root: Path, reference: Reference, options: PictureOptions) -> Picture:
@@ -108,7 +109,7 @@ def read_picture(root: Path, reference: Reference, options: PictureOptions) -> P
             pixels = np.asarray(rgb).transpose(2, 0, 1).copy()
         return Picture(torch.from_numpy(pixels)[None], pixels=options.image_pixels)
     except (UserError, *_BROKEN) as error:
-        raise _fault(UNREADABLE, reference, error) from None
+        raise _fault(TOO_LARGE if isinstance(error, TooLarge) else UNREADABLE, reference, error) from None
 
 
 def _film(root: Path, reference: Reference, options: PictureOptions) -> tuple[tuple[int, ...], float, np.ndarray]:
@@ -122,16 +123,12 @@ def _film(root: Path, reference: Reference, options: PictureOptions) -> tuple[tu
 
 
 def _opened(root: Path, reference: Reference) -> Image.Image:
-    """An image, not decoded yet. Pillow's limit of pixels, over which it warns, is one here: some kilobytes of PNG can
-    hold more than fits into memory."""
+    """An image, not decoded yet."""
     try:
         image = Image.open(root / reference.path if reference.content is None else io.BytesIO(reference.content))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        check_pixels(image.height, image.width, reference.path or "an image")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning, TooLarge) as error:  # Pillow's limit is wider
         raise _fault(TOO_LARGE, reference, error) from None
-    most = Image.MAX_IMAGE_PIXELS
-    if most is not None and image.width * image.height > most:
-        image.close()
-        raise _fault(TOO_LARGE, reference, f"{image.height} x {image.width} pixels, over {most:,}")
     return image
 
 

@@ -23,6 +23,7 @@ from cosmos3_train.config import UserError
 from cosmos3_train.data import archives, torchcodec
 from cosmos3_train.data.kept import KeptFiles
 from cosmos3_train.data.pictures import read_pictures
+from cosmos3_train.data.pixels import MOST_PIXELS, check_pixels
 
 PLAYLISTS = ("hls", "dash", "concat")
 """FFmpeg's formats that are lists of other files."""
@@ -85,7 +86,7 @@ def video_times(path: Path, inside: str = "") -> VideoTimes:
         path, inside: as of `decode_frames`.
 
     Raises:
-        UserError: it is missing or corrupt, or has no frames.
+        UserError: it is missing or corrupt, or has no frames; `TooLarge` for its frames' size.
     """
     container = opened(path, inside)
     stream = container.streams.video[0]
@@ -331,7 +332,13 @@ def _open(path: Path, inside: str) -> InputContainer:
     if codec is None:  # of a kind that FFmpeg does not know, as a damaged header may say
         container.close()
         raise UserError(f"{named(path, inside)}: the video's codec is not known; copy the log again")
+    try:
+        check_pixels(codec.height, codec.width, named(path, inside))
+    except UserError:
+        container.close()
+        raise
     codec.thread_count = 1
+    codec.options = {"max_pixels": str(MOST_PIXELS)}  # a stream may have larger frames than its header says
     return container
 
 

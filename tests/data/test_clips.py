@@ -1,5 +1,6 @@
 """Captioned video without a robot: windows, captions, what is left out and why; killed, resumed and in parallel."""
 
+import io
 import json
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from cosmos3_train.data.sources.clips import (
     NO_CAPTION,
     NO_VIDEO,
     OUTSIDE,
+    TOO_LARGE,
     UNREADABLE,
     Segment,
     Unusable,
@@ -195,6 +197,27 @@ def test_names_that_hold_what_sets_places_in_archives_apart(tmp_path):
     (tmp_path / "rows.jsonl").rename(tmp_path / "rows#1.jsonl")
     with pytest.raises(UserError, match=r"rows#1\.jsonl: '#' in its name .*; rename it"):
         prepared(tmp_path, tmp_path / "out", heldout_fraction=0.0)
+
+
+def test_frames_of_too_many_pixels_are_counted_and_never_decoded(tmp_path):
+    black = av.VideoFrame(8208, 8192, "yuv420p")
+    for plane in black.planes:
+        plane.update(bytes(plane.buffer_size))
+    bomb = io.BytesIO()
+    with av.open(bomb, "w", format="mp4") as made:
+        stream = made.add_stream("libx264", rate=24, options={"preset": "ultrafast", "qp": "40"})
+        stream.width, stream.height, stream.pix_fmt = 8208, 8192, "yuv420p"
+        made.mux([*stream.encode(black), *stream.encode()])
+    assert len(bomb.getvalue()) < 200_000
+    write_files(tmp_path, {"videos/a.mp4": mp4(9), "videos/b.mp4": bomb.getvalue()})
+    write_rows(tmp_path / "rows.jsonl", [row(stem, 9, "words") for stem in "ab"])
+    summary = prepared(tmp_path, tmp_path / "out", heldout_fraction=0.0)
+    assert summary.windows["train"] == 1 and summary.dropped == {TOO_LARGE: 1}
+    assert "b.mp4: 8192 x 8208 pixels, over 67,108,864" in summary.examples[TOO_LARGE]
+    dataset = PreparedDataset(tmp_path / "out", None)
+    (tmp_path / "videos" / "b.mp4").replace(tmp_path / "videos" / "a.mp4")
+    with pytest.raises(UserError, match=r"a\.mp4: 8192 x 8208 pixels, over"):
+        dataset.sample("train", 0, "text_to_video", 0)
 
 
 def test_a_gap_in_a_clips_times(tmp_path):

@@ -6,9 +6,9 @@ import logging
 import shutil
 import struct
 import zlib
-from pathlib import Path
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -21,6 +21,7 @@ from transformers.video_utils import VideoMetadata
 from cosmos3_train.config import UserError
 from cosmos3_train.data.card import DatasetCard, PictureOptions
 from cosmos3_train.data.conversations import open_conversations
+from cosmos3_train.data.image_bytes import decode_images
 from cosmos3_train.data.scan import Scan, scan_talks
 from cosmos3_train.data.talk import NoTalk, Reference, parse_talk
 from cosmos3_train.data.talk_index import index_talks
@@ -486,11 +487,11 @@ def png(width, height, compressed=b""):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", compressed) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("size", [(10_000, 8949), (100_000, 50_000)])  # one over Pillow's limit by little, and by far
+@pytest.mark.parametrize("size", [(8193, 8192), (30_000, 30_000)])  # over ours, and over Pillow's own
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_picture_of_too_many_pixels_is_counted_and_never_decoded(tmp_path, size):
     (tmp_path / "bomb.png").write_bytes(png(*size))
-    (tmp_path / "least.png").write_bytes(png(10_000, 8947))
+    (tmp_path / "least.png").write_bytes(png(8192, 8192))
     rows = [{"messages": [ASK, SAY], "image": name} for name in ("bomb.png", "least.png")]
     (tmp_path / "talk.jsonl").write_text("\n".join(map(json.dumps, rows)))
     index = index_talks(CARD, tmp_path, None, measure=Area())
@@ -502,6 +503,13 @@ def test_a_picture_of_too_many_pixels_is_counted_and_never_decoded(tmp_path, siz
         dataset.sample("train", 0, "conversation", 0)
     found = [finding.kind for finding in scan_talks(dataset.source, CARD.pictures, Scan())]
     assert found == ["a picture has more pixels than are read"]
+
+
+def test_a_log_s_picture_of_too_many_pixels_is_never_decoded():
+    with pytest.raises(UserError, match=r"camera, picture 1: .*Image size .900000000 pixels. exceeds"):
+        decode_images([picture_bytes(0), png(30_000, 30_000)], "camera")
+    with pytest.raises(UserError, match="camera, picture 0: 8193 x 8192 pixels"):
+        decode_images([png(8192, 8193)], "camera")
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -19,6 +19,7 @@ from cosmos3_train.config import UserError, nearest
 from cosmos3_train.data.archives import split_place
 from cosmos3_train.data.card import DatasetCard
 from cosmos3_train.data.files import is_there
+from cosmos3_train.data.pixels import TooLarge
 from cosmos3_train.data.sound import Track, track_of
 from cosmos3_train.data.unusable import Unusable
 from cosmos3_train.data.video import VideoTimes, video_times
@@ -26,6 +27,7 @@ from cosmos3_train.data.video import VideoTimes, video_times
 NO_CAPTION = "clip or caption window without a caption"
 NO_VIDEO = "clip whose video is not there"
 UNREADABLE = "clip whose video cannot be read"
+TOO_LARGE = "clip whose frames have more pixels than are read"
 BAD_TEXT = "clip whose caption file cannot be read"
 OUTSIDE = "caption window that begins beyond its clip or ends before it begins"
 
@@ -123,7 +125,7 @@ class ClipLog:
         try:
             video = video_times(path, inside)
         except UserError as error:
-            raise Unusable(UNREADABLE, str(error)) from None
+            raise Unusable(TOO_LARGE if isinstance(error, TooLarge) else UNREADABLE, str(error)) from None
         found, counts, examples = [], Counter[str](), {}
         for window, where in _windows(documents):
             try:
