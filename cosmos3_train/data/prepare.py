@@ -103,9 +103,6 @@ def prepare(
     """
     began = time.monotonic()
     source, output = Path(source), Path(output)
-    check_output(output, source)
-    if output.is_symlink():
-        output = output.resolve()  # the folder that it leads to is replaced, on whatever disk that is
     window_stride = contract.step if isinstance(contract, Clips) else window_stride
     _check_settings(card, window_stride, heldout_fraction, workers)
     if isinstance(contract, Clips):
@@ -113,6 +110,9 @@ def prepare(
     else:
         log = open_log(card, source)
         check_log(log, card, contract)
+    check_output(output, source)
+    if output.is_symlink():
+        output = output.resolve()  # the folder that it leads to is replaced, on whatever disk that is
     settings = _settings(card, contract, log, window_stride, heldout_fraction, seed)
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     work = output.with_name(f".{output.name}.preparing")

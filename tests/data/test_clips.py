@@ -243,6 +243,14 @@ def test_a_gap_in_a_clips_times(tmp_path):
         ([row("a", 12, "x")], {"frames": 61}, r"left out: 1 × clip or caption window shorter .*\(a: 12 frames\)"),
         ([row("a", 12, "x")], {"captions": []}, r"asked for nothing \(the dataset card names no captions\)"),
         ([{"path": "videos/a.mp4"}], {}, r"rows\.jsonl, line 1: no 'vision_path', the path of its video"),
+        (
+            [row("a", 12, "x")],
+            {"mapping": {"video": 5}},
+            r"mapping\.video is 5; the key of the video's",
+        ),
+        ([row("a", 12, "x")], {"mapping": {"rows": 5}}, r"mapping\.rows is 5, no pattern of files below the source"),
+        ([row("a", 12, "x")], {"mapping": {"rows": "/*"}}, r"mapping\.rows is '/\*', no pattern of files below"),
+        ([row("a", 12, "x")], {"mapping": {"rows": "../*"}}, r"mapping\.rows is '\.\./\*', no pattern .*leads out"),
         ([{"a": 1}], {"mapping": {"vidoe": "a"}}, r"mapping\.vidoe is not known here\. Did you mean 'video'"),
     ],
 )
@@ -253,6 +261,17 @@ def test_what_is_wrong_with_all_of_a_set_is_one_line(tmp_path, rows, changes, wo
         prepared(tmp_path, tmp_path / "out", video_card(**changes))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_words_and_paths_that_are_no_unicode(tmp_path):
+    write_files(tmp_path, {"videos/a.mp4": mp4(12)})
+    for given, words in (
+        (row("a", 12, "\ud800"), "left out: 1 × clip whose caption file cannot be read .a: its words are not valid"),
+        (row("\ud800", 12, "x"), r"rows\.jsonl, line 1: the path of its video, or its uuid, is not valid Unicode"),
+    ):
+        (tmp_path / "rows.jsonl").write_text(json.dumps(given))
+        with pytest.raises(UserError, match=words):
+            prepared(tmp_path, tmp_path / "out")
 
 
 def test_lines_that_are_no_rows(tmp_path):

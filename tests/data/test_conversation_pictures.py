@@ -457,6 +457,12 @@ def test_rows_of_a_command_that_was_killed_are_no_part_of_the_set_they_lie_in(tm
         assert (index.reused, index.rows.num_rows) == (False, 24)
 
 
+def test_a_folder_is_no_meta_json(tmp_path):
+    (tmp_path / "meta.json").mkdir()
+    with pytest.raises(UserError, match=r"holds 0 \.jsonl files"):
+        index_talks(CARD, tmp_path, None)
+
+
 def test_other_peoples_folders_hold_no_index(tmp_path):
     source = write_llava(tmp_path / "set")
     (tmp_path / "mine").mkdir()

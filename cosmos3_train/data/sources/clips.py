@@ -19,6 +19,7 @@ from cosmos3_train.config import UserError, nearest
 from cosmos3_train.data.archives import split_place
 from cosmos3_train.data.card import DatasetCard
 from cosmos3_train.data.files import is_there
+from cosmos3_train.data.names import encodes
 from cosmos3_train.data.pixels import TooLarge
 from cosmos3_train.data.sound import Track, track_of
 from cosmos3_train.data.unusable import Unusable
@@ -147,6 +148,8 @@ class ClipLog:
         said = [window, *documents] if window else documents
         caption = self.caption(clip, said)
         heard = _first_words(self.card.sound_captions, said)
+        if not encodes(caption + heard):
+            raise Unusable(BAD_TEXT, "its words are not valid Unicode")
         try:
             first = int(window.get("start_frame", 0))
             last = min(int(window.get("end_frame", frames - 1)), frames - 1)

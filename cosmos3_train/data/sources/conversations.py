@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from cosmos3_train.config import UserError, nearest
 from cosmos3_train.data.kept import KeptFiles
+from cosmos3_train.data.names import check_source
 from cosmos3_train.data.output import is_prepared
 from cosmos3_train.data.talk import NoTalk
 
@@ -178,13 +179,14 @@ def open_talks(source: Path) -> TalkSource:
     """
     _tables.close()  # what was open may have been written anew
     _metas.close()
+    check_source(source)
     if source.is_file():
         made = {".jsonl": JsonLines, ".parquet": ParquetRows}.get(source.suffix, JsonLines)
         return made(source.parent, [source])
     if not source.is_dir():
         beside = [other.name for other in source.parent.glob("*.jsonl")] if source.parent.is_dir() else []
         raise UserError(f"{source}: no such file or folder.{nearest(source.name, beside)}")
-    metas = [path for pattern in ("meta.json", "*/meta.json") for path in source.glob(pattern)]
+    metas = [path for pattern in ("meta.json", "*/meta.json") for path in source.glob(pattern) if path.is_file()]
     if metas:
         return VideoPhy(source, metas)
     tables, lines = _tables_of(source), sorted(source.glob("*.jsonl"))

@@ -118,7 +118,7 @@ def test_cells_of_the_table_of_episodes_that_cannot_be(log, column, value):
 
 def test_a_path_template_that_fills_the_memory(log):
     change_info(log, video_path="{chunk_index:99999999999}")
-    with pytest.raises(UserError, match="path template .* is not of this version"):
+    with pytest.raises(UserError, match=r"path template .* is not of this version"):
         open_lerobot(log)
 
 
