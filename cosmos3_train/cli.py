@@ -35,6 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         record_failure(error, f"error: {error}")
         say_error(error)
         code = USER_ERROR
+    except PermissionError as error:  # whatever file it is of, the right to it is the user's to give
+        record_failure(error)
+        say_error(f"{error.filename or 'a file'}: {error.strerror}; give yourself the right to it, or name another")
+        code = USER_ERROR
     except Interrupted:
         code = INTERRUPTED
     except KeyboardInterrupt:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from cosmos3_train.commands.console import FAILED, FINISHED, INTERRUPTED, say, say_error, say_table
-from cosmos3_train.config import Loaded
+from cosmos3_train.config import Loaded, UserError
 
 if TYPE_CHECKING:
     from cosmos3_train.training.benchmark import Rate, Result
@@ -41,12 +41,13 @@ def run(
         output: folder of the two files; None takes the run's.
 
     Raises:
-        UserError: the experiment is no benchmark.
+        UserError: the experiment is no benchmark, or the output cannot be a folder.
     """
     from cosmos3_train.data.files import write_whole
     from cosmos3_train.training.benchmark import measure
     from cosmos3_train.training.run import TrainingFailed, quieten_lightning
 
+    folder = _folder(loaded, output)
     quieten_lightning()
     try:
         result = measure(loaded, against, memory_gib)
@@ -55,7 +56,6 @@ def run(
         return FAILED
     if result is None:
         return INTERRUPTED
-    folder = output or loaded.run_folder
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / NUMBERS, (json.dumps(result.plain(), indent=2) + "\n").encode())
     write_whole(folder / TABLE, markdown(result).encode())
@@ -74,13 +74,13 @@ def run_loader(loaded: Loaded, *, output: Path | None) -> int:
         output: folder of the file; None takes the run's.
 
     Raises:
-        UserError: the experiment is no benchmark.
+        UserError: the experiment is no benchmark, or the output cannot be a folder.
     """
     from cosmos3_train.data.files import write_whole
     from cosmos3_train.training.loader_benchmark import measure_loader
 
+    folder = _folder(loaded, output)
     rates = measure_loader(loaded)
-    folder = output or loaded.run_folder
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / LOADER, (json.dumps([rate.plain() for rate in rates], indent=2) + "\n").encode())
     say(f"{loaded.experiment.name}: one process of the loader, {os.cpu_count()} cores in this machine")
@@ -92,6 +92,19 @@ def run_loader(loaded: Loaded, *, output: Path | None) -> int:
     say_table(lines)
     say(f"written to {folder / LOADER}")
     return FINISHED
+
+
+def _folder(loaded: Loaded, output: Path | None) -> Path:
+    """Where the result goes: the run's folder, or a given one, which is made before minutes are spent."""
+    if output is None:
+        return loaded.run_folder
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be made ({error.strerror}); choose another folder") from None
+    if not os.access(output, os.W_OK):
+        raise UserError(f"--output {output}: nothing may be written there; choose another folder")
+    return output
 
 
 def about(result: Result) -> list[str]:

@@ -7,7 +7,9 @@ first alone. A model that is not on this disk is no problem: what needs it is le
 from __future__ import annotations
 
 import math
+import shlex
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +18,7 @@ from cosmos3_train.commands.check_data import CheckedData, check_dataset, missin
 from cosmos3_train.commands.check_model import CheckedModel, check_model, longest_sample, reasoner_rows
 from cosmos3_train.commands.console import FINISHED, USER_ERROR, say, say_error, say_table
 from cosmos3_train.commands.delivery import refuse_form
-from cosmos3_train.config import Dataset, Loaded, UserError
+from cosmos3_train.config import Data, Dataset, Loaded, UserError
 from cosmos3_train.data.reader import SOUND_LATENTS
 from cosmos3_train.evaluation.closed_loop import make_simulator
 from cosmos3_train.flow.tasks import sound_task
@@ -89,13 +91,35 @@ def _look_at_data(loaded: Loaded, name: str, entry: Dataset, findings: Findings)
 
 
 def _look_at_scales(loaded: Loaded, findings: Findings) -> None:
-    """Whether each robot has one scale, as far as its logs are prepared and were found in order."""
-    robots = {}
-    for name, entry in loaded.experiment.data.datasets.items():
-        whose = findings.data.get(entry.statistics or name)
-        if name in findings.data and whose is not None and entry.embodiment and whose.statistics is not None:
+    """Whether each robot has one scale, as far as its logs are prepared and were found in order; of others, how they
+    become so."""
+    datasets, robots = loaded.experiment.data.datasets, {}
+    sharing = Counter(entry.embodiment for entry in datasets.values())
+    for name, entry in datasets.items():
+        other = entry.statistics or name
+        whose = findings.data.get(other)
+        if name not in findings.data or whose is None or not entry.embodiment:
+            continue
+        if whose.statistics is not None:
             robots[name] = (entry.embodiment, entry, whose.statistics)
+        elif entry.statistics or sharing[entry.embodiment] > 1:
+            words = f"not checked: {other} is not prepared yet; first {_prepare_command(loaded, other)}"
+            findings.rows.append((f"statistics {name}", words))
     refuse_two_scales(robots)
+
+
+def _prepare_command(loaded: Loaded, name: str) -> str:
+    """The line that prepares a robot's log as the run would."""
+    data, entry = loaded.experiment.data, loaded.experiment.data.datasets[name]
+    said = {
+        "embodiment": entry.embodiment,
+        "source": entry.source,
+        "stride": None if data.window_stride == 1 else data.window_stride,
+        "heldout": None if data.heldout_fraction == Data().heldout_fraction else data.heldout_fraction,
+        "output": entry.prepared,
+    }
+    options = [f"--{key} {shlex.quote(str(value))}" for key, value in said.items() if value is not None]
+    return " ".join(["cosmos3 prepare", shlex.quote(str(entry.card)), *options])
 
 
 def _look_at_model(loaded: Loaded, findings: Findings) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from cosmos3_train.config import Clips, Data, Dataset, Embodiment, Loaded, UserError, to_plain
 from cosmos3_train.data.actions import Normaliser, check_actions
+from cosmos3_train.data.archives import split_place
 from cosmos3_train.data.blocks import made_of_clips, make_plan
 from cosmos3_train.data.card import DatasetCard, load_card
 from cosmos3_train.data.conversations import open_conversations
@@ -310,7 +311,7 @@ def _check_files(log: Log, robot: Embodiment) -> None:
     places = {episode.data_file for episode in log.episodes}
     places |= {episode.video[camera].path for episode in log.episodes for camera in robot.cameras}
     for place in sorted(places):
-        file = log.root / place.partition("#")[0]
+        file, _ = split_place(log.root, place)
         if not file.exists():
             raise UserError(f"{file}: the file is missing, though the log names it; copy the log again")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cosmos3_train.config import UserError
+from cosmos3_train.data.files import is_there
 
 SUFFIX = ".tar"
 BLOCK = 512
@@ -79,8 +80,11 @@ def read_part(path: Path, offset: int, size: int) -> bytes:
 
 
 def split_place(root: Path, place: str) -> tuple[Path, str]:
-    """The file of a place of a log, and what inside of it the place is: "" for the whole file."""
+    """The file of a place of a log, and what inside of it the place is: "" for the whole file, also for one whose own
+    name holds '#'."""
     file, _, inside = place.partition("#")
+    if "#" in place and is_there(root / place) and not (root / file).exists():
+        return root / place, ""
     return root / file, inside
 
 

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, by one process at a time, and a full disk said in one line."""
+"""Files written whole or not at all, by one process at a time, and what the disk refuses said in one line."""
 
 from __future__ import annotations
 
@@ -12,6 +12,18 @@ from pathlib import Path
 from cosmos3_train.config import UserError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REFUSED = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EEXIST, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG,
+)  # fmt: skip
+"""What is wrong with a place, or with the right to it."""
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file is, of any name: `Path.is_file` raises where it is too long."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -29,9 +41,19 @@ def write_whole(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """One process of this machine prepares a folder at a time; the others wait, and find it done."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+    """One process of this machine prepares a folder at a time; the others wait, and find it done.
+
+    Raises:
+        UserError: it has no name of its own, as "." has none, or the lock beside it cannot be made.
+    """
+    if folder.name in ("", ".."):
+        raise UserError(f"{folder}: no name for a prepared folder; give one of its own, such as prepared/NAME")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        opened = (folder.parent / f".{folder.name}.lock").open("w")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another prepared folder") from None
+    with opened as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             yield
@@ -40,11 +62,17 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def disk_full_is_the_users(output: Path) -> Iterator[None]:
-    """Turn "no space left" (or over quota, or beyond the largest file allowed) into a `UserError`."""
+def disk_is_the_users(output: Path) -> Iterator[None]:
+    """Turn "no space left" (or over quota, or beyond the largest file allowed) into a `UserError`, and what is refused
+    of a place, be it read or written."""
     try:
         yield
     except OSError as error:
+        if error.errno in REFUSED:
+            place = "" if error.filename is None else f" ({error.filename})"
+            raise UserError(
+                f"{output}: {error.strerror}{place}; mend that, or choose another output, and run the command again"
+            ) from None
         if error.errno not in DISK_FULL:
             raise
         raise UserError(

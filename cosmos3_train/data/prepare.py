@@ -22,6 +22,7 @@ import torch
 
 from cosmos3_train.config import Clips, Embodiment, UserError, flatten, numbered, to_plain
 from cosmos3_train.data.actions import Normaliser
+from cosmos3_train.data.archives import split_place
 from cosmos3_train.data.blocks import (
     Plan,
     count_sounding,
@@ -33,16 +34,16 @@ from cosmos3_train.data.blocks import (
     values_path,
 )
 from cosmos3_train.data.card import DatasetCard, Filters
-from cosmos3_train.data.files import disk_full_is_the_users, write_whole
+from cosmos3_train.data.files import disk_is_the_users, is_there, write_whole
 from cosmos3_train.data.filters import read_keep_ranges
 from cosmos3_train.data.index import GAP, SPLITS, check_log
+from cosmos3_train.data.output import CARD_FILE, check_output
 from cosmos3_train.data.sources import CLIP_OPENERS, OPENERS, open_clips, open_log
 from cosmos3_train.data.sources.clips import ClipLog
 from cosmos3_train.data.sources.log import Log, left_out_of, read_besides
 from cosmos3_train.data.statistics import FILE as STATISTICS_FILE
 from cosmos3_train.data.statistics import Statistics, compute_moments, draw_histograms
 
-CARD_FILE = "card.json"
 LAYOUT_VERSION = 1
 WORK_VERSION = 3
 """Of the files in a work folder: one that an older version left unfinished is begun anew."""
@@ -109,14 +110,17 @@ def prepare(
     else:
         log = open_log(card, source)
         check_log(log, card, contract)
+    check_output(output, source)
+    if output.is_symlink():
+        output = output.resolve()  # the folder that it leads to is replaced, on whatever disk that is
     settings = _settings(card, contract, log, window_stride, heldout_fraction, seed)
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     work = output.with_name(f".{output.name}.preparing")
-    done = _already_prepared(output, settings, fingerprint, fresh)
-    if done is not None:
-        shutil.rmtree(work, ignore_errors=True)
-        return _summary(output, done, began, reused=True)
-    with disk_full_is_the_users(output):
+    with disk_is_the_users(output):
+        done = _already_prepared(output, settings, fingerprint, fresh)
+        if done is not None:
+            shutil.rmtree(work, ignore_errors=True)
+            return _summary(output, done, began, reused=True)
         open_work_folder(work, f"{fingerprint} {WORK_VERSION}")
         try:
             plan, short = make_plan(card, contract, log, source, work, window_stride, heldout_fraction, seed)
@@ -250,14 +254,14 @@ def _log_digest(log: Log | ClipLog) -> str:
         media = {episode.data_file for episode in log.episodes}
         media |= {place.path for episode in log.episodes for place in episode.video.values()}
         media |= read_besides(log)
-    files = {name.partition("#")[0] for name in media}
+    files = {name.removesuffix(f"#{inside}") if (inside := split_place(log.root, name)[1]) else name for name in media}
     tail = TAIL if len(files) <= MANY else 0
     for name in sorted(media | files):
         if name not in files:  # a place inside one of the files
             digest.update(f"{name}\0".encode())
             continue
         path = log.root / name
-        size = path.stat().st_size if path.is_file() else -1
+        size = path.stat().st_size if is_there(path) else -1
         digest.update(f"{name}\0{size}\0".encode())
         if size > 0 and tail:
             with path.open("rb") as file:
@@ -270,8 +274,6 @@ def _already_prepared(output: Path, settings: dict[str, Any], fingerprint: str, 
     """The card of a folder that is as wanted; None where there is work to do."""
     if not output.exists():
         return None
-    if not output.is_dir() or (not (output / CARD_FILE).exists() and any(output.iterdir())):
-        raise UserError(f"{output}: exists and is not a prepared folder; choose another output")
     if not (output / CARD_FILE).exists():
         output.rmdir()
         return None

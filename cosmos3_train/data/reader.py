@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cosmos3_train.config import Clips, Embodiment, UserError, from_plain
 from cosmos3_train.data.actions import Normaliser
-from cosmos3_train.data.files import disk_full_is_the_users
+from cosmos3_train.data.files import disk_is_the_users
 from cosmos3_train.data.index import FEATURES, SPLITS
 from cosmos3_train.data.kept import KeptFiles
 from cosmos3_train.data.prepare import embodiment_settings, first_difference, read_card
@@ -334,7 +334,7 @@ def _open_rows(folder: Path) -> Dataset:
         raise UserError(f"{folder}: the rows (windows-*.parquet) are missing; run `cosmos3 prepare --fresh`")
     disable_progress_bars()  # a second's work, and its bar would break the run's
     cache = folder / "caches" / "rows"  # never the home folder's
-    with disk_full_is_the_users(folder):
+    with disk_is_the_users(folder):
         kept = {"features": FEATURES, "cache_dir": str(cache), "writer_batch_size": BATCH_ROWS}
         return cast(Dataset, Dataset.from_parquet(cast(Any, files), **kept))
 

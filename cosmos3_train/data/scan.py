@@ -87,7 +87,7 @@ def scan_log(
             decoded = {  # what neighbours share is decoded once
                 place: decoded.get(place) or pool.submit(decode_whole, *split_place(log.root, place))
                 for place in sorted(places)
-                if is_video(place)
+                if is_video(log.root, place)
             }
             for episode, record in _records(log, some, columns):
                 if isinstance(record, UserError):

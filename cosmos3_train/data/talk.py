@@ -15,6 +15,7 @@ from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from cosmos3_train.config import nearest
+from cosmos3_train.data.names import encodes
 from cosmos3_train.data.unusable import Unusable
 
 ROLES = ("system", "user", "assistant")
@@ -133,7 +134,7 @@ def _reference(kind: Literal["image", "video"], value: Any) -> Reference:
     path = value.get("path") if isinstance(value, Mapping) else value
     if not isinstance(path, str) or not path:
         raise Unusable(UNMATCHED, f"the words name {'an image' if kind == 'image' else 'a video'} that is not there")
-    if not _encodes(path):
+    if not encodes(path):
         raise NoTalk("the path of a picture is not valid Unicode")
     pure = PurePosixPath(path.removeprefix("file://"))
     if "://" in str(path).removeprefix("file://") or pure.is_absolute() or ".." in pure.parts or "\\" in path:
@@ -170,17 +171,8 @@ def _message(message: Any, place: int, shown: _Shown) -> dict[str, Any]:
     return {"role": role, "content": "".join(part["text"] for part in parts) if only_words else parts}
 
 
-def _encodes(words: str) -> bool:
-    """JSON may hold half a surrogate pair, which no tokenizer, file or terminal takes."""
-    try:
-        words.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _checked(words: str, where: str) -> str:
-    if not _encodes(words):
+    if not encodes(words):
         raise NoTalk(f"{where}its words are not valid Unicode")
     return words
 

@@ -1,18 +1,19 @@
 """The index of a conversation set: which rows can be used, what each is made of, how many tokens it has.
 
 Made in blocks by several processes, the same bytes for any number of them, and kept in the prepared folder: what is
-killed goes on where it was. It is of the source's bytes, and of the pictures that are missing: of others, or where one
-of these is there by now, it is made anew.
+killed goes on where it was. It is of the source's bytes, and of the pictures that rows were left out for: of others, or
+where the file of one of these has come or changed since, it is made anew.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,21 +27,22 @@ from tqdm import tqdm
 from cosmos3_train.config import UserError, to_plain
 from cosmos3_train.data.blocks import open_work_folder
 from cosmos3_train.data.card import DatasetCard, PictureOptions
-from cosmos3_train.data.files import disk_full_is_the_users, write_whole
-from cosmos3_train.data.sources.conversations import CARD_FILE, TalkSource, open_talks
+from cosmos3_train.data.files import disk_is_the_users, write_whole
+from cosmos3_train.data.output import CARD_FILE, check_output
+from cosmos3_train.data.sources.conversations import TalkSource, open_talks
 from cosmos3_train.data.talk import NoTalk, Talk, parse_talk
-from cosmos3_train.data.talk_pictures import MISSING, Gone, Shape, check_there, is_there, picture_shape
+from cosmos3_train.data.talk_pictures import Faulty, Shape, check_there, picture_shape, stamp_of
 from cosmos3_train.data.unusable import Unusable
 from cosmos3_train.data.workers import run_in_workers
 from cosmos3_train.runtime import fold
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 ROWS_FILE = "conversations.parquet"
 BLOCK_ROWS = 1024
-MOST_MISSING, LONGEST_PATH = 1000, 4096
-"""Missing pictures that are remembered, the first of a set; and characters of a path that a file can have."""
+MOST_FAULTY, LONGEST_PATH = 1000, 4096
+"""Pictures at fault that are remembered, the first of a set; and characters of a path that a file can have."""
 NO_TALK = "no conversation"
 UNTAKEN = "cannot be turned into tokens"
 
@@ -72,7 +74,7 @@ class Measure(Protocol):
 class TalkIndex:
     """rows: of `SCHEMA`;  counted: by which `Measure` tokens were, "" by none
     dropped: reason → rows;  examples: reason → the first
-    missing: paths below the source's folder of the first MOST_MISSING pictures that rows were dropped for
+    faulty:  of the first MOST_FAULTY pictures that rows were dropped for, path below the source's folder → `stamp_of`
     total:   rows of the set, where only some were looked at
     """
 
@@ -80,7 +82,7 @@ class TalkIndex:
     counted: str
     dropped: dict[str, int]
     examples: dict[str, str]
-    missing: list[str]
+    faulty: dict[str, list[int]]
     reused: bool = False
     total: int = 0
 
@@ -117,16 +119,16 @@ def index_talks(
         folder: prepared folder where the index is kept and looked for; None keeps none.
         measure: None counts no tokens; an index with tokens serves all the same.
         fresh: make an index anew that is there, or that was left unfinished.
-        settled: take an index of this source that is there, also where pictures that were missing have come since.
+        settled: take an index of this source that is there, also where pictures at fault have come or changed since.
         most_rows: where no index is there, only so many rows are looked at, and nothing is written.
 
     Raises:
-        UserError: a file cannot be read, a JSON line is no conversation, no row can be used, or the prepared folder is
-            the set's.
+        UserError: a file cannot be read, a JSON line is no conversation, no row can be used, or the prepared folder
+            cannot be one (`check_output`).
     """
     talks = open_talks(source)
-    if folder is not None and folder.resolve() == talks.root.resolve():
-        raise UserError(f"{folder}: holds the set itself; name another folder to prepare it in")
+    if folder is not None:
+        check_output(folder, source)
     made_of = _made_of(talks, card.pictures)
     there = None if folder is None else _read(folder, made_of, talks.root, settled=settled)
     counted = "" if measure is None else measure.fingerprint
@@ -143,7 +145,7 @@ def index_talks(
     if folder is None:
         found = _whole([_do_block(work, block) for block in blocks], counted)
         return replace(_refuse_empty(found, source), total=total)
-    with disk_full_is_the_users(folder):
+    with disk_is_the_users(folder):
         beside = folder.with_name(f"{folder.name}.partial")
         beside.parent.mkdir(parents=True, exist_ok=True)
         if fresh:
@@ -189,30 +191,29 @@ def _read(folder: Path, made_of: str, root: Path, *, settled: bool) -> TalkIndex
         return None
     try:
         rows = pq.read_table(folder / ROWS_FILE)
-        found = TalkIndex(
-            rows, card["counted"], card["dropped"], card["examples"], card["missing"]["first"], reused=True
-        )
-        came = _came(root, found.missing)
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+        found = TalkIndex(rows, card["counted"], card["dropped"], card["examples"], card["faulty"], reused=True)
+        mended = _are_mended(root, found.faulty)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException):
         return None
-    if came and settled:
-        logger.info("%s: pictures that were missing are there by now; cosmos3 prepare takes them in", folder)
-    return None if came and not settled else found
+    if mended and settled:
+        logger.info("%s: pictures that were left out have come or changed; cosmos3 prepare looks again", folder)
+    return None if mended and not settled else found
 
 
-def _came(root: Path, missing: Sequence[str]) -> bool:
-    """Whether any picture that was missing is there now."""
-    return any(is_there(root / path) for path in missing)
+def _are_mended(root: Path, faulty: Mapping[str, list[int]]) -> bool:
+    """Whether any picture that a row was left out for may be another by now."""
+    return any(stamp_of(root / path) != stamp for path, stamp in faulty.items())
 
 
 def _write(folder: Path, index: TalkIndex, made_of: str, card: DatasetCard) -> None:
-    """The card last: it says that the index is whole."""
+    """The card last: it says that the index is whole. One of nothing first, by which a folder is known as ours when
+    this is killed: the rows may lie inside a set of such files."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CARD_FILE).unlink(missing_ok=True)
+    write_whole(folder / CARD_FILE, json.dumps({"made_of": "", "counted": ""}).encode())
     write_whole(folder / ROWS_FILE, _parquet_bytes(index.rows))
     content = {"name": card.name, "format": card.format, "made_of": made_of, "counted": index.counted,
                "rows": index.rows.num_rows, "dropped": index.dropped, "examples": index.examples,
-               "missing": {"rows": index.dropped.get(MISSING, 0), "first": index.missing}}  # fmt: skip
+               "faulty": index.faulty}  # fmt: skip
     write_whole(folder / CARD_FILE, (json.dumps(content, indent=2) + "\n").encode())
 
 
@@ -239,17 +240,17 @@ def _refuse_empty(index: TalkIndex, source: Path) -> TalkIndex:
 
 @dataclass
 class _Block:
-    """rows: of `SCHEMA`;  dropped, examples, missing: as of `TalkIndex`"""
+    """rows: of `SCHEMA`;  dropped, examples, faulty: as of `TalkIndex`"""
 
     rows: pa.Table
     dropped: dict[str, int]
     examples: dict[str, str]
-    missing: list[str]
+    faulty: dict[str, list[int]]
 
 
 def _do_block(work: _Work, block: _BlockRows) -> _Block:
     file, places = block
-    name, found, made = work.talks.files[file], list[tuple[int, ...]](), _Block(SCHEMA.empty_table(), {}, {}, [])
+    name, found, made = work.talks.files[file], list[tuple[int, ...]](), _Block(SCHEMA.empty_table(), {}, {}, {})
     folder = work.talks.pictures(name)
 
     def drop(reason: str, example: str) -> None:
@@ -267,12 +268,13 @@ def _do_block(work: _Work, block: _BlockRows) -> _Block:
                 raise UserError(f"{where}: {error}") from None
             drop(NO_TALK, f"{where}: {error}")
         except Unusable as error:
-            if isinstance(error, Gone) and len(error.path) <= LONGEST_PATH:
-                made.missing.append((folder / error.path).relative_to(work.talks.root).as_posix())
+            if isinstance(error, Faulty) and len(error.path) <= LONGEST_PATH:
+                path = folder / error.path
+                made.faulty[path.relative_to(work.talks.root).as_posix()] = stamp_of(path)
             drop(error.reason, f"{where}: {error.example}")
         else:
             found.append((file, place, turn, content_of(talk), len(talk.pictures), tokens))
-    made.missing = _first_missing(made.missing)
+    made.faulty = _first_faulty(made.faulty)
     if found:
         made.rows = pa.Table.from_pydict(dict(zip(SCHEMA.names, zip(*found, strict=True), strict=True)), schema=SCHEMA)
     return made
@@ -308,10 +310,10 @@ def _tokens(work: _Work, talk: Talk, folder: Path, where: str) -> int:
 def _run_blocks(
     work: _Work, blocks: Sequence[_BlockRows], folder: Path, workers: int, progress: bool, words: str
 ) -> None:
-    """Do the blocks that are not done, or of which a missing picture came since. Returns when all are."""
+    """Do the blocks that are not done, or of which a picture at fault was mended since. Returns when all are."""
 
     def is_done(path: Path) -> bool:
-        return path.exists() and not _came(work.talks.root, _read_block(path).missing)
+        return path.exists() and not _are_mended(work.talks.root, _read_block(path).faulty)
 
     todo = [number for number in range(len(blocks)) if not is_done(_block_path(folder, number))]
     sizes = [len(places) for _, places in blocks]
@@ -348,14 +350,14 @@ def _block_path(folder: Path, number: int) -> Path:
 def _write_block(work: _Work, block: _BlockRows, path: Path) -> None:
     """Rows, with what was left out beside them in the file's own header: one file, whole or not there."""
     made = _do_block(work, block)
-    told = json.dumps([made.dropped, made.examples, made.missing]).encode()
+    told = json.dumps([made.dropped, made.examples, made.faulty]).encode()
     write_whole(path, _parquet_bytes(made.rows.replace_schema_metadata({b"left_out": told})))
 
 
 def _read_block(path: Path) -> _Block:
     rows = pq.read_table(path)
-    dropped, examples, missing = json.loads((rows.schema.metadata or {})[b"left_out"])
-    return _Block(rows.replace_schema_metadata(None), dropped, examples, missing)
+    dropped, examples, faulty = json.loads((rows.schema.metadata or {})[b"left_out"])
+    return _Block(rows.replace_schema_metadata(None), dropped, examples, faulty)
 
 
 def _whole(blocks: Sequence[_Block], counted: str) -> TalkIndex:
@@ -366,9 +368,9 @@ def _whole(blocks: Sequence[_Block], counted: str) -> TalkIndex:
             dropped[reason] = dropped.get(reason, 0) + count
             examples.setdefault(reason, block.examples[reason])
     rows = pa.concat_tables([SCHEMA.empty_table(), *(block.rows for block in blocks)]).combine_chunks()
-    missing = _first_missing([path for block in blocks for path in block.missing])
-    return TalkIndex(rows, counted, dropped, examples, missing)
+    faulty = _first_faulty({path: stamp for block in blocks for path, stamp in block.faulty.items()})
+    return TalkIndex(rows, counted, dropped, examples, faulty)
 
 
-def _first_missing(paths: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(paths))[:MOST_MISSING]
+def _first_faulty(faulty: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    return dict(itertools.islice(faulty.items(), MOST_FAULTY))

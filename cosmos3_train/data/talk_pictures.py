@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import stat
 import struct
 import zlib
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cosmos3_train.config import UserError
 from cosmos3_train.data.card import PictureOptions
+from cosmos3_train.data.pixels import TooLarge, check_pixels
 from cosmos3_train.data.talk import Reference
 from cosmos3_train.data.unusable import Unusable
 from cosmos3_train.data.video import decode_frames, opened, video_times
@@ -32,11 +34,11 @@ _BROKEN = (
 """What Pillow's readers raise for damaged bytes."""
 
 
-class Gone(Unusable):
-    """A picture whose file is missing. path: of it, in the folder that the set's pictures lie in"""
+class Faulty(Unusable):
+    """A picture whose file is missing, or cannot be read. path: of it, in the folder that the set's pictures lie in"""
 
-    def __init__(self, path: str) -> None:
-        super().__init__(MISSING, path[:160])
+    def __init__(self, reason: str, example: str, path: str) -> None:
+        super().__init__(reason, example)
         self.path = path
 
 
@@ -55,18 +57,19 @@ def frame_numbers(count: int, fps: float, options: PictureOptions) -> tuple[int,
     return tuple(np.linspace(0, count - 1, wanted).round().astype(int).tolist())
 
 
-def is_there(path: Path) -> bool:
-    """Whether a picture's file is."""
+def stamp_of(path: Path) -> list[int]:
+    """[size, time of the last change in ns] of a picture's file, which become others where it is mended; [] of none."""
     try:
-        return path.is_file()
+        found = path.stat()
     except (OSError, ValueError):  # a name that no file can have
-        return False
+        return []
+    return [found.st_size, found.st_mtime_ns] if stat.S_ISREG(found.st_mode) else []
 
 
 def check_there(root: Path, reference: Reference) -> None:
-    """Raise `Gone` where a picture's file is missing."""
-    if reference.content is None and not is_there(root / reference.path):
-        raise Gone(reference.path)
+    """Raise `Faulty` where a picture's file is missing."""
+    if reference.content is None and not stamp_of(root / reference.path):
+        raise Faulty(MISSING, reference.path[:160], reference.path)
 
 
 def picture_shape(root: Path, reference: Reference, options: PictureOptions) -> Shape:
@@ -84,7 +87,7 @@ def picture_shape(root: Path, reference: Reference, options: PictureOptions) -> 
         with _opened(root, reference) as image:
             return Shape((image.height, image.width), None, 0.0, options.image_pixels)
     except (UserError, *_BROKEN) as error:
-        raise Unusable(UNREADABLE, _named(reference, error)) from None
+        raise _fault(TOO_LARGE if isinstance(error, TooLarge) else UNREADABLE, reference, error) from None
 
 
 def read_picture(root: Path, reference: Reference, options: PictureOptions) -> Picture:
@@ -106,7 +109,7 @@ def read_picture(root: Path, reference: Reference, options: PictureOptions) -> P
             pixels = np.asarray(rgb).transpose(2, 0, 1).copy()
         return Picture(torch.from_numpy(pixels)[None], pixels=options.image_pixels)
     except (UserError, *_BROKEN) as error:
-        raise Unusable(UNREADABLE, _named(reference, error)) from None
+        raise _fault(TOO_LARGE if isinstance(error, TooLarge) else UNREADABLE, reference, error) from None
 
 
 def _film(root: Path, reference: Reference, options: PictureOptions) -> tuple[tuple[int, ...], float, np.ndarray]:
@@ -115,25 +118,23 @@ def _film(root: Path, reference: Reference, options: PictureOptions) -> tuple[tu
         raise Unusable(UNREADABLE, "a video that lies in a column; only files are read")
     times, fps = video_times(root / reference.path)
     if len(times) < 2:
-        raise Unusable(UNREADABLE, f"{reference.path}: the video has one frame")
+        raise _fault(UNREADABLE, reference, "the video has one frame")
     return frame_numbers(len(times), fps, options), fps, times
 
 
 def _opened(root: Path, reference: Reference) -> Image.Image:
-    """An image, not decoded yet. Pillow's limit of pixels, over which it warns, is one here: some kilobytes of PNG can
-    hold more than fits into memory."""
+    """An image, not decoded yet."""
     try:
         image = Image.open(root / reference.path if reference.content is None else io.BytesIO(reference.content))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise Unusable(TOO_LARGE, _named(reference, error)) from None
-    most = Image.MAX_IMAGE_PIXELS
-    if most is not None and image.width * image.height > most:
-        image.close()
-        raise Unusable(TOO_LARGE, _named(reference, f"{image.height} x {image.width} pixels, over {most:,}"))
+        check_pixels(image.height, image.width, reference.path or "an image")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning, TooLarge) as error:  # Pillow's limit is wider
+        raise _fault(TOO_LARGE, reference, error) from None
     return image
 
 
-def _named(reference: Reference, error: Exception | str) -> str:
+def _fault(reason: str, reference: Reference, error: Exception | str) -> Unusable:
     unknown = isinstance(error, UnidentifiedImageError)  # its own words hold an address in memory
     problem = "of no kind of image that is known" if unknown else " ".join(str(error).split())[:160]
-    return f"{reference.path}: {problem}" if reference.path and reference.path not in problem else problem
+    if not reference.path:
+        return Unusable(reason, problem)
+    return Faulty(reason, problem if reference.path in problem else f"{reference.path}: {problem}", reference.path)

@@ -23,6 +23,7 @@ from cosmos3_train.config import UserError
 from cosmos3_train.data import archives, torchcodec
 from cosmos3_train.data.kept import KeptFiles
 from cosmos3_train.data.pictures import read_pictures
+from cosmos3_train.data.pixels import MOST_PIXELS, check_pixels
 
 PLAYLISTS = ("hls", "dash", "concat")
 """FFmpeg's formats that are lists of other files."""
@@ -56,14 +57,14 @@ def frames_at(
         size: (H, W) that videos are resized to; None leaves them as they are.
     """
     path, inside = archives.split_place(root, place)
-    if not is_video(place):
+    if not is_video(root, place):
         return read_pictures(path, inside, timestamps)
     return decode_frames(path, timestamps, inside, size)
 
 
-def is_video(place: str) -> bool:
+def is_video(root: Path, place: str) -> bool:
     """Whether a place of a log is a video, of its own or in an archive; else its pictures are stored one by one."""
-    path, inside = archives.split_place(Path(), place)
+    path, inside = archives.split_place(root, place)
     return not inside or path.suffix == archives.SUFFIX
 
 
@@ -85,7 +86,7 @@ def video_times(path: Path, inside: str = "") -> VideoTimes:
         path, inside: as of `decode_frames`.
 
     Raises:
-        UserError: it is missing or corrupt, or has no frames.
+        UserError: it is missing or corrupt, or has no frames; `TooLarge` for its frames' size.
     """
     container = opened(path, inside)
     stream = container.streams.video[0]
@@ -331,7 +332,13 @@ def _open(path: Path, inside: str) -> InputContainer:
     if codec is None:  # of a kind that FFmpeg does not know, as a damaged header may say
         container.close()
         raise UserError(f"{named(path, inside)}: the video's codec is not known; copy the log again")
+    try:
+        check_pixels(codec.height, codec.width, named(path, inside))
+    except UserError:
+        container.close()
+        raise
     codec.thread_count = 1
+    codec.options = {"max_pixels": str(MOST_PIXELS)}  # a stream may have larger frames than its header says
     return container
 
 

@@ -34,16 +34,17 @@ def whole_folder(output: Path, description: dict[str, Any]) -> Iterator[Path]:
         VerificationError: the block's; what it wrote is kept beside `output` under another name, so that nobody
             deploys it, and an earlier export stays where it is.
     """
-    _refuse_another_runs(output, description["run"])
-    output = output.resolve()  # of a link, the folder that it leads to is replaced
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.writing")
-    former = output.with_name(f".{output.name}.{os.getpid()}.former")
     try:
+        _refuse_another_runs(output, description["run"])
+        output = output.resolve()  # of a link, the folder that it leads to is replaced
+        temporary = output.with_name(f".{output.name}.{os.getpid()}.writing")
+        former = output.with_name(f".{output.name}.{os.getpid()}.former")
         output.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-    except OSError as error:
-        raise UserError(f"{output}: cannot be made ({error.strerror}); choose another output folder") from None
+    except (OSError, RuntimeError) as error:  # the latter of a link that leads to itself
+        reason = getattr(error, "strerror", error)
+        raise UserError(f"{output}: cannot be made ({reason}); choose another output folder") from None
     try:
         write_json(temporary / MARKER, description)
         yield temporary

@@ -116,6 +116,11 @@ def test_a_cap_on_memory_needs_a_gpu(policy, capsys):
     assert policy("--memory", "23") == 2
     assert "--memory 23: a cap is set on a GPU's memory, and this run is on the cpu" in capsys.readouterr().err
 
+    (tmp_path / "file").write_text("mine")
+    for way in ((), ("--loader",)):
+        assert policy(*way, "--output", str(tmp_path / "file")) == 2
+        assert "cannot be made (File exists); choose another folder" in capsys.readouterr().err
+
 
 def test_a_second_benchmark_uses_the_log_of_the_first_and_another_geometry_makes_its_own(policy, project):
     assert policy() == 0

@@ -4,6 +4,8 @@ and not a file that was not there before."""
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -353,3 +355,13 @@ def test_an_interrupted_run_is_not_asked_again_for_the_room_it_has_taken(tmp_pat
     free["bytes"] = 1_000_000
     with pytest.raises(UserError, match="free some space"):
         _check_disk(loaded, findings)
+
+
+def test_a_file_that_may_not_be_read(root, cosmos3, capsys):
+    info = root / "log/meta/info.json"
+    info.chmod(0)
+    if os.access(info, os.R_OK):
+        pytest.skip("root may read everything")
+    for line in (TRAIN, PREPARE):
+        assert cosmos3(*line) == 2
+        assert re.search(r"error: .*info\.json: Permission denied; give yourself", capsys.readouterr().err)

@@ -1,5 +1,6 @@
 """Captioned video without a robot: windows, captions, what is left out and why; killed, resumed and in parallel."""
 
+import io
 import json
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from cosmos3_train.data.sources.clips import (
     NO_CAPTION,
     NO_VIDEO,
     OUTSIDE,
+    TOO_LARGE,
     UNREADABLE,
     Segment,
     Unusable,
@@ -181,6 +183,43 @@ def test_videos_that_are_missing_or_broken_are_counted(tmp_path):
     assert json.loads((tmp_path / "out" / "card.json").read_text())["examples"] == summary.examples
 
 
+def test_names_that_hold_what_sets_places_in_archives_apart(tmp_path):
+    files = {"videos/a#2.mp4": mp4(9, 200), "videos/b#1@0+4.mp4": mp4(9, 100)}
+    write_files(tmp_path, files)
+    write_rows(tmp_path / "rows.jsonl", [row(stem, 9, "words") for stem in ("a#2", "b#1@0+4", "n" * 300)])
+    summary = prepared(tmp_path, tmp_path / "out", heldout_fraction=0.0)
+    assert summary.windows["train"] == 2 and summary.dropped == {NO_VIDEO: 1}
+    dataset = PreparedDataset(tmp_path / "out", None)
+    assert [numbers(dataset.frames(row))[0] for row in dataset.iter_rows()] == [200, 100]
+    (tmp_path / "videos" / "a#2.mp4").write_bytes(mp4(10, 200))
+    with pytest.raises(UserError, match="the log has changed since"):
+        prepared(tmp_path, tmp_path / "out", heldout_fraction=0.0)
+    (tmp_path / "rows.jsonl").rename(tmp_path / "rows#1.jsonl")
+    with pytest.raises(UserError, match=r"rows#1\.jsonl: '#' in its name .*; rename it"):
+        prepared(tmp_path, tmp_path / "out", heldout_fraction=0.0)
+
+
+def test_frames_of_too_many_pixels_are_counted_and_never_decoded(tmp_path):
+    black = av.VideoFrame(8208, 8192, "yuv420p")
+    for plane in black.planes:
+        plane.update(bytes(plane.buffer_size))
+    bomb = io.BytesIO()
+    with av.open(bomb, "w", format="mp4") as made:
+        stream = made.add_stream("libx264", rate=24, options={"preset": "ultrafast", "qp": "40"})
+        stream.width, stream.height, stream.pix_fmt = 8208, 8192, "yuv420p"
+        made.mux([*stream.encode(black), *stream.encode()])
+    assert len(bomb.getvalue()) < 200_000
+    write_files(tmp_path, {"videos/a.mp4": mp4(9), "videos/b.mp4": bomb.getvalue()})
+    write_rows(tmp_path / "rows.jsonl", [row(stem, 9, "words") for stem in "ab"])
+    summary = prepared(tmp_path, tmp_path / "out", heldout_fraction=0.0)
+    assert summary.windows["train"] == 1 and summary.dropped == {TOO_LARGE: 1}
+    assert "b.mp4: 8192 x 8208 pixels, over 67,108,864" in summary.examples[TOO_LARGE]
+    dataset = PreparedDataset(tmp_path / "out", None)
+    (tmp_path / "videos" / "b.mp4").replace(tmp_path / "videos" / "a.mp4")
+    with pytest.raises(UserError, match=r"a\.mp4: 8192 x 8208 pixels, over"):
+        dataset.sample("train", 0, "text_to_video", 0)
+
+
 def test_a_gap_in_a_clips_times(tmp_path):
     frames, file = mp4(13), tmp_path / "videos" / "a.mp4"
     write_files(tmp_path, {"videos/whole.mp4": frames})
@@ -204,6 +243,14 @@ def test_a_gap_in_a_clips_times(tmp_path):
         ([row("a", 12, "x")], {"frames": 61}, r"left out: 1 × clip or caption window shorter .*\(a: 12 frames\)"),
         ([row("a", 12, "x")], {"captions": []}, r"asked for nothing \(the dataset card names no captions\)"),
         ([{"path": "videos/a.mp4"}], {}, r"rows\.jsonl, line 1: no 'vision_path', the path of its video"),
+        (
+            [row("a", 12, "x")],
+            {"mapping": {"video": 5}},
+            r"mapping\.video is 5; the key of the video's",
+        ),
+        ([row("a", 12, "x")], {"mapping": {"rows": 5}}, r"mapping\.rows is 5, no pattern of files below the source"),
+        ([row("a", 12, "x")], {"mapping": {"rows": "/*"}}, r"mapping\.rows is '/\*', no pattern of files below"),
+        ([row("a", 12, "x")], {"mapping": {"rows": "../*"}}, r"mapping\.rows is '\.\./\*', no pattern .*leads out"),
         ([{"a": 1}], {"mapping": {"vidoe": "a"}}, r"mapping\.vidoe is not known here\. Did you mean 'video'"),
     ],
 )
@@ -214,6 +261,17 @@ def test_what_is_wrong_with_all_of_a_set_is_one_line(tmp_path, rows, changes, wo
         prepared(tmp_path, tmp_path / "out", video_card(**changes))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_words_and_paths_that_are_no_unicode(tmp_path):
+    write_files(tmp_path, {"videos/a.mp4": mp4(12)})
+    for given, words in (
+        (row("a", 12, "\ud800"), "left out: 1 × clip whose caption file cannot be read .a: its words are not valid"),
+        (row("\ud800", 12, "x"), r"rows\.jsonl, line 1: the path of its video, or its uuid, is not valid Unicode"),
+    ):
+        (tmp_path / "rows.jsonl").write_text(json.dumps(given))
+        with pytest.raises(UserError, match=words):
+            prepared(tmp_path, tmp_path / "out")
 
 
 def test_lines_that_are_no_rows(tmp_path):

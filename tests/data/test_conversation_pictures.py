@@ -8,6 +8,7 @@ import struct
 import zlib
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -20,6 +21,7 @@ from transformers.video_utils import VideoMetadata
 from cosmos3_train.config import UserError
 from cosmos3_train.data.card import DatasetCard, PictureOptions
 from cosmos3_train.data.conversations import open_conversations
+from cosmos3_train.data.image_bytes import decode_images
 from cosmos3_train.data.scan import Scan, scan_talks
 from cosmos3_train.data.talk import NoTalk, Reference, parse_talk
 from cosmos3_train.data.talk_index import index_talks
@@ -341,7 +343,7 @@ def test_a_killed_index_goes_on(tmp_path, monkeypatch):
 
 
 def test_a_picture_that_was_missing_is_taken_when_it_comes(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("cosmos3_train.data.talk_index.MOST_MISSING", 3)
+    monkeypatch.setattr("cosmos3_train.data.talk_index.MOST_FAULTY", 3)
     source, folder = tmp_path / "set", tmp_path / "index"
     source.mkdir()
     names = ["a.png", "b.png", "b.png", "x\0.png", f"{'y' * 5000}.png", *(f"c/{number}.png" for number in range(4))]
@@ -354,8 +356,8 @@ def test_a_picture_that_was_missing_is_taken_when_it_comes(tmp_path, monkeypatch
             index_talks(CARD, source, folder)
     (source / "a.png").write_bytes(picture_bytes(0, form="PNG"))
     assert index_talks(CARD, source, folder).rows.num_rows == 1
-    told = json.loads((folder / "card.json").read_text())["missing"]
-    assert told == {"rows": 8, "first": ["b.png", "x\0.png", "c/0.png"]}
+    told = json.loads((folder / "card.json").read_text())["faulty"]
+    assert told == {"b.png": [], "x\0.png": [], "c/0.png": []}
     monkeypatch.setattr(logging.getLogger("cosmos3_train"), "propagate", True)  # a command's test turns it off
     with caplog.at_level("INFO", "cosmos3_train"):
         dataset = open_conversations(CARD, source, folder)
@@ -363,10 +365,30 @@ def test_a_picture_that_was_missing_is_taken_when_it_comes(tmp_path, monkeypatch
     (source / "b.png").write_bytes(picture_bytes(1, form="PNG"))
     with caplog.at_level("INFO", "cosmos3_train"):
         assert open_conversations(CARD, source, folder, settled=True).count("train") == 1
-    assert "pictures that were missing are there by now; cosmos3 prepare takes them in" in caplog.text
+    assert "pictures that were left out have come or changed; cosmos3 prepare looks again" in caplog.text
     index = index_talks(CARD, source, folder)
     assert (index.reused, index.rows.num_rows, index.dropped) == (False, 3, {"a picture is missing": 6})
     assert index_talks(CARD, source, folder).reused
+
+
+def test_a_picture_that_could_not_be_read_is_taken_when_it_is_mended(tmp_path):
+    source, folder = tmp_path / "set", tmp_path / "index"
+    source.mkdir()
+    (source / "here.png").write_bytes(picture_bytes(0, form="PNG"))
+    (source / "cut.png").write_bytes(picture_bytes(1, form="PNG")[:20])
+    write_video(source / "film.mp4", frames=1)
+    rows = [{"messages": [ASK, SAY], "image": name} for name in ("here.png", "cut.png")]
+    rows.append({"messages": [{**ASK, "content": "What?"}, SAY], "video": "film.mp4"})
+    (source / "talk.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    index = index_talks(CARD, source, folder, measure=Area())
+    assert (index.rows.num_rows, index.dropped) == (1, {"a picture cannot be read": 2})
+    assert index_talks(CARD, source, folder, measure=Area()).reused
+    (source / "cut.png").write_bytes(picture_bytes(1, form="PNG"))
+    assert index_talks(CARD, source, folder, measure=Area()).rows.num_rows == 2
+    (source / "film.mp4").unlink()  # as a copy does that is whole or not there
+    write_video(source / "film.mp4", frames=8)
+    index = index_talks(CARD, source, folder, measure=Area())
+    assert (index.reused, index.rows.num_rows, index.dropped) == (False, 3, {})
 
 
 def test_unfinished_blocks_see_a_picture_that_came_and_fresh_begins_anew(tmp_path, monkeypatch):
@@ -418,6 +440,37 @@ def test_what_was_prepared_inside_a_set_is_no_part_of_it(tmp_path):
             index_talks(CARD, source, lines)
 
 
+def test_rows_of_a_command_that_was_killed_are_no_part_of_the_set_they_lie_in(tmp_path, monkeypatch):
+    source, replace_file = write_llava(tmp_path), Path.replace
+
+    def killed(self, target):
+        if target.name == "conversations.parquet":
+            replace_file(self, target)
+            raise KeyboardInterrupt
+        return replace_file(self, target)
+
+    for fresh in (False, True):  # the second over an index that is whole
+        with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+            context.setattr(Path, "replace", killed)
+            index_talks(CARD, source, source / "index", fresh=fresh)
+        index = index_talks(CARD, source, source / "index")
+        assert (index.reused, index.rows.num_rows) == (False, 24)
+
+
+def test_a_folder_is_no_meta_json(tmp_path):
+    (tmp_path / "meta.json").mkdir()
+    with pytest.raises(UserError, match=r"holds 0 \.jsonl files"):
+        index_talks(CARD, tmp_path, None)
+
+
+def test_other_peoples_folders_hold_no_index(tmp_path):
+    source = write_llava(tmp_path / "set")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists and is not a prepared folder; choose another"):
+        index_talks(CARD, source, tmp_path / "mine", fresh=True)
+
+
 def test_names_may_hold_a_hash(tmp_path):
     (tmp_path / "a#1.png").write_bytes(picture_bytes(0, form="PNG"))
     write_video(tmp_path / "part#2" / "v#3.mp4")
@@ -440,11 +493,11 @@ def png(width, height, compressed=b""):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", compressed) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("size", [(10_000, 8949), (100_000, 50_000)])  # one over Pillow's limit by little, and by far
+@pytest.mark.parametrize("size", [(8193, 8192), (30_000, 30_000)])  # over ours, and over Pillow's own
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_picture_of_too_many_pixels_is_counted_and_never_decoded(tmp_path, size):
     (tmp_path / "bomb.png").write_bytes(png(*size))
-    (tmp_path / "least.png").write_bytes(png(10_000, 8947))
+    (tmp_path / "least.png").write_bytes(png(8192, 8192))
     rows = [{"messages": [ASK, SAY], "image": name} for name in ("bomb.png", "least.png")]
     (tmp_path / "talk.jsonl").write_text("\n".join(map(json.dumps, rows)))
     index = index_talks(CARD, tmp_path, None, measure=Area())
@@ -456,6 +509,13 @@ def test_a_picture_of_too_many_pixels_is_counted_and_never_decoded(tmp_path, siz
         dataset.sample("train", 0, "conversation", 0)
     found = [finding.kind for finding in scan_talks(dataset.source, CARD.pictures, Scan())]
     assert found == ["a picture has more pixels than are read"]
+
+
+def test_a_log_s_picture_of_too_many_pixels_is_never_decoded():
+    with pytest.raises(UserError, match=r"camera, picture 1: .*Image size .900000000 pixels. exceeds"):
+        decode_images([picture_bytes(0), png(30_000, 30_000)], "camera")
+    with pytest.raises(UserError, match="camera, picture 0: 8193 x 8192 pixels"):
+        decode_images([png(8192, 8193)], "camera")
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -13,6 +13,7 @@ import pytest
 
 from cosmos3_train.config import Channel, UserError
 from cosmos3_train.data import blocks
+from cosmos3_train.data.files import exclusive
 from cosmos3_train.data.index import assign_splits, window_starts
 from cosmos3_train.data.lerobot_writer import LeRobotWriter
 from cosmos3_train.data.prepare import GAP, SHORT, prepare
@@ -257,6 +258,32 @@ def test_other_peoples_folders_are_left_alone(log, tmp_path):
         with pytest.raises(UserError, match="exists and is not a prepared folder"):
             prepared(log, tmp_path / "out", fresh=fresh)
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+
+
+def test_outputs_that_can_be_no_prepared_folder(log, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    Path("loop").symlink_to("loop")
+    Path("cards").mkdir()
+    Path("cards", "card.json").write_text('{"mine": 1}')
+    longest = "n" * 247  # whose work folder has too long a name
+    for output, words in {
+        ".": "no name for a prepared folder", "..": "no name for", "/": "no name for",
+        "file": "exists and is not", "file/out": "cannot be made", "loop": "exists and is not", "loop/out": "cannot be",
+        "cards": "exists and is not", "n" * 300: "cannot be made", longest: "File name too long", "/proc/out": "cannot",
+        str(log): "holds the set itself", str(log.parent): "holds the set itself",
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match=words), exclusive(Path(output)):
+            prepared(log, output, fresh=True)
+    assert json.loads(Path("cards", "card.json").read_text()) == {"mine": 1} and Path("file").read_text() == "mine"
+
+
+def test_a_link_leads_to_the_folder_that_is_made(log, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk")
+    for fresh in (False, True):
+        prepared(log, tmp_path / "out", fresh=fresh)
+        assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "card.json").is_file()
 
 
 @pytest.mark.parametrize(

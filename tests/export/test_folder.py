@@ -78,5 +78,7 @@ def test_errors_of_a_full_disk_are_known():
 
 def test_a_folder_that_cannot_be_made_is_the_users(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be made"):
-        write(tmp_path / "file" / "adapter", "first")
+    (tmp_path / "loop").symlink_to("loop")
+    for output in ("file/adapter", "n" * 300, "loop"):
+        with pytest.raises(UserError, match="cannot be made"):
+            write(tmp_path / output, "first")

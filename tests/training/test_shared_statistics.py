@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
+
 import numpy as np
 import pytest
 import torch
 
+from cosmos3_train.cli import parse
 from cosmos3_train.commands.check import examine
 from cosmos3_train.commands.check_data import check_dataset
 from cosmos3_train.commands.evaluate import _with_dataset
@@ -54,6 +57,27 @@ def test_check_finds_two_scales_of_prepared_logs(root):
     words = f"set {SHARED} to moves"
     assert [words in str(problem) for problem in examine(own).problems].count(True) == 1
     assert not any(words in str(problem) for problem in examine(shared).problems)
+
+
+def test_check_says_what_it_cannot_compare_and_by_which_command_it_could(root, monkeypatch):
+    monkeypatch.chdir(root)
+    places = ("data.datasets.moves.prepared=prepared/late", "data.datasets.more.prepared=prepared/late_more")
+    loaded = load(root, *MORE, *places, "data.heldout_fraction=0")
+
+    def unchecked(which=loaded):
+        rows = dict(examine(which).rows)
+        return {name: rows[key] for name in ("moves", "more") if (key := f"statistics {name}") in rows}
+
+    said = unchecked()
+    assert list(said) == ["moves", "more"]
+    assert said["more"].startswith("not checked: more is not prepared yet; first cosmos3 prepare cards/more.yaml --")
+    shared = unchecked(load(root, *MORE, *places, f"{SHARED}=moves", "data.heldout_fraction=0"))
+    assert "moves is not prepared yet" in shared["more"] and shared["moves"] == said["moves"]
+    assert not unchecked(load(root, *places[:1], "data.heldout_fraction=0")), "of one log there is nothing to compare"
+    for words in said.values():
+        options = parse(shlex.split(words.partition("first cosmos3 ")[2]))
+        assert options.command(options) == 0
+    assert not unchecked() and any(f"set {SHARED} to moves" in str(problem) for problem in examine(loaded).problems)
 
 
 def test_the_entry_to_be_named_is_one_that_may_be(root):

@@ -18,6 +18,9 @@ from typing import Any
 from cosmos3_train.config import UserError, nearest
 from cosmos3_train.data.archives import split_place
 from cosmos3_train.data.card import DatasetCard
+from cosmos3_train.data.files import is_there
+from cosmos3_train.data.names import encodes
+from cosmos3_train.data.pixels import TooLarge
 from cosmos3_train.data.sound import Track, track_of
 from cosmos3_train.data.unusable import Unusable
 from cosmos3_train.data.video import VideoTimes, video_times
@@ -25,6 +28,7 @@ from cosmos3_train.data.video import VideoTimes, video_times
 NO_CAPTION = "clip or caption window without a caption"
 NO_VIDEO = "clip whose video is not there"
 UNREADABLE = "clip whose video cannot be read"
+TOO_LARGE = "clip whose frames have more pixels than are read"
 BAD_TEXT = "clip whose caption file cannot be read"
 OUTSIDE = "caption window that begins beyond its clip or ends before it begins"
 
@@ -116,12 +120,13 @@ class ClipLog:
         documents = self.documents(clip)
         if not documents:
             self.caption(clip, documents)  # raises unless the card says it itself: of some nothing is said
-        if not (self.root / clip.place.partition("#")[0]).is_file():
+        path, inside = split_place(self.root, clip.place)
+        if not is_there(path):
             raise Unusable(NO_VIDEO, f"{self.root / clip.place} is missing")
         try:
-            video = video_times(*split_place(self.root, clip.place))
+            video = video_times(path, inside)
         except UserError as error:
-            raise Unusable(UNREADABLE, str(error)) from None
+            raise Unusable(TOO_LARGE if isinstance(error, TooLarge) else UNREADABLE, str(error)) from None
         found, counts, examples = [], Counter[str](), {}
         for window, where in _windows(documents):
             try:
@@ -143,6 +148,8 @@ class ClipLog:
         said = [window, *documents] if window else documents
         caption = self.caption(clip, said)
         heard = _first_words(self.card.sound_captions, said)
+        if not encodes(caption + heard):
+            raise Unusable(BAD_TEXT, "its words are not valid Unicode")
         try:
             first = int(window.get("start_frame", 0))
             last = min(int(window.get("end_frame", frames - 1)), frames - 1)

@@ -21,13 +21,13 @@ import pyarrow.parquet as pq
 
 from cosmos3_train.config import UserError, nearest
 from cosmos3_train.data.kept import KeptFiles
+from cosmos3_train.data.names import check_source
+from cosmos3_train.data.output import is_prepared
 from cosmos3_train.data.talk import NoTalk
 
 COLUMNS = ("messages", "conversations", "image", "images", "video", "videos")
 """Of a Parquet file, that are read."""
 VALIDATION = "_val"
-CARD_FILE = "card.json"
-"""Of a prepared folder, of logs and of conversations alike."""
 PAGE = 1 << 20
 """Bytes of a column that are read at a time: without it, all that a row group has of it."""
 TAIL = 1 << 16
@@ -179,13 +179,14 @@ def open_talks(source: Path) -> TalkSource:
     """
     _tables.close()  # what was open may have been written anew
     _metas.close()
+    check_source(source)
     if source.is_file():
         made = {".jsonl": JsonLines, ".parquet": ParquetRows}.get(source.suffix, JsonLines)
         return made(source.parent, [source])
     if not source.is_dir():
         beside = [other.name for other in source.parent.glob("*.jsonl")] if source.parent.is_dir() else []
         raise UserError(f"{source}: no such file or folder.{nearest(source.name, beside)}")
-    metas = [path for pattern in ("meta.json", "*/meta.json") for path in source.glob(pattern)]
+    metas = [path for pattern in ("meta.json", "*/meta.json") for path in source.glob(pattern) if path.is_file()]
     if metas:
         return VideoPhy(source, metas)
     tables, lines = _tables_of(source), sorted(source.glob("*.jsonl"))
@@ -205,23 +206,10 @@ def _tables_of(source: Path) -> list[Path]:
 
     def within(folder: Path) -> bool:
         if folder not in ours:
-            ours[folder] = _is_prepared(folder) or within(folder.parent)
+            ours[folder] = is_prepared(folder) or within(folder.parent)
         return ours[folder]
 
     return [path for path in source.rglob("*.parquet") if not within(path.parent)]
-
-
-def _is_prepared(folder: Path) -> bool:
-    """Whether `cosmos3 prepare` has made a folder, or works in it."""
-    if (folder / "fingerprint").is_file() and (folder / "blocks").is_dir():
-        return True
-    try:
-        card = json.loads((folder / CARD_FILE).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(card, dict) and (
-        {"made_of", "counted"} <= card.keys() or {"settings", "fingerprint"} <= card.keys()
-    )
 
 
 def _numbered(count: int) -> np.ndarray:

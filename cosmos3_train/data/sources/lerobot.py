@@ -228,7 +228,7 @@ def fill(template: Any, root: Path, **parts: Any) -> str:
         if "\0" in filled:
             raise ValueError("holds a zero byte")
         return filled
-    except (KeyError, IndexError, ValueError, AttributeError, TypeError):
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError, MemoryError, OverflowError):  # '{:9999999999}'
         known = ", ".join(parts)
         raise UserError(
             f"{root}/meta/info.json: path template {template!r} is not of this version, which has {known}"

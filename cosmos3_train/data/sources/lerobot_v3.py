@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ def _read_episodes(root: Path, info: dict[str, Any]) -> tuple[Episode, ...]:
         also = [name for name in dict.fromkeys(["tasks", *texts]) if name in present]
         rows = read_parquet(path, wanted + also).to_pylist()
         for row in rows:
+            for name in wanted:
+                _check_cell(row[name], name, f"{path}: episode {row['episode_index']}")
             index = int(row["episode_index"])
             data = {key: row[f"data/{key}"] for key in place}
             data_file = fill(data_path, root, **data)
@@ -72,5 +75,19 @@ def _read_episodes(root: Path, info: dict[str, Any]) -> tuple[Episode, ...]:
                 file = fill(video_path, root, **parts, video_key=camera)
                 video[camera] = VideoPlace(file, float(row[prefix + "from_timestamp"]))
             said = {name: row[name] for name in texts if row[name] is not None}
-            episodes.append(Episode(index, int(row["length"]), tuple(row.get("tasks") or ()), data_file, video, said))
+            tasks = row.get("tasks") or ()
+            if not isinstance(tasks, str | list):
+                raise UserError(f"{path}: episode {index}: tasks is {tasks!r}; a list of instructions is expected")
+            words = (tasks,) if isinstance(tasks, str) else tuple(tasks)
+            episodes.append(Episode(index, int(row["length"]), words, data_file, video, said))
     return in_order(episodes, folder)
+
+
+def _check_cell(value: Any, name: str, where: str) -> None:
+    """Raise `UserError` unless a cell of the table of episodes can be what its column is: a time, else a number from 0,
+    which pandas may have stored as a fraction."""
+    time = name.endswith("from_timestamp")
+    fits = isinstance(value, int | float) and math.isfinite(value) and (time or (value >= 0 and value == int(value)))
+    if not fits:
+        kind = "a time in seconds" if time else "a whole number"
+        raise UserError(f"{where}: {name} is {value!r}; {kind} is expected, the log is damaged")

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cosmos3_train.config import UserError, nearest
-from cosmos3_train.data.archives import SUFFIX, list_members, place_of, read_place
+from cosmos3_train.data.archives import SUFFIX, list_members, place_of, read_place, split_place
 from cosmos3_train.data.card import DatasetCard
+from cosmos3_train.data.names import encodes, files_below
 from cosmos3_train.data.sources.clips import BAD_TEXT, Clip, ClipLog, parse_document
 from cosmos3_train.data.unusable import Unusable
 
@@ -47,7 +48,7 @@ class ShardLog(ClipLog):
         """See `ClipLog.documents`: its caption files, the preferred first."""
         read: dict[str, Mapping[str, Any]] = {}
         for place in clip.text:
-            name = _name(place)
+            name = _name(self.root, place)
             try:
                 found = parse_document(read_place(self.root, place), name)
             except UserError as error:
@@ -58,7 +59,7 @@ class ShardLog(ClipLog):
 
     def facts(self, clip: Clip) -> Mapping[str, Any]:
         """See `ClipLog.facts`: also the folder that its file lies in."""
-        return {**super().facts(clip), "folder": Path(clip.place.partition("#")[0]).parent.name}
+        return {**super().facts(clip), "folder": split_place(self.root, clip.place)[0].parent.name}
 
 
 def open_webdataset(card: DatasetCard, source: Path) -> ShardLog:
@@ -75,7 +76,7 @@ def open_webdataset(card: DatasetCard, source: Path) -> ShardLog:
         raise UserError(f"{source}: no such folder; fetch the set, or name its place with --source")
     videos, texts = _patterns(card, "videos", f"**/*{SUFFIX}"), _patterns(card, "text", "*.json")
     key, group = _by_expression(card, "key", KEY), _by_expression(card, "group", "(.*)")
-    found = list(_members(source, videos, _patterns(card, "video", "*.mp4")))
+    found = list(_members(source, "videos", videos, _patterns(card, "video", "*.mp4")))
     if not found:
         raise UserError(
             f"{source}: no video by mapping.videos {', '.join(videos)} and mapping.video "
@@ -83,7 +84,7 @@ def open_webdataset(card: DatasetCard, source: Path) -> ShardLog:
         )
     keys = [key(member.name) for member in found]
     wanted, words = set(keys), dict[str, list[tuple[int, _Found]]]()
-    for member in _members(source, _patterns(card, "captions", *videos), texts, loose=texts):
+    for member in _members(source, "captions", _patterns(card, "captions", *videos), texts, loose=texts):
         if (owner := key(member.name)) in wanted:
             rank = next(place for place, pattern in enumerate(texts) if fnmatchcase(member.name, pattern))
             words.setdefault(owner, []).append((rank, member))
@@ -99,6 +100,8 @@ def open_webdataset(card: DatasetCard, source: Path) -> ShardLog:
 
 def _patterns(card: DatasetCard, key: str, *default: str) -> list[str]:
     given = card.mapping.get(key, default)
+    if not isinstance(given, str | list | tuple):
+        raise UserError(f"dataset {card.name!r}: mapping.{key} is {given!r}; a pattern, or a list of them, is expected")
     return [given] if isinstance(given, str) else [str(pattern) for pattern in given]
 
 
@@ -119,21 +122,28 @@ def _by_expression(card: DatasetCard, key: str, default: str) -> Callable[[str],
 
 
 def _members(
-    root: Path, files: Sequence[str], names: Sequence[str], loose: Sequence[str] | None = None
+    root: Path, key: str, files: Sequence[str], names: Sequence[str], loose: Sequence[str] | None = None
 ) -> Iterator[_Found]:
     """What of the files fits: of a shard the members of these names; a loose file as it is, or of the names `loose`."""
-    for path in sorted({path for pattern in files for path in root.glob(pattern) if path.is_file()}):
+    for path in sorted({path for pattern in files for path in files_below(root, pattern, key) if path.is_file()}):
         file = path.relative_to(root).as_posix()
-        if "#" in file:
-            raise UserError(f"{path}: '#' in a file's name separates an archive from its member here; rename it")
+        if "#" in file and path.suffix == SUFFIX:
+            raise UserError(f"{path}: '#' in an archive's name separates it from its member here; rename it")
         if path.suffix == SUFFIX:
             for member in list_members(path):
                 if any(fnmatchcase(member.name, pattern) for pattern in names):
+                    _check_name(path, member.name)
                     yield _Found(file, member.name, place_of(file, member))
         elif loose is None or any(fnmatchcase(file, pattern) for pattern in loose):
+            _check_name(root, file)
             yield _Found(file, file, file)
 
 
-def _name(place: str) -> str:
-    file, _, inside = place.partition("#")
-    return inside.rpartition("@")[0] if inside else file
+def _check_name(where: Path, name: str) -> None:
+    if not encodes(name):
+        raise UserError(f"{where}: the name {name!a} in it is not valid UTF-8; rename it")
+
+
+def _name(root: Path, place: str) -> str:
+    _, inside = split_place(root, place)
+    return inside.rpartition("@")[0] if inside else place

@@ -100,6 +100,28 @@ def test_corrupt_metadata(log, name):
         open_lerobot(log)
 
 
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("length", None), ("length", "x"), ("length", -4), ("episode_index", 0.5), ("data/chunk_index", None),
+        (f"videos/{CAMERA}/from_timestamp", float("nan")), (f"videos/{CAMERA}/from_timestamp", None), ("tasks", 5),
+    ],
+)  # fmt: skip
+def test_cells_of_the_table_of_episodes_that_cannot_be(log, column, value):
+    path = log / "meta/episodes/chunk-000/file-000.parquet"
+    table = pq.read_table(path)
+    cells = pa.array([value] * len(table))
+    pq.write_table(table.set_column(table.column_names.index(column), column, cells), path)
+    with pytest.raises(UserError, match=rf"file-000\.parquet: episode .*: {column} is {value!r}; .* expected"):
+        open_lerobot(log)
+
+
+def test_a_path_template_that_fills_the_memory(log):
+    change_info(log, video_path="{chunk_index:99999999999}")
+    with pytest.raises(UserError, match=r"path template .* is not of this version"):
+        open_lerobot(log)
+
+
 def test_missing_data_file(log):
     (log / "data/chunk-000/file-001.parquet").unlink()
     opened = open_lerobot(log)

@@ -228,3 +228,27 @@ def test_corruptions_are_errors_or_counted(tmp_path):
             assert "\n" not in str(error)
             refused += 1
     assert 5 < refused < 30
+
+
+def test_patterns_and_names_that_cannot_be(tmp_path):
+    write_tar(tmp_path / "set" / "a.tar", {"a.mp4": mp4(9)})
+    for pattern, words in {5: "a pattern, or a list", "": "no pattern of files", "/x": "no pattern of files"}.items():
+        with pytest.raises(UserError, match=rf"mapping\.videos is {pattern!r}.* {words}"):
+            open_clips(shards_card({"videos": pattern}), tmp_path / "set")
+    for source in ("n" * 300, "n/" * 3000):
+        with pytest.raises(UserError, match=r"cannot be looked at \(File name too long\); name another"):
+            open_clips(shards_card(), tmp_path / source)
+    (tmp_path / "set" / os.fsdecode(b"\xe9.mp4")).write_bytes(mp4(9))
+    with pytest.raises(UserError, match=r"the name '\\udce9.mp4' in it is not valid UTF-8; rename it"):
+        open_clips(shards_card({"videos": "*.mp4"}), tmp_path / "set")
+
+
+def test_loose_files_whose_names_hold_what_sets_an_archives_members_apart(tmp_path):
+    write_files(tmp_path / "set", {"take#2.mp4": mp4(9, 200), "take#2.json": {"caption": "sharp"}})
+    card = shards_card({"videos": "*.mp4", "captions": "*.json"})
+    prepared(tmp_path / "set", tmp_path / "out", card)
+    dataset, rows = rows_of(tmp_path / "out")
+    assert [row["instruction"] for row in rows] == ["sharp"] and numbers(dataset.frames(rows[0]))[0] == 200
+    write_tar(tmp_path / "set" / "part#1.tar", {"a.mp4": mp4(9)})
+    with pytest.raises(UserError, match=r"part#1\.tar: '#' in an archive's name .*; rename it"):
+        prepared(tmp_path / "set", tmp_path / "out", shards_card())
