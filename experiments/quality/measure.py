@@ -10,8 +10,8 @@ gradients alone). Key=value pairs after it change the experiment. What is done, 
     gradients                  of LoRA before the first step, of one batch with one noise, each way against plain
 
 `--only NAME` does one of them, so that several GPUs can do several at a time (CUDA_VISIBLE_DEVICES); other seeds have
-names alike (fp8_1). What is finished is not done again. `--report` gathers what is finished, says what holds, and
-writes quality_SIZE.json and quality_SIZE.png beside this file.
+names alike (fp8_1). What is finished is not done again, unless by `--fresh`. `--report` gathers what is finished, says
+what holds, and writes quality_SIZE.json and quality_SIZE.png beside this file.
 
 Held-out losses are of the same windows, noise levels and noise for every run and seed, so that only training differs.
 A run with FP8 is measured with it, and one with cached latents by them: as they are trained.
@@ -39,8 +39,16 @@ from cosmos3_train.data.files import write_whole
 from cosmos3_train.data.mixture import Mixture, StepDataset
 from cosmos3_train.evaluation.pictures import make_panels, read_metrics, save_figure
 from cosmos3_train.evaluation.protocol import measure_loss
-from cosmos3_train.runtime import draw, set_up_logging
-from cosmos3_train.training.run import Run, TrainingFailed, build, is_finished, quieten_lightning, train
+from cosmos3_train.runtime import draw, offline_hub, set_up_logging
+from cosmos3_train.training.run import (
+    Run,
+    TrainingFailed,
+    build,
+    claim_folder,
+    is_finished,
+    quieten_lightning,
+    train,
+)
 
 HERE = Path(__file__).resolve().parent
 SIZES = {
@@ -85,9 +93,9 @@ def load(size: str, name: str, overrides: Sequence[str]) -> Loaded:
 # ------------------------------------------------------------------------------------------------ runs
 
 
-def carry_out(loaded: Loaded) -> bool:
+def carry_out(loaded: Loaded, *, fresh: bool) -> bool:
     """The run, or what is left of it. Returns whether it is finished."""
-    return train(loaded, evaluate=heldout) == "finished"
+    return train(loaded, fresh=fresh, evaluate=heldout) == "finished"
 
 
 def heldout(run: Run) -> dict[str, float]:
@@ -102,11 +110,11 @@ def heldout(run: Run) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------ gradients
 
 
-def compare_gradients(size: str, overrides: Sequence[str]) -> None:
+def compare_gradients(size: str, overrides: Sequence[str], *, fresh: bool) -> None:
     """Write gradients.json: for each way the cosine with plain's gradient of every layer, and of the worst matrix."""
     plain = load(size, "plain_0", overrides)
     path = _gradients_path(plain, size)
-    if path.is_file():
+    if path.is_file() and not fresh:
         return
     exact = first_gradients(plain)
     found: dict[str, Any] = {"machine": _machine(plain), "ways": {}}
@@ -167,7 +175,8 @@ def _gradients_path(plain: Loaded, size: str) -> Path:
 
 def _machine(loaded: Loaded) -> dict[str, str]:
     gpu = torch.cuda.is_available() and loaded.experiment.strategy.accelerator != "cpu"
-    return {"device": torch.cuda.get_device_name() if gpu else "cpu", "torch": torch.__version__}
+    device = torch.cuda.get_device_name() if gpu else "cpu"
+    return {"device": device, "torch": torch.__version__, "dtype": loaded.experiment.model.dtype}
 
 
 # ------------------------------------------------------------------------------------------------ the report
@@ -177,7 +186,7 @@ def report(size: str, overrides: Sequence[str]) -> dict[str, Any]:
     """Gather what is finished, say what holds, and write it down.
 
     Raises:
-        UserError: nothing is finished.
+        UserError: nothing is finished, or a run was carried out with other settings than these.
     """
     plain = load(size, "plain_0", overrides)
     experiment = plain.experiment
@@ -187,7 +196,10 @@ def report(size: str, overrides: Sequence[str]) -> dict[str, Any]:
         for folder in plain.run_folder.parent.glob(f"quality_{size}_{way}_*")
         if is_finished(folder)
     )
-    metrics = {name: read_metrics(load(size, name, overrides).run_folder / "metrics.csv") for name in names}
+    runs = {name: load(size, name, overrides) for name in names}
+    for loaded in runs.values():
+        claim_folder(loaded, fresh=False)  # refuses a run that was carried out with other settings
+    metrics = {name: read_metrics(loaded.run_folder / "metrics.csv") for name, loaded in runs.items()}
     path = _gradients_path(plain, size)
     gradients = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     if not metrics and gradients is None:
@@ -196,7 +208,6 @@ def report(size: str, overrides: Sequence[str]) -> dict[str, Any]:
     content = {
         "size": size,
         "machine": _machine(plain),
-        "dtype": experiment.model.dtype,
         "learning_rate": experiment.optimizer.learning_rate,
         "steps": experiment.training.steps,
         "samples_per_step": experiment.training.samples_per_step,
@@ -239,7 +250,8 @@ def _loss_lines(losses: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
     last = {name: values[-1] for name, values in losses.items()}
     low, high = (choose(last[name] for name in seeds) for choose in (min, max))
     for name in (name for name in losses if name not in seeds):
-        text = f"{name}: {last[name]:.4f} within the seeds' {low:.4f} to {high:.4f} (spread {high - low:.4f})"
+        where = "above" if last[name] > high else "below (better than)" if last[name] < low else "within"
+        text = f"{name}: {last[name]:.4f} is {where} the seeds' {low:.4f} to {high:.4f} (spread {high - low:.4f})"
         line = {"name": name, "low": low, "high": high, "last": last[name], "holds": low <= last[name] <= high}
         same = f"plain_{name.partition('_')[2]}"
         if same in seeds:
@@ -307,20 +319,23 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--only", metavar="NAME", help="one of what is done, in this process, without the report")
     parser.add_argument("--report", action="store_true", help="gather what is finished; measure nothing")
+    parser.add_argument("--fresh", action="store_true", help="do again what is finished")
     options = parser.parse_intermixed_args(words)
+    offline_hub()
     set_up_logging()
     quieten_lightning()
     try:
         if options.only == GRADIENTS:
-            compare_gradients(options.size, options.overrides)
+            compare_gradients(options.size, options.overrides, fresh=options.fresh)
         elif options.only:
-            return FINISHED if carry_out(load(options.size, options.only, options.overrides)) else FAILED
+            loaded = load(options.size, options.only, options.overrides)
+            return FINISHED if carry_out(loaded, fresh=options.fresh) else FAILED
         elif options.report:
             report(options.size, options.overrides)
         else:
             for name in [GRADIENTS] if options.size == "nano" else [*RUNS, GRADIENTS]:
                 command = [sys.executable, __file__, options.size, "--only", name, *options.overrides]
-                subprocess.run(command, check=True)
+                subprocess.run([*command, *(["--fresh"] if options.fresh else [])], check=True)
             report(options.size, options.overrides)
     except UserError as error:
         say_error(error)
