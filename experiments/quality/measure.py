@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -305,6 +306,7 @@ def draw_quality(
         panel.axhline(LEAST_COSINE, color="#333333", linestyle="--", linewidth=1)
         panel.set_title(f"{size}: step 0, LoRA's gradients")
         panel.set_xlabel("layer")
+        panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         panel.set_ylabel("cosine with plain's")
         panel.legend(frameon=False)
     return save_figure(figure, path)
