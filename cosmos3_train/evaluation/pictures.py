@@ -56,7 +56,7 @@ def draw_loss_curve(path: Path, metrics: Mapping[str, tuple[Sequence[int], Seque
         `path`.
     """
     names = [name for name in COLOURS if f"loss/{name}" in metrics]
-    figure, panels = _panels(len(names))
+    figure, panels = make_panels(len(names))
     for panel, name in zip(panels, names, strict=True):
         steps, values = metrics[f"loss/{name}"]
         colour = COLOURS[name]
@@ -76,7 +76,7 @@ def draw_loss_curve(path: Path, metrics: Mapping[str, tuple[Sequence[int], Seque
         panel.legend(frameon=False)
     if panels:
         panels[0].set_ylabel("mean squared velocity error" if names[0] != "text" else "cross-entropy")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def smooth(values: Sequence[float]) -> np.ndarray:
@@ -92,7 +92,7 @@ def smooth(values: Sequence[float]) -> np.ndarray:
 def draw_loss_by_band(path: Path, after: HeldoutLoss, before: HeldoutLoss | None = None) -> Path:
     """Held-out loss in each band of σ, a panel a modality, before beside after."""
     names = [name for name in COLOURS if name in after.by_band]
-    figure, panels = _panels(len(names))
+    figure, panels = make_panels(len(names))
     centres = (np.arange(BANDS) + 0.5) / BANDS
     for panel, name in zip(panels, names, strict=True):
         if before is None:
@@ -107,7 +107,7 @@ def draw_loss_by_band(path: Path, after: HeldoutLoss, before: HeldoutLoss | None
         panel.legend(frameon=False)
     if panels:
         panels[0].set_ylabel("held-out velocity error (MSE)")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def draw_film(path: Path, episode: Episode, title: str = "", frames: int = FILM_FRAMES) -> Path:
@@ -124,7 +124,7 @@ def draw_film(path: Path, episode: Episode, title: str = "", frames: int = FILM_
             panel.imshow(episode.frames[shown[place]], interpolation="nearest")
             panel.set_title(f"{episode.times[shown[place]]:.1f} s", fontsize=9, pad=3)
     figure.suptitle(title or f"seed {episode.seed}: largest coverage {episode.max_coverage:.2f}", fontsize=11)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def draw_coverage(
@@ -158,13 +158,14 @@ def draw_coverage(
     panel.set_xlabel("episode seed, sorted by coverage after training")
     panel.set_ylabel("largest coverage of the goal")
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 # ------------------------------------------------------------------------------------------------ details
 
 
-def _panels(count: int) -> tuple[Figure, list[Axes]]:
+def make_panels(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure with so many panels side by side, in the look of all."""
     figure = Figure(figsize=(4.2 * max(1, count) + 0.4, 3.3), layout="constrained")
     FigureCanvasAgg(figure)
     if count == 0:
@@ -185,7 +186,8 @@ def _heights(loss: HeldoutLoss, name: str) -> list[float]:
     return [np.nan if value is None else value for value in loss.by_band[name]]
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG, the folders above it made first; returns `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI, metadata={"Software": None})  # without a version, the same data give the same file
     return path

@@ -28,7 +28,7 @@ from cosmos3_train.data.card import load_card
 from cosmos3_train.model.domains import REGISTERED, refuse_taken_domains
 
 ROOT = Path(__file__).parents[2]
-EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
+EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.yaml"))
 PARTS = sorted((ROOT / "configs").glob("*/*.yaml"))
 ROBOTS = [path for path in PARTS if path.parent.name == "embodiment"]
 CARDS = sorted((ROOT / "data").glob("*/*.yaml"))
