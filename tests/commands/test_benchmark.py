@@ -110,16 +110,15 @@ def test_the_loader_alone(policy, project, tmp_path, capsys):
     assert "nothing to measure it against" in capsys.readouterr().err
     assert policy("--loader", "--memory", "8") == 2
     assert "no use for --memory 8" in capsys.readouterr().err
+    (tmp_path / "file").write_text("mine")
+    for way in ((), ("--loader",)):
+        assert policy(*way, "--output", str(tmp_path / "file")) == 2
+        assert "cannot be made (File exists); choose another folder" in capsys.readouterr().err
 
 
 def test_a_cap_on_memory_needs_a_gpu(policy, capsys):
     assert policy("--memory", "23") == 2
     assert "--memory 23: a cap is set on a GPU's memory, and this run is on the cpu" in capsys.readouterr().err
-
-    (tmp_path / "file").write_text("mine")
-    for way in ((), ("--loader",)):
-        assert policy(*way, "--output", str(tmp_path / "file")) == 2
-        assert "cannot be made (File exists); choose another folder" in capsys.readouterr().err
 
 
 def test_a_second_benchmark_uses_the_log_of_the_first_and_another_geometry_makes_its_own(policy, project):

@@ -366,6 +366,31 @@ def test_a_step_with_a_bad_gradient_is_left_out_and_advances_nothing(tmp_path):
     assert {float(v) for k, v in end.items() if k.endswith(".step") and "add_v_proj" in k} == {8.0}
 
 
+def test_a_run_that_is_a_step_ahead_of_its_device_comes_to_the_same(tmp_path):
+    """As on a GPU: what a step comes to is asked when the next is queued, or when something is due. With skipped steps,
+    an average, and a schedule that only made steps advance."""
+    root = write_project(tmp_path / "root")
+    more = ("training.steps=8", "data.caption_dropout=0", "training.log_every_n_steps=3", *MOVES_ONLY)
+    build(load(root, "name=built", *more))
+    poison(root)
+    waiting: list[int] = []
+
+    def ahead(run, time) -> None:
+        run.module.runs_ahead = True
+        waiting.append(run.module.coming - run.module.position.step)
+
+    ends = {}
+    for name, watch in (("waits", None), ("ahead", ahead)):
+        loaded = load(root, f"name={name}", *more)
+        assert train(loaded, watch=watch) == "finished"
+        ends[name] = tensors(loaded.run_folder, 8), position(loaded.run_folder, 8), rows(loaded.run_folder)
+    (end, stands, told), (same, also_stands, also_told) = ends.values()
+    assert_same(end, same)
+    assert stands == also_stands and stands["skipped"] > 0
+    assert sorted(told) == sorted(also_told)
+    assert 0 < sum(waiting) < len(waiting) == stands["drawn"]
+
+
 def test_a_run_of_bad_gradients_ends_the_run_with_its_reason(tmp_path):
     root = write_project(tmp_path / "root")
     loaded = load(root, "name=hopeless", "optimizer.patience=3", *MOVES_ONLY)
