@@ -70,7 +70,9 @@ def settle(
         return torch.cuda.max_memory_allocated(device)
 
     measure(0)  # compiles, and makes whatever stays
-    fullest = max(pack.generation_spans.total or pack.tokens for pack in packs)
+    fullest = max(pack.tokens for pack in packs)
+    if together:  # a run that cannot give way later counts with a micro-batch of generation tokens alone
+        fullest = max((pack.generation_spans.total for pack in packs if pack.generation_spans.total), default=fullest)
     layers, room, fuller = len(backbone.layers), _room(device), max(1.0, budget / fullest)
     for backbone.lean in (False, True):
         kept = most_that_fit(measure, layers, room, before, fuller, try_it=not together)
@@ -131,6 +133,7 @@ def describe_recomputed(backbone: Cosmos3PackedTransformer) -> str:
 
 def _room(device: torch.device) -> int:
     """Bytes that this process may allocate on a GPU: what is free and what it holds, or the cap that was set on it."""
+    place = torch.cuda.current_device() if device.index is None else device.index
     free, total = torch.cuda.mem_get_info(device)
-    cap = torch.cuda.get_per_process_memory_fraction(device) * total
+    cap = torch.cuda.get_per_process_memory_fraction(place) * total
     return int(min(free + torch.cuda.memory_reserved(device), cap) * (1 - MARGIN))

@@ -220,8 +220,8 @@ def tell_passes(
 def _let_root_find_the_others(backbone: Cosmos3PackedTransformer) -> None:
     """It does so in its first forward, and cannot any more once a layer has run without it, as in measuring."""
     root = cast(Any, backbone)
-    root.forward = lambda: None
-    root()
+    root.forward = lambda _: None
+    root(None)  # without an argument torch 2.11 fails on a GPU
     del root.forward
     _unit(backbone).reshard()
 
