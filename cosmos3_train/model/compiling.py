@@ -67,6 +67,8 @@ def compiled(function: Callable[P, R], compiler: Compiler | None) -> Callable[P,
 def _compiled(function: Callable[..., Any], compiler: Compiler) -> Callable[..., Any]:
     # Dynamo's own limit is 8, and past it a function silently runs as written for the rest of the process.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
+    # It warns that a region that is checkpointed must not work in place, which those of `model.keeping` do not.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     return torch.compile(function, dynamic=True, backend=_Counting(function.__name__, compiler))
 
 

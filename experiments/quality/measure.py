@@ -308,7 +308,7 @@ def draw_quality(
         panel.set_xlabel("layer")
         panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         panel.set_ylabel("cosine with plain's")
-        panel.legend(frameon=False)
+        panel.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, fontsize=8)
     return save_figure(figure, path)
 
 
