@@ -83,7 +83,7 @@ def split_place(root: Path, place: str) -> tuple[Path, str]:
     """The file of a place of a log, and what inside of it the place is: "" for the whole file, also for one whose own
     name holds '#'."""
     file, _, inside = place.partition("#")
-    if "#" in place and is_there(root / place) and not (root / file).exists():
+    if "#" in place and is_there(root / place) and not is_there(root / file):
         return root / place, ""
     return root / file, inside
 
