@@ -469,6 +469,15 @@ def test_other_peoples_folders_hold_no_index(tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="exists and is not a prepared folder; choose another"):
         index_talks(CARD, source, tmp_path / "mine", fresh=True)
+    mine = tmp_path / "out.partial" / "half_a_download"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    for fresh in (False, True):
+        with pytest.raises(UserError, match=r"out\.partial: blocks are kept there while they are made; move it away"):
+            index_talks(CARD, source, tmp_path / "out", fresh=fresh)
+    assert mine.read_text() == "mine"
+    mine.rename(tmp_path / "moved")
+    assert index_talks(CARD, source, tmp_path / "out").rows.num_rows and not mine.parent.exists()
 
 
 def test_names_may_hold_a_hash(tmp_path):
