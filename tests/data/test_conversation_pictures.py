@@ -321,7 +321,7 @@ def test_an_index_is_kept_and_made_anew_of_other_bytes(tmp_path, monkeypatch):
     assert not index_talks(other, source, one, fresh=True).reused
     write_llava(tmp_path / "set", rows=20)
     assert index_talks(other, source, one).rows.num_rows == 20
-    (one / "card.json").write_text('{"settings": {}}')
+    (one / "card.json").write_text('{"settings": {}, "fingerprint": ""}')
     with pytest.raises(UserError, match="holds rows that are no conversations; name another"):
         index_talks(other, source, one)
 
