@@ -83,7 +83,8 @@ def split_place(root: Path, place: str) -> tuple[Path, str]:
     """The file of a place of a log, and what inside of it the place is: "" for the whole file, also for one whose own
     name holds '#'."""
     file, _, inside = place.partition("#")
-    if "#" in place and is_there(root / place) and not (root / file).exists():
+    # The archive first: a set has few, and what a network's disk does not have it is asked for every time.
+    if "#" in place and not is_there(root / file) and is_there(root / place):
         return root / place, ""
     return root / file, inside
 

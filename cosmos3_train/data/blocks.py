@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ from cosmos3_train.data.index import (
     split_clips,
     states_of,
 )
+from cosmos3_train.data.output import is_work_folder
 from cosmos3_train.data.sound import SoundForm, sound_at
 from cosmos3_train.data.sources import open_clips, open_log
 from cosmos3_train.data.sources.clips import UNREADABLE, Clip, ClipLog, ClipRecord
@@ -137,10 +139,16 @@ def count_sounding(folder: Path) -> dict[str, int]:
     return found
 
 
-def open_work_folder(work: Path, fingerprint: str) -> None:
-    """A folder with the finished blocks of an earlier run of the same settings, or an empty one."""
+def open_work_folder(work: Path, fingerprint: str, *, fresh: bool = False) -> None:
+    """A folder with the finished blocks of an earlier run of the same settings, unless `fresh`, or an empty one.
+
+    Raises:
+        UserError: something else is there, which is not thrown away.
+    """
     marker = work / "fingerprint"
-    if work.exists() and (not marker.is_file() or marker.read_text() != fingerprint):
+    if os.path.lexists(work) and not is_work_folder(work):
+        raise UserError(f"{work}: blocks are kept there while they are made; move it away, or choose another output")
+    if work.exists() and (fresh or not marker.is_file() or marker.read_text() != fingerprint):
         shutil.rmtree(work)
     (work / "finished").mkdir(parents=True, exist_ok=True)
     (work / "blocks").mkdir(exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from cosmos3_train.config import UserError
 
@@ -16,10 +17,7 @@ def is_prepared(folder: Path) -> bool:
     """Whether `cosmos3 prepare` has made a folder, or works in it."""
     if (folder / "fingerprint").is_file() and (folder / "blocks").is_dir():
         return True
-    try:
-        card = json.loads((folder / CARD_FILE).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
+    card = _card(folder)
     return isinstance(card, dict) and (
         {"made_of", "counted"} <= card.keys() or {"settings", "fingerprint"} <= card.keys()
     )
@@ -44,6 +42,24 @@ def check_output(output: Path, source: Path) -> None:
         raise UserError(f"{output}: exists and is not a prepared folder; choose another output")
 
 
+def is_work_folder(work: Path) -> bool:
+    """Whether a folder beside a prepared one holds what `cosmos3 prepare` has begun, or nothing."""
+    if work.is_symlink() or not work.is_dir():
+        return False
+    # Killed before it was marked, or while it was thrown away, it has no more than these.
+    begun = ("fingerprint", "finished", "blocks", "replaced")
+    return (work / "fingerprint").is_file() or all(path.name.startswith(begun) for path in work.iterdir())
+
+
 def _is_damaged(folder: Path) -> bool:
-    """Whether it is a prepared folder whose card has become unreadable."""
-    return (folder / CARD_FILE).is_file() and any(any(folder.glob(rows)) for rows in ROWS)
+    """Whether it is a prepared folder whose card has become unreadable; one that can be read says whose it is."""
+    unreadable = (folder / CARD_FILE).is_file() and _card(folder) is None
+    return unreadable and any(any(folder.glob(rows)) for rows in ROWS)
+
+
+def _card(folder: Path) -> Any:
+    """What a folder's card holds, None where it is no JSON or not there."""
+    try:
+        return json.loads((folder / CARD_FILE).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None

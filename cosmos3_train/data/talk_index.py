@@ -148,9 +148,7 @@ def index_talks(
     with disk_is_the_users(folder):
         beside = folder.with_name(f"{folder.name}.partial")
         beside.parent.mkdir(parents=True, exist_ok=True)
-        if fresh:
-            shutil.rmtree(beside, ignore_errors=True)
-        open_work_folder(beside, f"{made_of} {counted}")
+        open_work_folder(beside, f"{made_of} {counted}", fresh=fresh)
         _run_blocks(work, blocks, beside, workers, progress, f"preparing {card.name}")
         found = _whole([_read_block(_block_path(beside, n)) for n in range(len(blocks))], counted)
         if not found.rows.num_rows:  # what is mended may be pictures, of which the blocks know nothing

@@ -266,7 +266,7 @@ class PostTraining(lightning.LightningModule):
         if not self.sharded:
             return len(step.packs)
         passes, generates, speaks = largest(
-            [len(step.packs), int(step.generates), int(step.speaks)], f"the packs of step {self.position.step + 1}"
+            [len(step.packs), int(step.generates), int(step.speaks)], f"the packs of step {self.coming + 1}"
         )
         if self.packer.padded or self.zero is not None:  # which give weights that nothing reaches a gradient of 0
             reached: dict[Reach, int] = {"speaking": speaks, "generating": generates, "either": True}

@@ -75,7 +75,7 @@ def settle(
         fullest = max((pack.generation_spans.total for pack in packs if pack.generation_spans.total), default=fullest)
     layers, room, fuller = len(backbone.layers), _room(device), max(1.0, budget / fullest)
     for backbone.lean in (False, True):
-        kept = most_that_fit(measure, layers, room, before, fuller, try_it=not together)
+        kept = most_that_fit(measure, layers, room, before, fuller, together=together)
         backbone.kept_layers = -largest([-kept], "how many layers keep their activations")[0]
         if backbone.kept_layers == layers:
             break
@@ -84,23 +84,30 @@ def settle(
 
 
 def most_that_fit(
-    measure: Measure, layers: int, room: int, before: int, fuller: float = 1.0, *, try_it: bool = True
+    measure: Measure, layers: int, room: int, before: int, fuller: float = 1.0, *, together: bool = False
 ) -> int:
     """How many of `layers` may keep what they have computed.
 
     Args:
         room: bytes that may be allocated;  before: those that are, before the step
         fuller: micro-batches to come have up to so many times the tokens of those that are measured
-        try_it: measure the answer too, and give way where it does not fit
+        together: ranks do the same, and for none may memory run out. Else the answer is measured too, and gives way
+            where it does not fit
     """
-    tried = [measure(min(count, layers)) for count in TRIED]
-    if any(bytes is None for bytes in tried):
+    one = measure(min(TRIED[0], layers))
+    if one is None:
         return 0
-    one, three = (bytes or 0 for bytes in tried)
-    layer = max(1, three - one) / (TRIED[1] - TRIED[0]) * fuller
+    more = TRIED[1] - TRIED[0]
+    # What one layer keeps is at most all that the step takes. Ranks try more where that fits on each of them.
+    if together and largest([int(one + more * (one - before) > room)], "whether layers may keep their activations")[0]:
+        return 0
+    three = measure(min(TRIED[1], layers))
+    if three is None:
+        return 0
+    layer = max(1, three - one) / more * fuller
     spare = room - before - (one - before) * fuller
     count = min(layers, max(0, TRIED[0] + math.floor(spare / layer)))
-    while try_it and count > TRIED[1] and ((found := measure(count)) is None or found > room):
+    while not together and count > TRIED[1] and ((found := measure(count)) is None or found > room):
         count = int(count * 0.9)
     return count
 

@@ -220,7 +220,7 @@ def _fit(run: Run, evaluate: Evaluate | None, watch: Watch | None) -> bool:
     )
     trainer = make_trainer(run.experiment, run.device, loop)
     try:
-        with _memory_named(run.experiment, lambda: f"in step {run.module.position.step + 1}"):
+        with _memory_named(run.experiment, lambda: f"in step {run.module.coming + 1}"):
             trainer.fit(run.module, datamodule=data)
     except TrainingFailed as error:
         if is_first_rank():
@@ -239,7 +239,10 @@ def _memory_named(experiment: Experiment, when: Callable[[], str]) -> Iterator[N
         helps = [f"a smaller training.tokens_per_micro_batch (now {budget})"]
         if model.base_precision != "fp8" or model.fp8_copies > 1:
             helps.append("model.base_precision=fp8 with model.fp8_copies=1")
-        if model.checkpoint_activations not in (True, "auto"):
+        exchanges = is_sharded(experiment.strategy) or experiment.strategy.context_parallel > 1
+        if exchanges and model.checkpoint_activations is not True:  # there auto cannot give way within a step
+            helps.append("model.checkpoint_activations=true")
+        elif model.checkpoint_activations not in (True, "auto"):
             helps.append("model.checkpoint_activations=auto")
         raise TrainingFailed(
             f"the GPU's memory ran out {when()} ({torch.cuda.max_memory_allocated() / 2**30:.1f} GiB were in use); "

@@ -184,7 +184,7 @@ def test_videos_that_are_missing_or_broken_are_counted(tmp_path):
 
 
 def test_names_that_hold_what_sets_places_in_archives_apart(tmp_path):
-    files = {"videos/a#2.mp4": mp4(9, 200), "videos/b#1@0+4.mp4": mp4(9, 100)}
+    files = {"videos/a#2.mp4": mp4(9, 200), "videos/b#1@0+4.mp4": mp4(9, 100), "videos/a/notes.txt": b"a folder"}
     write_files(tmp_path, files)
     write_rows(tmp_path / "rows.jsonl", [row(stem, 9, "words") for stem in ("a#2", "b#1@0+4", "n" * 300)])
     summary = prepared(tmp_path, tmp_path / "out", heldout_fraction=0.0)

@@ -321,7 +321,7 @@ def test_an_index_is_kept_and_made_anew_of_other_bytes(tmp_path, monkeypatch):
     assert not index_talks(other, source, one, fresh=True).reused
     write_llava(tmp_path / "set", rows=20)
     assert index_talks(other, source, one).rows.num_rows == 20
-    (one / "card.json").write_text('{"settings": {}}')
+    (one / "card.json").write_text('{"settings": {}, "fingerprint": ""}')
     with pytest.raises(UserError, match="holds rows that are no conversations; name another"):
         index_talks(other, source, one)
 
@@ -469,6 +469,15 @@ def test_other_peoples_folders_hold_no_index(tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="exists and is not a prepared folder; choose another"):
         index_talks(CARD, source, tmp_path / "mine", fresh=True)
+    mine = tmp_path / "out.partial" / "half_a_download"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    for fresh in (False, True):
+        with pytest.raises(UserError, match=r"out\.partial: blocks are kept there while they are made; move it away"):
+            index_talks(CARD, source, tmp_path / "out", fresh=fresh)
+    assert mine.read_text() == "mine"
+    mine.rename(tmp_path / "moved")
+    assert index_talks(CARD, source, tmp_path / "out").rows.num_rows and not mine.parent.exists()
 
 
 def test_names_may_hold_a_hash(tmp_path):

@@ -266,6 +266,7 @@ def test_outputs_that_can_be_no_prepared_folder(log, tmp_path, monkeypatch):
     Path("loop").symlink_to("loop")
     Path("cards").mkdir()
     Path("cards", "card.json").write_text('{"mine": 1}')
+    Path("cards", "conversations.parquet").write_text("mine")
     longest = "n" * 247  # whose work folder has too long a name
     for output, words in {
         ".": "no name for a prepared folder", "..": "no name for", "/": "no name for",
@@ -275,7 +276,8 @@ def test_outputs_that_can_be_no_prepared_folder(log, tmp_path, monkeypatch):
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=words), exclusive(Path(output)):
             prepared(log, output, fresh=True)
-    assert json.loads(Path("cards", "card.json").read_text()) == {"mine": 1} and Path("file").read_text() == "mine"
+    assert json.loads(Path("cards", "card.json").read_text()) == {"mine": 1}
+    assert Path("cards", "conversations.parquet").read_text() == "mine" and Path("file").read_text() == "mine"
 
 
 def test_a_link_leads_to_the_folder_that_is_made(log, tmp_path):

@@ -21,7 +21,7 @@ from cosmos3_train.config import UserError, load_experiment, to_plain
 from cosmos3_train.training.checkpoints import list_checkpoints
 from cosmos3_train.training.datamodule import StepData
 from cosmos3_train.training.module import TrainingFailed
-from cosmos3_train.training.run import _refuse_changes, build, claim_folder, train
+from cosmos3_train.training.run import _memory_named, _refuse_changes, build, claim_folder, train
 from cosmos3_train.training.throughput import RATES
 from tests.data.logs import CAMERA, make_log
 from tests.training.project import FRESH, load, write_project
@@ -389,6 +389,36 @@ def test_a_run_that_is_a_step_ahead_of_its_device_comes_to_the_same(tmp_path):
     assert stands == also_stands and stands["skipped"] > 0
     assert sorted(told) == sorted(also_told)
     assert 0 < sum(waiting) < len(waiting) == stands["drawn"]
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_is_named_with_its_step_and_what_helps(tmp_path):
+    root = write_project(tmp_path / "root")
+    loaded = load(root, "name=large", "training.log_every_n_steps=9", "evaluation.before=false", *MOVES_ONLY)
+    made = []
+
+    def ahead(run, time) -> None:
+        run.module.runs_ahead = True
+        made.append(None)
+        if len(made) == 3:  # which is queued, and not concluded
+            assert (run.module.position.step, run.module.coming) == (2, 3)
+            run.backbone.register_forward_pre_hook(run_out)
+
+    def run_out(*_) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with pytest.raises(TrainingFailed, match=r"memory ran out in step 4 .*checkpoint_activations=auto; .*Tried to"):
+        train(loaded, watch=ahead)
+    assert status(loaded.run_folder)["state"] == "failed"
+    for line, helps in {
+        "strategy.name=fsdp2 model.checkpoint_activations=auto": "model.checkpoint_activations=true",
+        "strategy.context_parallel=2 model.checkpoint_activations=false": "model.checkpoint_activations=true",
+        "model.checkpoint_activations=auto": "fp8_copies=1",
+    }.items():
+        experiment = load(root, *line.split()).experiment
+        told = pytest.raises(TrainingFailed, match=f"while it was tried .*{helps}; 'cosmos3 plan'")
+        with told, _memory_named(experiment, lambda: "while it was tried"):
+            run_out()
 
 
 def test_a_run_of_bad_gradients_ends_the_run_with_its_reason(tmp_path):
