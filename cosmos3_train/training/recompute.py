@@ -28,6 +28,9 @@ TRIED = (1, 3)
 """Layers that keep theirs in the two trials. The first is not without any: a layer that is recomputed takes as much as
 one that keeps its own while it is at work, so between none and one the largest moment hardly changes."""
 
+LARGER_STEPS = 1.25
+"""A step to come may have so many times the tokens of the first, where steps are smaller than a micro-batch."""
+
 GIVEN_UP = 12
 """Where memory runs out all the same, a layer of so many gives up what it keeps."""
 
@@ -71,6 +74,8 @@ def settle(
 
     measure(0)  # compiles, and makes whatever stays
     fullest = max(pack.tokens for pack in packs)
+    if passes == 1:  # all of a step goes into one micro-batch, and steps are about as large as this one
+        budget = min(budget, int(fullest * LARGER_STEPS))
     if together:  # a run that cannot give way later counts with a micro-batch of generation tokens alone
         fullest = max((pack.generation_spans.total for pack in packs if pack.generation_spans.total), default=fullest)
     layers, room, fuller = len(backbone.layers), _room(device), max(1.0, budget / fullest)
@@ -80,6 +85,7 @@ def settle(
         if backbone.kept_layers == layers:
             break
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)  # the log tells of the run's own
     logger.info("model.checkpoint_activations is auto: %s", describe_recomputed(backbone))
 
 
