@@ -27,7 +27,7 @@ def test_check_finds_nothing_wrong(size, cosmos3):
     assert cosmos3("check", f"experiments/quality/quality_{size}.yaml") == 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_is_finished_is_reported(quality, cosmos3, project, tiny_model, tmp_path, capsys):
     moves = {episode: default_actions(episode, 10) / 10 for episode in range(6)}
     make_log(tmp_path / "log", [10] * 6, fps=5, cameras={"observation.images.top": (32, 32)}, actions=moves)

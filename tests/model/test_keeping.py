@@ -58,7 +58,7 @@ def test_the_last_layers_keep_theirs_and_the_others_are_called_again():
             assert difference(found[name], value) <= 1e-12, name
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_compiled_lean_layers_keep_less_and_compute_the_same(compiler):
     found = {}
     for lean in (False, True):
