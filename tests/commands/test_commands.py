@@ -155,7 +155,7 @@ def test_a_mistake_is_one_line_and_code_2(line, words, cosmos3, project, capsys)
         ("evaluation.solver_steps=0", ["evaluation.solver_steps is 0", "at least 1"]),
         ("training.keep_every_n_steps=77", ["training.keep_every_n_steps is 77", "a multiple of"]),
         ("tuning.learning_rate_multipliers={'lyers*': 2.0}", ["lyers"]),
-        ("training.tokens_per_micro_batch=50", ["sample 'pusht_moves/episode_", "tokens, over", "raise it to"]),
+        ("training.tokens_per_micro_batch=50", ["sample 'pusht_moves: policy", "tokens, over", "raise it to"]),
         ("strategy.devices=0", ["strategy.devices is 0"]),
     ],
 )
