@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def make(name: str, root: Path, episodes_a_file: int = 3) -> tuple[Path, dict[st
         column: [rng.uniform(0, 1, (length, width)).astype(np.float32) for length in LENGTHS]
         for column, width in widths.items()
     }
-    extra = {column: [list(part) for part in parts] for column, parts in columns.items()}
+    extra: dict[str, Any] = {column: [list(part) for part in parts] for column, parts in columns.items()}
     log = make_log(root, LENGTHS, fps=rate, cameras=cameras, extra=extra, episodes_a_file=episodes_a_file)
     info = json.loads((log / "meta/info.json").read_text())
     for column, width in widths.items():
