@@ -125,7 +125,10 @@ def longest_sample(folder: Path, layout: Layout, experiment: Experiment, data: M
     for name, checked in data.items():
         if any(sample.pictures for sample in checked.longest):
             encoder.sight = open_sight(model, encoder.parts, f"data.datasets.{name}")
-    samples = encoder.encode([sample for checked in data.values() for sample in checked.longest])
+    named = [
+        replace(sample, key=f"{name}: {sample.key}") for name, checked in data.items() for sample in checked.longest
+    ]
+    samples = encoder.encode(named)
     if not samples:
         return "no data to count"
     budget = experiment.training.tokens_per_micro_batch

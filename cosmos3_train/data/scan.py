@@ -6,6 +6,7 @@ Nothing is written. An episode or a clip that cannot be read is a finding, and t
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -174,10 +175,12 @@ def _frames(
         words = f"the video has {video.fps:.4g} frames a second, the log {log.fps:g}"
         yield Finding(faults.RATE, place.path, where, words)
     period = 1.0 / log.fps
-    here = [words for time, words in video.faults if not times[0] - period > time and not time > times[-1] + period]
+    here = [fault for fault in video.faults if not times[0] - period > fault[0] and not fault[0] > times[-1] + period]
     if here:
+        time, words = here[0]
+        row = "" if math.isnan(time) else f", row {int(np.argmin(np.abs(times - time)))}"
         more = f"; {len(here) - 1:,} more" if len(here) > 1 else ""
-        yield Finding(faults.VIDEO, place.path, where, here[0] + more)
+        yield Finding(faults.VIDEO, place.path, where + row, words + more)
     lacking = faults.without_frame(times, video.times, log.fps)
     if lacking.any():
         row = int(np.argmax(lacking))

@@ -38,7 +38,7 @@ def make_stock(model: Model, tuning: Tuning, device: torch.device) -> Cosmos3Omn
             made.get_submodule(name.rstrip(".")).float()
     else:
         folder = model_folder(model) / "transformer"
-        made = Cosmos3OmniTransformer.from_pretrained(folder, torch_dtype=DTYPES[model.dtype])
+        made = Cosmos3OmniTransformer.from_pretrained(folder, torch_dtype=DTYPES[model.dtype], use_safetensors=True)
         made = cast(Any, made).to(device)
     made.requires_grad_(False)
     made.add_adapter(

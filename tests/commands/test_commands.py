@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -107,7 +108,10 @@ def test_a_command_may_be_given_from_another_folder(cosmos3, project, tmp_path, 
 def test_prepare_says_what_it_made_and_does_it_once(cosmos3, tmp_path, capsys):
     line = ("prepare", "data/pusht/log.yaml", "--output", str(tmp_path / "rows"), "--stride", "20")
     assert cosmos3(*line) == 0
-    assert "train: " in capsys.readouterr().out
+    said, bar = capsys.readouterr()
+    assert "train: " in said and re.search(r"preparing \w+: 100%.* 60/60 \[\S+<00:00, .*episode/s\]", bar), (
+        "rate, time left"
+    )
     assert cosmos3(*line) == 0
     assert "was prepared already" in capsys.readouterr().out
 
@@ -151,7 +155,7 @@ def test_a_mistake_is_one_line_and_code_2(line, words, cosmos3, project, capsys)
         ("evaluation.solver_steps=0", ["evaluation.solver_steps is 0", "at least 1"]),
         ("training.keep_every_n_steps=77", ["training.keep_every_n_steps is 77", "a multiple of"]),
         ("tuning.learning_rate_multipliers={'lyers*': 2.0}", ["lyers"]),
-        ("training.tokens_per_micro_batch=50", ["raise it to"]),
+        ("training.tokens_per_micro_batch=50", ["sample 'pusht_moves: policy", "tokens, over", "raise it to"]),
         ("strategy.devices=0", ["strategy.devices is 0"]),
     ],
 )

@@ -59,8 +59,9 @@ def test_a_folder_does_for_a_card_and_a_file_is_never_overwritten(tmp_path, caps
     assert "there is a file already" in capsys.readouterr().err and (tmp_path / "arm.yaml").read_text() == made
     assert cosmos3("new-embodiment", "--log", tmp_path, "--output", tmp_path / "leg.yaml") == 2
     assert "meta/info.json is missing" in capsys.readouterr().err
-    talk = ROOT / "data" / "conversations" / "card.yaml"
+    talk = ROOT / "data" / "conversations" / "pusht_world.yaml"
     assert cosmos3("new-embodiment", "--log", talk, "--output", tmp_path / "leg.yaml") == 2
+    assert "format 'conversations' is no robot's log" in capsys.readouterr().err
 
 
 def test_nothing_is_guessed_in_silence(tmp_path):

@@ -27,8 +27,9 @@ def test_scan(cosmos3, card, tmp_path, capsys):
     clean = make_log(tmp_path / "clean", [20, 24, 16])
     line = ["check", card(clean, embodiment="mover"), "--scan", "--model", "cosmos3_pico"]
     assert cosmos3(*line) == 0
-    said = capsys.readouterr().out
+    said, bar = capsys.readouterr()
     assert "scanned 3 episodes, 60 frames, 2 different captions" in said and "nothing wrong was found" in said
+    assert "scanning moves: 100%" in bar and "3/3" in bar and "episode/s" in bar
 
     actions = {1: default_actions(1, 24)}
     actions[1][7, 1] = np.nan

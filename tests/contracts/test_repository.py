@@ -17,6 +17,7 @@ from cosmos3_train.config import (
     KINDS,
     Embodiment,
     Experiment,
+    UserError,
     check_keys,
     from_plain,
     load_embodiment,
@@ -141,6 +142,29 @@ def test_nothing_reads_the_environment_but_runtime():
     for path in (ROOT / "cosmos3_train").rglob("*.py"):
         if path.name != "runtime.py":
             assert not re.search(r"os\.environ|os\.getenv", path.read_text()), path
+
+
+def test_nothing_unpickles_unpacks_or_runs_what_it_reads():
+    """Names of all that could; diffusers and torch read safetensors alone, archives are read in place."""
+    risky = (
+        r"torch\.load\(|\.extract(?:all)?\(|unpack_archive|allow_pickle=True|trust_remote_code"
+        r"|^\s*(?:import|from) (?:pickle|dill|shelve)\b|(?<![.\w])(?:exec|eval)\("
+    )
+    for path in (ROOT / "cosmos3_train").rglob("*.py"):
+        text = path.read_text()
+        assert not re.findall(risky, text, flags=re.MULTILINE), path
+        for call in re.findall(r"yaml\.(?:load|unsafe_load|full_load)\([^\n]*", text):
+            assert "Loader=_UniqueKeyLoader" in call, f"{path}: {call}"
+        for call in re.findall(r"(?:Transformer|Wan|Tokenizer)\.from_pretrained\((?:[^()]|\([^()]*\))*\)", text):
+            texts = "AutoTokenizer" in text and "text_tokenizer" in call
+            assert texts or "use_safetensors=True" in call or path.parent.name == "export", f"{path}: {call}"
+
+
+def test_yaml_that_would_run_something_is_refused(tmp_path):
+    (tmp_path / "card.yaml").write_text(f"name: !!python/object/apply:os.mkdir [{tmp_path / 'made'}]\nformat: zarr\n")
+    with pytest.raises(UserError, match=r"card\.yaml"):
+        load_card(tmp_path / "card.yaml")
+    assert not (tmp_path / "made").exists()
 
 
 def test_direct_dependencies_have_exact_versions_in_the_constraints():

@@ -64,10 +64,29 @@ def test_wrong_cards(tmp_path, text, words):
 @pytest.mark.parametrize("path", sorted((ROOT / "data").rglob("*.yaml")), ids=lambda path: path.name)
 def test_cards_that_ship(path):
     card = load_card(path)
+    assert card.licence and card.tasks and card.known_faults
+    assert all(task in {*TASKS, CONVERSATION} for task in card.tasks)
     if card.hub_id is None:
         assert card.source_folder(ROOT).exists()
-    else:
-        assert card.download and all(f"hf download {card.hub_id} " in line for line in card.download.values())
-        assert any("--include" in line for line in card.download.values()), "a subset is enough to look at a set"
-    assert card.licence
-    assert all(task in {*TASKS, CONVERSATION} for task in card.tasks)
+        return
+    assert card.size and card.layout and card.columns
+    assert all(f"hf download {card.hub_id} " in line for line in card.download.values())
+    assert "--include" in card.download["subset"] and card.download.keys() & {"all", "look"}
+    talks, log = card.format == "conversations", card.format.startswith("lerobot")
+    assert card.captions or card.caption_template or card.constant_caption or log or talks, "where its words are"
+    if card.rate_hz is None and not talks:
+        assert any(words in str(card.known_faults) for words in ("rate is taken from each video", "unverified"))
+
+
+PUBLISHED = (
+    *(f"nvidia/PhysicalAI-WorldModel-Synthetic-{name}" for name in (
+        "Embodied-Robot-Scenes", "Physical-Interaction-Scenes", "Spatial-Reasoning", "Digital-Human-Scenes",
+        "Autonomous-Driving-Scenarios", "Warehouse-Operations-Scenes",
+    )),
+    "nvidia/BridgeData2-Subset-Synthetic-Captions", "nvidia/LIBERO_LeRobot_v3", "nvidia/BridgeData2_LeRobot_v3",
+    "nvidia/Cosmos3-DROID", "videophysics/videophy2_train", "lmms-lab/LLaVA-OneVision-Data",
+)  # fmt: skip
+
+
+def test_every_published_set_has_its_card():
+    assert {load_card(path).hub_id for path in (ROOT / "data/published").glob("*.yaml")} == set(PUBLISHED)

@@ -141,9 +141,13 @@ def test_videos(tmp_path):
     content[middle : middle + 60] = bytes(60)
     (log / VIDEO).write_bytes(content)
     kinds = found(log)
-    assert (faults.VIDEO, VIDEO, f"episode 3, camera {CAMERA!r}") in kinds
+    (where,) = [where for kind, file, where in kinds if kind == faults.VIDEO and file == VIDEO]
+    hurt = re.fullmatch(rf"episode 3, camera '{CAMERA}', row (\d+)", where)
+    assert hurt and 0 < int(hurt[1]) < 30, where
     assert {kind for kind, *_ in kinds} <= {faults.VIDEO, faults.MISSING}
     (log / VIDEO).unlink()
+    gone = [place for place in found(log) if place[0] == faults.VIDEO]
+    assert gone == [(faults.VIDEO, VIDEO, f"episode {episode}, camera {CAMERA!r}") for episode in (3, 4)]
     assert {kind for kind, *_ in found(log)} == {faults.VIDEO, faults.MISSING}
 
 

@@ -78,6 +78,22 @@ def test_damaged_in_the_middle(tmp_path, clip):
         decode_frames(tmp_path / "hurt.mp4", [0.0, 0.1, 0.2])
 
 
+def test_a_late_window_is_sought_and_not_reached_by_decoding(tmp_path, clip):
+    """All before the keyframe at 4.8 s is destroyed: whoever decodes on the way there fails."""
+    with av.open(str(clip)) as container:
+        (stream,) = container.streams.video
+        wiped = [packet for packet in container.demux(stream) if packet.size and packet.pts * packet.time_base < 4.8]
+        content = bytearray(clip.read_bytes())
+        for packet in wiped:
+            content[packet.pos : packet.pos + packet.size] = bytes(packet.size)
+    (tmp_path / "late.mp4").write_bytes(content)
+    assert len(wiped) == 48
+    with pytest.raises(UserError, match=r"late\.mp4: "):
+        decode_frames(tmp_path / "late.mp4", [0.0, 0.1])
+    late = range(50, 60)
+    assert numbers(decode_frames(tmp_path / "late.mp4", [number / 10 for number in late])) == list(late)
+
+
 def test_compose():
     left, right = torch.zeros(2, 3, 4, 5, dtype=torch.uint8), torch.ones(2, 3, 4, 7, dtype=torch.uint8)
     row = compose([left, right], "row")

@@ -9,6 +9,7 @@ from cosmos3_train.data.sources.camera_tracks import open_camera_tracks
 from cosmos3_train.data.sources.clips import ClipLog
 from cosmos3_train.data.sources.hdf5 import open_hdf5
 from cosmos3_train.data.sources.jsonl_video import open_jsonl
+from cosmos3_train.data.sources.lerobot import those_here
 from cosmos3_train.data.sources.lerobot_v2 import open_lerobot_v2
 from cosmos3_train.data.sources.lerobot_v3 import open_lerobot
 from cosmos3_train.data.sources.log import Log
@@ -20,8 +21,8 @@ from cosmos3_train.data.sources.zarr import open_zarr
 OPENERS: dict[str, Callable[[DatasetCard, Path], Log]] = {
     "camera_tracks": open_camera_tracks,
     "hdf5": open_hdf5,
-    "lerobot_v2": lambda card, source: open_lerobot_v2(source),
-    "lerobot_v3": lambda card, source: open_lerobot(source),
+    "lerobot_v2": lambda card, source: those_here(open_lerobot_v2(source), card),
+    "lerobot_v3": lambda card, source: those_here(open_lerobot(source), card),
     "mcap": open_mcap,
     "rlds": open_rlds,
     "zarr": open_zarr,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,32 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cosmos3_train.config import UserError, nearest
+from cosmos3_train.config import UserError, from_plain, nearest
+from cosmos3_train.data.card import DatasetCard
+from cosmos3_train.data.files import is_there
 from cosmos3_train.data.parquet import CLOCK_HZ, is_text, matrix, parquet_columns, picture_column, read_parquet
 from cosmos3_train.data.pictures import place_inside
 from cosmos3_train.data.sources.log import Episode, EpisodeRecord, VideoPlace
+from cosmos3_train.data.video import is_video
 
 READ_BY = {"2": "lerobot_v2", "3": "lerobot_v3"}
 """Major version of a log -> the format of its dataset card."""
 
 ANNOTATION = "annotation."
 """Columns of GR00T's logs that begin so number the words of `meta/tasks`."""
+
+
+NOT_HERE = "episode of a partial copy whose files are not here"
+
+
+@dataclass(frozen=True)
+class LeRobotMapping:
+    """The `mapping` of a dataset card.
+
+    partial: true where only some of the log's files were copied; episodes of the others are left out and counted
+    """
+
+    partial: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,6 +57,7 @@ class LeRobotLog:
     cameras: tuple[str, ...]
     tasks: dict[int, str]
     episodes: tuple[Episode, ...]
+    left_out: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -145,6 +162,36 @@ class LeRobotLog:
         if unknown:
             raise UserError(f"{where} {unknown[0]} is not in the log's table of tasks (meta/tasks)")
         return [self.tasks[number] for number in numbers]
+
+
+def those_here(log: LeRobotLog, card: DatasetCard) -> LeRobotLog:
+    """The log, or with `mapping.partial` its episodes whose files are here. A camera of which no file is here is not
+    asked for.
+
+    Raises:
+        UserError: the mapping has another key, or no episode is whole.
+    """
+    mapping: LeRobotMapping = from_plain(LeRobotMapping, card.mapping, f"dataset {card.name!r}: mapping")
+    if not mapping.partial:
+        return log
+    places = {place.path for episode in log.episodes for place in episode.video.values()}
+    videos = {place for place in places if is_video(log.root, place)}
+    here = {file for file in videos | {e.data_file for e in log.episodes} if is_there(log.root / file)}
+    copied = {camera for e in log.episodes for camera, place in e.video.items() if place.path in here}
+
+    def missing(episode: Episode) -> list[str]:
+        shown = [place.path for camera, place in episode.video.items() if camera in copied and place.path in videos]
+        return [file for file in (episode.data_file, *shown) if file not in here]
+
+    lacking = {episode.index: files for episode in log.episodes if (files := missing(episode))}
+    if not lacking:
+        return log
+    first = next(iter(lacking))
+    example = f"episode {first}: {lacking[first][0]}"
+    if len(lacking) == len(log.episodes):
+        raise UserError(f"{log.root}: no episode has all of its files here ({example}); copy more of the log")
+    episodes = tuple(episode for episode in log.episodes if episode.index not in lacking)
+    return replace(log, episodes=episodes, left_out={NOT_HERE: (len(lacking), example)})
 
 
 def read_info(root: Path, version: str) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from cosmos3_train.data.sources.mapped import natural, rate_of
 INCOMPLETE = "row of a bag that lacks a message within half a period"
 REPEATED = "message of a bag with the stamp of an earlier one"
 SHIFTED = "topic of a bag whose clock was set to the recorder's"
+ENDS = "row of a bag before a topic begins or after one ends"
 
 EARLIEST, LATEST = -SECOND // 100, SECOND // 2
 """A stamp is this much before its reception where the sensor's clock is the recorder's; else the clock is set."""
@@ -133,7 +134,10 @@ class _Span:
 
 
 class BagLog:
-    """A `Log` in MCAP files. Opening reads every stamp, and so every file once."""
+    """A `Log` in MCAP files. Opening reads every stamp, and so every file once.
+
+    left_out: what is told of whole bags, or of rows outside every episode, see `left_out_of`
+    """
 
     def __init__(self, card: DatasetCard, root: Path, mapping: BagMapping) -> None:
         """Open every bag and lay out its rows.
@@ -154,6 +158,7 @@ class BagLog:
         self._text: set[str] = set()
         self._widths: dict[str, int] = {}
         self._kinds: dict[str, str] = {}
+        self.left_out: dict[str, tuple[int, str]] = {}
         spans: list[_Span] = []
         for path in _files(root, mapping.files):
             spans += self._spans(path)
@@ -223,12 +228,13 @@ class BagLog:
                 raise UserError(f"{path}: no message on {topic}; take the bag away, or the topic out of the mapping")
             bag.topics[topic] = _sorted(stamps, self._mapping.clock == "stamp")
         self._measure(bag)
-        faults = _faults_of(bag)
-        spans = [self._laid_out(bag, *limits) for limits in self._limits(bag)]
-        return [
-            _Span(span.bag, span.times, span.numbers, {**span.faults, **(faults if place == 0 else {})})
-            for place, span in enumerate(spans)
-        ]
+        for reason, (count, example) in _faults_of(bag).items():
+            self._leave_out(reason, count, example)
+        return [self._laid_out(bag, *limits) for limits in self._limits(bag)]
+
+    def _leave_out(self, reason: str, count: int, example: str) -> None:
+        earlier, first = self.left_out.get(reason, (0, example))
+        self.left_out[reason] = earlier + count, first
 
     def _measure(self, bag: _Bag) -> None:
         """Which columns hold words, and how wide the others are, by the first message of each topic."""
@@ -278,13 +284,7 @@ class BagLog:
 
     def _laid_out(self, bag: _Bag, first: float, last: float) -> _Span:
         period, sampled = SECOND / self.fps, self._sampled()
-        begin, end = first, last
-        for topic in sampled:
-            stamps = bag.topics[topic].stamps
-            stamps = stamps[(stamps >= first) & (stamps <= last)]
-            if not len(stamps):
-                return _Span(bag, np.zeros(0, np.int64), np.zeros(0, np.int64), {INCOMPLETE: (0, topic)})
-            begin, end = max(begin, float(stamps[0])), min(end, float(stamps[-1]))
+        begin, end = self._shared(bag, first, last, sampled)
         leading = bag.topics[self._leading].stamps
         inside = leading[(leading >= begin - period / 2) & (leading <= end + period / 2)]
         if not len(inside):
@@ -308,6 +308,27 @@ class BagLog:
         kept = np.flatnonzero(whole)
         # Rows count from the first that is whole, so that an episode's times begin at 0.
         return _Span(bag, times[kept], kept - kept[0] if len(kept) else kept, faults)
+
+    def _shared(self, bag: _Bag, first: float, last: float, topics: Sequence[str]) -> tuple[float, float]:
+        """From when to when all topics have messages inside an episode's limits; rows outside of that are counted."""
+        inside = {topic: bag.topics[topic].stamps for topic in topics}
+        inside = {topic: stamps[(stamps >= first) & (stamps <= last)] for topic, stamps in inside.items()}
+        there = {topic: (float(stamps[0]), float(stamps[-1])) for topic, stamps in inside.items() if len(stamps)}
+        if not there:
+            return (first, last) if not topics else (np.inf, -np.inf)
+        opening, closing = min(start for start, _ in there.values()), max(end for _, end in there.values())
+        silent = [topic for topic in topics if topic not in there]
+        if silent:
+            rows = int((closing - opening) * self.fps // SECOND) + 1
+            self._leave_out(ENDS, rows, f"{bag.path.name}: {silent[0]} has no message in an episode")
+            return np.inf, -np.inf
+        late, early = max(there, key=lambda topic: there[topic][0]), min(there, key=lambda topic: there[topic][1])
+        begin, end = there[late][0], there[early][1]
+        for words, lost in ((f"{late} begins {{:.3f}} s late", begin - opening),
+                            (f"{early} ends {{:.3f}} s early", closing - end)):  # fmt: skip
+            if rows := int(lost * self.fps // SECOND):
+                self._leave_out(ENDS, rows, f"{bag.path.name}: {words.format(lost / SECOND)}")
+        return begin, end
 
     def _episode(self, index: int, span: _Span) -> Episode:
         file, video = span.bag.path.relative_to(self.root).as_posix(), {}

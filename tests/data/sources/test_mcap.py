@@ -8,7 +8,7 @@ from cosmos3_train.data.index import GAP
 from cosmos3_train.data.prepare import prepare
 from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.data.sources import open_log
-from cosmos3_train.data.sources.mcap import INCOMPLETE, REPEATED, SHIFTED
+from cosmos3_train.data.sources.mcap import ENDS, INCOMPLETE, REPEATED, SHIFTED
 from cosmos3_train.data.video import frames_at
 from tests.data.bags import Sent, compressed, joints, numbers, pose, raw, write_bag
 from tests.data.logs import embodiment, frame_number, numbered_frame
@@ -79,7 +79,7 @@ def test_pictures_joints_and_times_come_back(tmp_path):
     assert (log.fps, log.cameras, log.columns) == (10, ("front", "side"), ("observation.state", "action", "hand"))
     assert [log.width(name) for name in log.columns] == [2, 2, 7]
     record = only(log, log.columns)
-    assert record.length == log.episodes[0].length == 20 and record.faults == {}
+    assert record.length == log.episodes[0].length == 20 and record.faults == log.left_out == {}
     assert np.allclose(record.timestamps, np.arange(20) / 10)
     assert np.allclose(record.columns["observation.state"], np.outer(record.timestamps, [1, -1]), atol=0.011)
     assert np.allclose(record.columns["action"], np.outer(record.timestamps, [1, 2]), atol=0.011)
@@ -141,7 +141,7 @@ def test_a_clock_that_is_not_the_recorders_is_set(tmp_path, offset):
     record = only(log)
     assert frames_of(log, record) == list(range(20))
     assert np.allclose(record.columns["observation.state"][:, 0], record.timestamps, atol=0.011)
-    assert record.faults == {SHIFTED: (1, f"run.mcap: {CAMERA} by {-offset:+.3f} s")}
+    assert record.faults == {} and log.left_out == {SHIFTED: (1, f"run.mcap: {CAMERA} by {-offset:+.3f} s")}
 
 
 def test_stamps_that_repeat_are_counted(tmp_path):
@@ -150,7 +150,22 @@ def test_stamps_that_repeat_are_counted(tmp_path):
     write_bag(tmp_path / "run.mcap", [*shown, *arm(np.arange(200) / 100)])
     log = open_log(card(), tmp_path)
     record = only(log)
-    assert frames_of(log, record) == list(range(20)) and record.faults == {REPEATED: (1, f"run.mcap: {CAMERA}")}
+    assert frames_of(log, record) == list(range(20)) and log.left_out == {REPEATED: (1, f"run.mcap: {CAMERA}")}
+
+
+def test_rows_before_a_topic_begins_and_after_one_ends_are_counted(tmp_path):
+    """Also where no episode is left of it, or only one that is too short for a window."""
+    write_bag(tmp_path / "run_1.mcap", [*camera(np.arange(20) / 10), *arm(0.5 + np.arange(200) / 100)])
+    write_bag(tmp_path / "run_2.mcap", [*camera(5 + np.arange(20) / 10), *arm(np.arange(200) / 100)])
+    robot = embodiment(cameras=["front"], action=[Channel("x"), Channel("y")])
+    summary = prepare(card(), robot, tmp_path, tmp_path / "out", progress=False, heldout_fraction=0)
+    assert summary.windows["train"] == 11, "of 15 rows from 0.5 s to 1.9 s"
+    hand = 0.5 + 1.99 - 1.9  # the camera's last message comes so much before the arm's
+    assert summary.dropped[ENDS] == 5 + int(hand * 10) + 50 + 49
+    assert summary.examples[ENDS] == f"run_1.mcap: {JOINTS} begins 0.500 s late"
+    log = open_log(card(split_gap=1.0), tmp_path)
+    assert [episode.length for episode in log.episodes] == [15, 0]
+    assert log.left_out[ENDS] == (5 + 20, f"run_1.mcap: {JOINTS} begins 0.500 s late"), "limits are the camera's"
 
 
 def test_episodes_by_gap_by_topic_and_by_file(tmp_path):
