@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from diffusers import Cosmos3OmniTransformer
 
+from cosmos3_train.evaluation.pictures import read_metrics
 from tests.evaluation.tiny import tiny_parts
 from tests.parity.avae import add_tokenizer
 from tests.parity.upstream import TINY, randomise
@@ -61,3 +64,12 @@ def quick_data(experiment) -> list[str]:
         found += [f"data.datasets.{name}.cache_latents=false"]
         found += [f"data.datasets.{name}.prepared=prepared/quick_{entry.embodiment or name}"]
     return found
+
+
+def numbers_of_two_steps(run: Path) -> dict[str, Any]:
+    """What a finished run of two steps reports, once it is sure that both were made and that they changed the loss."""
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+    assert read_metrics(run / "metrics.csv")["loss"][0] == [1, 2]
+    numbers = json.loads((run / "report.json").read_text())
+    assert numbers["heldout_loss_before"] != numbers["heldout_loss_after"]
+    return numbers
