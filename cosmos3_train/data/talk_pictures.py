@@ -32,6 +32,7 @@ _BROKEN = (
     KeyError, TypeError, struct.error, zlib.error,
 )  # fmt: skip
 """What Pillow's readers raise for damaged bytes."""
+_LARGE = (TooLarge, Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 class Faulty(Unusable):
@@ -87,7 +88,7 @@ def picture_shape(root: Path, reference: Reference, options: PictureOptions) -> 
         with _opened(root, reference) as image:
             return Shape((image.height, image.width), None, 0.0, options.image_pixels)
     except (UserError, *_BROKEN) as error:
-        raise _fault(TOO_LARGE if isinstance(error, TooLarge) else UNREADABLE, reference, error) from None
+        raise _fault(reference, error) from None
 
 
 def read_picture(root: Path, reference: Reference, options: PictureOptions) -> Picture:
@@ -109,7 +110,7 @@ def read_picture(root: Path, reference: Reference, options: PictureOptions) -> P
             pixels = np.asarray(rgb).transpose(2, 0, 1).copy()
         return Picture(torch.from_numpy(pixels)[None], pixels=options.image_pixels)
     except (UserError, *_BROKEN) as error:
-        raise _fault(TOO_LARGE if isinstance(error, TooLarge) else UNREADABLE, reference, error) from None
+        raise _fault(reference, error) from None
 
 
 def _film(root: Path, reference: Reference, options: PictureOptions) -> tuple[tuple[int, ...], float, np.ndarray]:
@@ -118,7 +119,7 @@ def _film(root: Path, reference: Reference, options: PictureOptions) -> tuple[tu
         raise Unusable(UNREADABLE, "a video that lies in a column; only files are read")
     times, fps = video_times(root / reference.path)
     if len(times) < 2:
-        raise _fault(UNREADABLE, reference, "the video has one frame")
+        raise _fault(reference, "the video has one frame")
     return frame_numbers(len(times), fps, options), fps, times
 
 
@@ -127,12 +128,13 @@ def _opened(root: Path, reference: Reference) -> Image.Image:
     try:
         image = Image.open(root / reference.path if reference.content is None else io.BytesIO(reference.content))
         check_pixels(image.height, image.width, reference.path or "an image")
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning, TooLarge) as error:  # Pillow's limit is wider
-        raise _fault(TOO_LARGE, reference, error) from None
+    except _LARGE as error:  # Pillow's limit is wider
+        raise _fault(reference, error) from None
     return image
 
 
-def _fault(reason: str, reference: Reference, error: Exception | str) -> Unusable:
+def _fault(reference: Reference, error: Exception | str) -> Unusable:
+    reason = TOO_LARGE if isinstance(error, _LARGE) else UNREADABLE
     unknown = isinstance(error, UnidentifiedImageError)  # its own words hold an address in memory
     problem = "of no kind of image that is known" if unknown else " ".join(str(error).split())[:160]
     if not reference.path:
