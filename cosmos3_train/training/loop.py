@@ -25,7 +25,6 @@ from cosmos3_train.training.strategy import (
     any_rank,
     data_rank,
     from_all_ranks,
-    largest,
     meet,
     wait_for_first_rank,
 )
@@ -101,7 +100,7 @@ class RunLoop(lightning.Callback):
             self.watch(time)
         if self._saving is not None:
             self._saving.check()
-        stop = bool(largest([int(self._asked_to_stop)], "whether to stop")[0])
+        stop = any_rank(self._asked_to_stop, "whether to stop")
         if stop:
             module.conclude()
             self._keep_left_out()
@@ -206,7 +205,7 @@ class RunLoop(lightning.Callback):
         module, step = self.module, self.module.position.step
         due = self.evaluate is not None and self._metrics is not None and not self._metrics.has(step, EVALUATED)
         if module.sharded:
-            due = any_rank(due, module.device)  # the first rank alone has metrics
+            due = any_rank(due, f"whether the evaluation at step {step} is due")  # the first rank alone has metrics
         if not due:
             return
         module.backbone.eval()

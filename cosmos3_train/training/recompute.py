@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
-from cosmos3_train.training.strategy import largest
+from cosmos3_train.training.strategy import any_rank, largest
 from cosmos3_train.types import PackedSequence
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def most_that_fit(
         return 0
     more = TRIED[1] - TRIED[0]
     # What one layer keeps is at most all that the step takes. Ranks try more where that fits on each of them.
-    if together and largest([int(one + more * (one - before) > room)], "whether layers may keep their activations")[0]:
+    if together and any_rank(one + more * (one - before) > room, "whether layers may keep their activations"):
         return 0
     three = measure(min(TRIED[1], layers))
     if three is None:

@@ -321,11 +321,9 @@ def on_any_rank(flag: Tensor) -> Tensor:
     return flag
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is up on any rank; every rank gets the same answer."""
-    if not dist.is_initialized():
-        return flag
-    return bool(on_any_rank(torch.tensor(float(flag), device=device)))
+def any_rank(flag: bool, what: str) -> bool:
+    """Whether the flag is up on any rank, agreed on as `largest` is; every rank gets the same answer."""
+    return bool(largest([int(flag)], what)[0])
 
 
 def largest(values: list[int], what: str) -> list[int]:
