@@ -6,6 +6,7 @@ so that a sample's noise does not depend on the rank, the worker or the micro-ba
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -178,6 +179,19 @@ def offline_hub() -> None:
     """Keep the Hub client from looking for a network for folders that are already on disk."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@contextmanager
+def garbage_later() -> Iterator[None]:
+    """Let Python look for cycles of objects afterwards and not within: a pass makes so many objects that it looks
+    dozens of times, and finds none, while the GPU waits for the next launch."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def free_memory(root: Path = Path("/")) -> float | None:

@@ -12,6 +12,8 @@ import importlib
 import inspect
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from functools import cache
 from typing import Any, Literal
 
@@ -39,6 +41,9 @@ KERNEL_OPERATORS = frozenset(
 """What the backends' forward passes are to PyTorch's dispatcher."""
 BACKENDS: tuple[Backend, ...] = ("flash4", "flash3", "flash2", "sdpa")
 
+around_kernels: ContextVar[AbstractContextManager[Any] | None] = ContextVar("around_kernels", default=None)
+"""What every kernel runs within, in this thread: `model.keeping` has it remember what the kernel has computed."""
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, *, causal: bool, backend: Backend) -> Tensor:
     """Attention of every sample's queries to the same sample's keys, and to no other.
@@ -52,7 +57,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, *, caus
     Returns:
         [Q, heads, head_dim] in q's dtype.
     """
-    return _KERNELS[backend](q, k, v, queries, keys, causal)
+    with around_kernels.get() or nullcontext():
+        return _KERNELS[backend](q, k, v, queries, keys, causal)
 
 
 def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Backend:

@@ -12,6 +12,7 @@ On a CPU the rounded operands are multiplied in float32: the same numbers but fo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -111,6 +112,12 @@ def linear(
     return _fp8_linear(x, codes, scale, weights, scales, transposed, bias, down, up)[0]
 
 
+@cache
+def _ones(count: int, device: torch.device) -> Tensor:
+    """float32 [count]: made once, for each time is a launch."""
+    return torch.ones(count, device=device)
+
+
 def _product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """a [n, k] · b [m, k]ᵀ in `dtype`, of e4m3 codes with scales [n, 1] and [m]."""
     if a.device.type == "cuda":
@@ -168,8 +175,7 @@ def _fp8_input_gradient(
         turned = transposed[0]
     else:
         turned = (weights[0] if len(weights) == 1 else torch.cat(list(weights))).t().contiguous()
-    ones = torch.ones(turned.shape[0], device=codes.device)
-    found = _product(codes, scale, turned.view(E4M3), ones, dtype)
+    found = _product(codes, scale, turned.view(E4M3), _ones(turned.shape[0], codes.device), dtype)
     return found if low is None or down is None else found.addmm_(low, down)
 
 

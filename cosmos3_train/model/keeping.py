@@ -9,12 +9,13 @@ attention alone        a layer's input and what attention made of it stay: a for
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from cosmos3_train.model.attention import KERNEL_OPERATORS
+from cosmos3_train.model.attention import KERNEL_OPERATORS, around_kernels
 
 PRODUCT_OPERATORS = frozenset(
     (
@@ -28,9 +29,12 @@ PRODUCT_OPERATORS = frozenset(
 """What the projections of a decoder layer are to PyTorch's dispatcher: fused LoRA, and plain layers."""
 
 
-def keeping_attention(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function of which only what an attention kernel has computed is kept, and compute the rest again."""
-    return checkpoint(function, *arguments, use_reentrant=False, context_fn=_ATTENTION)
+def keeping_attention(function: Callable[..., Any], *arguments: Any, draws: bool) -> Any:
+    """Call a function of which only what an attention kernel has computed is kept, and compute the rest again.
+
+    draws: the function draws random numbers, and draws the same ones again.
+    """
+    return checkpoint(function, *arguments, use_reentrant=False, context_fn=_attention, preserve_rng_state=draws)
 
 
 def keeping_products(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -44,7 +48,23 @@ def _policy(
     return CheckpointPolicy.MUST_SAVE if str(operator) in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-_ATTENTION, _PRODUCTS = (
+_KERNELS, _PRODUCTS = (
     functools.partial(create_selective_checkpoint_contexts, functools.partial(_policy, kept))
     for kept in (KERNEL_OPERATORS, PRODUCT_OPERATORS)
 )
+
+
+def _attention() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For the forward, and for when it is computed again. PyTorch's contexts see every operator, by Python: around the
+    kernels alone they cost a layer's launches nothing, around all of it twice their time."""
+    first, again = _KERNELS()
+    return _within_kernels(first), _within_kernels(again)
+
+
+@contextmanager
+def _within_kernels(context: AbstractContextManager[Any]) -> Iterator[None]:
+    before = around_kernels.set(context)
+    try:
+        yield
+    finally:
+        around_kernels.reset(before)

@@ -194,6 +194,7 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
     keep_attention: bool = False
     kept_layers: int = 0
     lean: bool = False
+    draws: bool = False
     understanding_trains: bool = True
     joint_layers: bool = False
     recall: Recall | None = None
@@ -395,8 +396,8 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
         if not recomputes:
             return layer(*arguments)
         if self.keep_attention:
-            return keeping_attention(layer, *arguments)
-        return checkpoint(layer, *arguments, use_reentrant=False)  # pyright: ignore[reportReturnType]
+            return keeping_attention(layer, *arguments, draws=self.draws)
+        return cast(Any, checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=self.draws))
 
 
 def _deepened(hidden: Tensor, pack: PackedSequence, deep: tuple[Tensor, ...], place: int) -> Tensor:

@@ -165,6 +165,7 @@ def _inject(backbone: Cosmos3PackedTransformer, tuning: Tuning, embodiments: Seq
             ),
             adapter_name=ADAPTER,
         )
+    backbone.draws = tuning.dropout > 0
     if rows:
         _start_rows(backbone, embodiments, rows)
 

@@ -26,7 +26,7 @@ from cosmos3_train.config import Experiment
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
 from cosmos3_train.model.trainable import Trainables
 from cosmos3_train.objectives import flow_matching, next_token
-from cosmos3_train.runtime import fold, rank
+from cosmos3_train.runtime import fold, garbage_later, rank
 from cosmos3_train.training.batching import LOSSES, TEXT, PackedStep, Packer
 from cosmos3_train.training.checkpoints import Position
 from cosmos3_train.training.ema import Average
@@ -252,7 +252,7 @@ class PostTraining(lightning.LightningModule):
         for number in range(passes):
             counted = number < len(packs)
             last = number == passes - 1
-            with nullcontext() if self.zero is None else self.zero.one_pass(last):
+            with garbage_later(), nullcontext() if self.zero is None else self.zero.one_pass(last):
                 losses = self.pack_losses(packs[min(number, len(packs) - 1)].to(self.device))
                 total = self.weighted(losses, counts)
                 reduce_after_this_pack(self.backbone, last)
