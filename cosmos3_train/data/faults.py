@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cosmos3_train.config import Embodiment
+from cosmos3_train.config import Channel, Embodiment
 from cosmos3_train.data.actions import Normaliser, outside_range, range_words
 from cosmos3_train.data.poses import SLACK
 from cosmos3_train.data.statistics import Statistics, compute_moments
@@ -24,6 +24,7 @@ from cosmos3_train.data.statistics import Statistics, compute_moments
 NOT_FINITE = "NaN or infinite"
 FROZEN = "frozen channel"
 OUT_OF_RANGE = "out-of-range value"
+CLIPPED = "clipped channel"
 GAPS = "gap in the time stamps"
 RATE = "wrong rate"
 GRIPPER = "gripper the wrong way round"
@@ -40,7 +41,11 @@ FAR = 5.0
 OFTEN = 0.9
 """Share of the episodes that have to agree before one that does not is told, or all of them are."""
 ENOUGH = 3
-"""Episodes that say something about what is usual."""
+"""Episodes that say something about what is usual; and times that a channel stands at its end, before that is told."""
+CUT, CUT_ROWS = 0.02, 10
+"""Share of the rows that move, and rows, at which a channel stands at its end before that is told."""
+FEW = 20
+"""A channel of fewer different values is a command of steps, whose end is one of them."""
 
 
 class Fault(NamedTuple):
@@ -161,6 +166,7 @@ class Whole:
         starts = np.cumsum([0, *(len(place.rows) for place in self.places)])
         yield from self._frozen(values)
         yield from self._far(values, starts)
+        yield from self._clipped(values, starts)
         yield from self._grippers(values, starts)
 
     def _frozen(self, values: np.ndarray) -> Iterator[tuple[Place, Fault]]:
@@ -186,8 +192,7 @@ class Whole:
         kinds = dict.fromkeys((robot.normaliser, "quantile"))  # one far value alone stretches what minmax divides by
         kinds.pop("none", None)  # FAR is of normalised values, not of raw units
         normalisers = [Normaliser(replace(robot, normaliser=kind), statistics) for kind in kinds]
-        for place, first in zip(self.places, starts, strict=False):
-            mine = np.array(values[first : first + len(place.rows)])
+        for place, mine in self._episodes(values, starts):
             bad = np.zeros(mine.shape, bool)
             for normaliser in normalisers:
                 bad |= (normaliser.normalise(torch.from_numpy(mine)).abs() > FAR).numpy()
@@ -197,6 +202,40 @@ class Whole:
                     f"{statistics.action.q01[index]:g} to {statistics.action.q99[index]:g} (1 % to 99 %)"
                 )
                 yield place, _first(OUT_OF_RANGE, bad[:, index], words)
+
+    def _clipped(self, values: np.ndarray, starts: np.ndarray) -> Iterator[tuple[Place, Fault]]:
+        """Channels that often stand at their largest or smallest value while the robot moves on."""
+        for word, ends in (("largest", values.max(axis=0)), ("smallest", values.min(axis=0))):
+            moving, rows, times, episodes = 0, *np.zeros((3, self.embodiment.width), int)
+            first: dict[int, tuple[Place, int]] = {}
+            for place, mine in self._episodes(values, starts):
+                moves = (mine[1:] != mine[:-1]).any(axis=1)
+                stands = _stands(mine == ends) & moves[:, None]
+                moving += int(moves.sum())
+                rows += stands.sum(axis=0)
+                times += np.diff(stands, axis=0, prepend=False, append=False).sum(axis=0) // 2  # each begins and ends
+                episodes += stands.any(axis=0)
+                for index in np.flatnonzero(stands.any(axis=0)):
+                    first.setdefault(int(index), (place, 1 + int(np.argmax(stands[:, index]))))
+            often = (rows >= CUT_ROWS) & (rows >= CUT * moving)
+            often &= (times >= ENOUGH) & (episodes >= min(ENOUGH, len(self.places)))
+            for index in np.flatnonzero(often):
+                channel, end = self.embodiment.action[index], float(ends[index])
+                if _may_end(channel, end) or _two_ends(values[:, index]) or len(np.unique(values[:, index])) < FEW:
+                    continue
+                place, row = first[int(index)]
+                words = (
+                    f"{channel.name} stands at its {word} value {end:g} in {rows[index] / moving:.1%} of the rows that "
+                    f"move, in {episodes[index]} of {len(self.places)} episodes: was it cut off when it was recorded? "
+                    f"A model learns to stop there too; if the robot does, say so as the channel's "
+                    f"{'high' if word == 'largest' else 'low'} in the embodiment card"
+                )
+                yield place, Fault(CLIPPED, row, words)
+
+    def _episodes(self, values: np.ndarray, starts: np.ndarray) -> Iterator[tuple[Place, np.ndarray]]:
+        """Each episode's actions [T, W]."""
+        for place, first in zip(self.places, starts, strict=False):
+            yield place, np.array(values[first : first + len(place.rows)])
 
     def _grippers(self, values: np.ndarray, starts: np.ndarray) -> Iterator[tuple[Place, Fault]]:
         """A two-valued gripper whose values are not the card's, or, for robots begin with an open hand, that begins
@@ -234,6 +273,24 @@ def gripper_ends(meaning: str) -> Ends | None:
         word: float(number) for number, word in re.findall(r"(-?\d+(?:\.\d+)?)\s*(?:is\s+)?(closed|open)", meaning)
     }
     return Ends(found["closed"], found["open"]) if len(found) == 2 else None
+
+
+def _stands(at_end: np.ndarray) -> np.ndarray:
+    """bool [T - 1, W], of rows from the second on: at the end as the row before was, from [T, W], which rows are.
+
+    Not where an episode begins or ends so: an arm that is parked there, or rests before and after its work, is not cut.
+    """
+    came = np.logical_or.accumulate(~at_end, axis=0)
+    goes = np.logical_or.accumulate(~at_end[::-1], axis=0)[::-1]
+    return (at_end & came & goes)[1:] & at_end[:-1]
+
+
+def _may_end(channel: Channel, end: float) -> bool:
+    """Whether a channel's values end there by nature: at 0 (a speed, a force), at the card's range, a gripper's, or a
+    rotation's."""
+    stated = [side for side in (channel.low, channel.high) if side is not None]
+    gripper = gripper_ends(channel.meaning) is not None or "gripper" in f"{channel.name} {channel.meaning}".lower()
+    return end == 0 or channel.rotation or gripper or any(np.isclose(end, side, rtol=1e-6) for side in stated)
 
 
 def _two_ends(values: np.ndarray) -> bool:

@@ -12,6 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from cosmos3_train.config import load_embodiment
+from cosmos3_train.data.card import load_card
+from cosmos3_train.data.scan import Scan, scan_log
+from cosmos3_train.data.sources import open_log
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 CARDS = sorted((REPOSITORY / "data/pusht").glob("*.yaml"))
 FIELDS = {
@@ -49,6 +54,15 @@ def test_a_shipped_log_is_small_and_whole(card: Path) -> None:
     assert state.min() >= 0 and state.max() <= largest
     lead = np.linalg.norm(action - state, axis=1) / 5.12 if largest == 512 else np.linalg.norm(action, axis=1)
     assert lead.max() < 10, "the target stays within 10 cm of the agent"
+
+
+@pytest.mark.parametrize("path", CARDS, ids=lambda path: path.stem)
+def test_a_scan_of_a_shipped_log_finds_nothing(path: Path) -> None:
+    card = load_card(path)
+    assert card.embodiment is not None
+    log, scan = open_log(card, card.source_folder(REPOSITORY)), Scan()
+    assert list(scan_log(log, card, load_embodiment(card.embodiment, REPOSITORY), scan, threads=2)) == []
+    assert scan.items == len(log.episodes) and scan.frames > 6000
 
 
 def test_the_expert_solves_fresh_starts_under_both_contracts(make_episodes: ModuleType) -> None:

@@ -118,6 +118,113 @@ def test_frozen_channels(tmp_path):
     assert found(make_log(tmp_path / "one", [8] * 12, actions=actions)) == [(faults.FROZEN, SECOND, "episode 4")]
 
 
+TWO = embodiment(action=[Channel("x"), Channel("y")])
+
+
+def teeth(episode: int, length: int) -> np.ndarray:
+    """[length, 2]: y climbs in ten rows from 100 to 370, is 310 in the eighth, and falls back; x is never still."""
+    x, jitter = np.random.default_rng(episode).uniform(0, 1, (2, length))
+    return np.stack([400 * x, 100 + 30 * (np.arange(length) % 10) + jitter], axis=1).astype(np.float32)
+
+
+def make_teeth(root, change=lambda action: None, lengths=LENGTHS, only=None):
+    """A log of such actions, changed in each episode or in `only` one."""
+    actions = {number: teeth(number, length) for number, length in enumerate(lengths)}
+    for number in actions if only is None else [only]:
+        change(actions[number])
+    return make_log(root / "log", lengths, actions=actions)
+
+
+def clip(action, low=None, high=300.0):
+    action[:, 1] = action[:, 1].clip(low, high)
+
+
+def test_clipped_channels(tmp_path):
+    """Rows 8 and 9 of ten stand as the row before them did, but not where the episode ends so, as two here do."""
+    assert found(make_teeth(tmp_path / "whole"), TWO) == []
+    log = make_teeth(tmp_path / "cut", clip)
+    assert found(log, TWO) == [(faults.CLIPPED, FIRST, "episode 0, row 8")]
+    (finding,) = scan_log(open_log(dataset_card(), log), dataset_card(), TWO, Scan())
+    # Two rows in each of 7 stands (1, 2, 1, 2 and 1 an episode), of the 103 that have one before them.
+    assert finding.words.startswith("y stands at its largest value 300 in 13.6% of the rows that move, in 5 of 5 ep")
+    assert "as the channel's high in the embodiment card" in finding.words
+
+    log = make_teeth(tmp_path / "both", lambda action: clip(action, 170.0))
+    places = [(faults.CLIPPED, FIRST, f"episode 0, row {row}") for row in (8, 11)]
+    assert found(log, TWO) == places, "rows 10 to 12 are at the smallest; so is row 0, where the episode begins"
+
+
+def test_clipping_in_short_logs(tmp_path):
+    """Of one episode too, but not by standing there once or twice."""
+    cut = make_teeth(tmp_path / "one", clip, [65])
+    assert found(cut, TWO) == [(faults.CLIPPED, FIRST, "episode 0, row 8")]
+
+    def twice(action):
+        action[:, 1] *= 0.5
+        action[10:16, 1] = action[30:38, 1] = 300.0
+
+    assert found(make_teeth(tmp_path / "twice", lambda action: twice(action), [65]), TWO) == []
+
+
+def idle(action):
+    clip(action)
+    same = np.flatnonzero(action[1:, 1] == action[:-1, 1]) + 1
+    for at in same:
+        action[at, 0] = action[at - 1, 0]
+
+
+def parked(action):
+    action[:6, 1] = action[-6:, 1] = 400.0
+
+
+def one_row_a_time(action):
+    action[4::5, 1] = 400.0
+
+
+def ends_at_zero(action):
+    action[:, 1] = np.minimum(action[:, 1] - 300, 0)
+
+
+def open_or_shut(action):
+    action[:, 1] = np.where(action[:, 1] > 300, 300, 0.01 * action[:, 1])
+
+
+def eight_steps(action):
+    action[:, 1] = (action[:, 1] // 30).clip(3, 10)
+
+
+@pytest.mark.parametrize(
+    ("change", "channel"),
+    [
+        (idle, {}),
+        (parked, {}),
+        (one_row_a_time, {}),
+        (ends_at_zero, {}),
+        (open_or_shut, {}),
+        (eight_steps, {}),
+        (clip, {"high": 300.0}),
+        (clip, {"name": "gripper_width"}),
+        (clip, {"meaning": "hand, 0 closed, 300 open"}),
+        (clip, {"rotation": True}),
+    ],
+)
+def test_an_end_that_is_no_clipping(tmp_path, change, channel):
+    robot = replace(TWO, action=[TWO.action[0], replace(TWO.action[1], **channel)])
+    assert found(make_teeth(tmp_path, change), robot) == []
+
+
+def test_standing_at_the_end_seldom_is_no_clipping(tmp_path):
+    def rarely(action):
+        action[50:53, 1] = 400.0
+
+    def in_one(action):
+        action[:, 1] = action[:, 1].clip(None, 200.0) + 200.0
+
+    assert found(make_teeth(tmp_path / "rows", lambda action: clip(action, high=330.0)), TWO) == [], "7 rows"
+    assert found(make_teeth(tmp_path / "share", rarely, [120] * 5), TWO) == [], "10 of 595 rows"
+    assert found(make_teeth(tmp_path / "one", in_one, [20, 24, 16, 65, 18], only=3), TWO) == [], "one episode of five"
+
+
 def test_time_stamps(tmp_path):
     times = np.arange(30) / 10
     times[12:] += 0.2
