@@ -56,7 +56,10 @@ def test_as_many_layers_keep_their_activations_as_a_cap_allows(capped, compile):
         settle(backbone, DEVICE, accumulate, [packed], 1, packed.tokens, together=False)
         return backbone.kept_layers, backbone.lean
 
-    step()
+    for name, parameter in trainables.parameters.items():
+        if "lora_B" in name:  # it begins at 0, where A has no gradient
+            torch.nn.init.normal_(parameter, std=0.02)
+    step(), step()
     least, exact = step()
     assert settled() == (LAYERS, False)
     most, kept = step()
@@ -65,7 +68,7 @@ def test_as_many_layers_keep_their_activations_as_a_cap_allows(capped, compile):
     count, lean = settled(tight)
     assert lean and 2 < count < LAYERS
     peak, found = step()
-    assert tight - 1.5 * (most - least) / LAYERS < peak <= tight
+    assert tight - 2.5 * (most - least) / LAYERS < peak <= tight
     for name, value in exact.items():
         for other in (kept, found):
             assert float((other[name] - value).norm() / value.norm()) < 2e-2, name

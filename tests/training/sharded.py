@@ -27,7 +27,7 @@ def start(root: Path, count: int, *jobs: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "tests.training.sharded", str(root), *jobs],
         cwd=REPOSITORY,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path]), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
