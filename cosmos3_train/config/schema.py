@@ -610,7 +610,7 @@ class Training:
     samples_per_step:         samples of one optimizer step over all ranks; a step's samples are a function of the seed
                               and the step alone, however they are split into micro-batches
     tokens_per_micro_batch:   token budget of one forward, both streams together; a rank's share of a step is cut into
-                              as few packs as fit
+                              as few packs as fit, all full but the last
     seed:                     of everything that is drawn
     ema_decay:                of the average of the trainables (0: none); it is what is evaluated and exported
     *_every_n_steps:          0 turns it off (of evaluating and saving; the last step is always evaluated and saved)

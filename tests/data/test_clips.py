@@ -349,7 +349,7 @@ def test_killed_resumed_and_in_parallel(tmp_path, monkeypatch):
     write_rows(source / "rows.jsonl", rows)
     undisturbed = prepared(source, tmp_path / "undisturbed")
     assert undisturbed.dropped[NO_VIDEO] == 10
-    prepared(source, tmp_path / "parallel", workers=2)
+    prepared(source, tmp_path / "parallel", workers=3)
     assert same_files(tmp_path / "undisturbed", tmp_path / "parallel")
     (tmp_path / "run.py").write_text(PREPARE)
     process = subprocess.Popen(

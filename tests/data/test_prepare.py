@@ -341,7 +341,7 @@ def test_killed_resumed_and_in_parallel(tmp_path, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK_FRAMES", 60)
     log = make_log(tmp_path / "log", [20] * 48)
     prepared(log, tmp_path / "undisturbed")
-    parallel = prepared(log, tmp_path / "parallel", workers=2)
+    parallel = prepared(log, tmp_path / "parallel", workers=3)
     assert same_files(tmp_path / "undisturbed", tmp_path / "parallel")
     (tmp_path / "run.py").write_text(PREPARE)
     root = Path(__file__).parents[2]

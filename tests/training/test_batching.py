@@ -53,17 +53,20 @@ def step(number: int, samples: int) -> list[TokenSample]:
 @pytest.mark.parametrize("samples", [32, 64, 256])
 def test_packs_of_a_mixture_are_full(samples):
     """All but a step's last are, which holds what is left; and they are as few as can be in nearly every step."""
-    fills, packs, least = [], 0, 0
+    fills, packs, least, total = [], 0, 0, 0
     for number in range(40):
         made = split_into_packs(step(number, samples), LAYOUT, BUDGET)
         tokens = [sum(map(LAYOUT.tokens, members)) for members in made]
         assert max(tokens) <= BUDGET
         fills += [count / BUDGET for count in tokens[:-1]]
-        packs, least = packs + len(made), least - sum(tokens) // -BUDGET
-    mean = sum(fills) / len(fills)
-    print(f"\n{samples} samples a step: {mean:.2%} of the budget, {min(fills):.1%} at the least; {packs} packs")
+        packs, least, total = packs + len(made), least - sum(tokens) // -BUDGET, total + sum(tokens)
+    mean, whole = sum(fills) / len(fills), total / packs / BUDGET
+    print(
+        f"\n{samples} samples a step: {mean:.2%} of the budget, {min(fills):.1%} at the least; {packs} packs, {whole:.1%}"
+    )
     assert mean >= 0.97
     assert packs <= 1.02 * least
+    assert whole >= {32: 0.80, 64: 0.90, 256: 0.97}[samples], "with the last ones, which count less the more there are"
 
 
 def test_the_cut_is_the_same_for_the_same_samples_and_loses_nobody():
