@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from cosmos3_train.config import Experiment
+from cosmos3_train.model.attention import repeats_heads
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
 from cosmos3_train.model.trainable import Trainables
 from cosmos3_train.objectives import flow_matching, next_token
@@ -31,6 +32,7 @@ from cosmos3_train.training.batching import LOSSES, TEXT, PackedStep, Packer
 from cosmos3_train.training.checkpoints import Position
 from cosmos3_train.training.ema import Average
 from cosmos3_train.training.optimizer import clip_gradients, make_optimizer, set_learning_rate
+from cosmos3_train.training.plan_memory import activation_bytes
 from cosmos3_train.training.recompute import recompute_more, settle
 from cosmos3_train.training.sharding import Reach, part_of, reach, reduce_after_this_pack
 from cosmos3_train.training.spikes import largest_norm, looked_at
@@ -222,9 +224,23 @@ class PostTraining(lightning.LightningModule):
                 step.packs,
                 passes,
                 self.experiment.training.tokens_per_micro_batch,
-                together=self._in_step,
+                self._keeps if self._in_step else None,
             )
             self.optimizer.zero_grad(set_to_none=True)
+
+    def _keeps(self, pack: PackedSequence, lean: bool) -> int:
+        """Bytes that a layer keeps of a pack, by calculation; `lean`: without norms and gates."""
+        backbone, generated, text = self.backbone, pack.generation_spans.total, pack.text_spans.total
+        token, key = activation_bytes(
+            self.arithmetic,
+            backbone.compute_dtype.itemsize,
+            compiled=backbone.compiler is not None,
+            adapted=self.experiment.tuning.method in ("lora", "hybrid"),
+            repeated=repeats_heads(backbone.attention_backend),
+            lean=lean,
+        )
+        text *= backbone.understanding_trains
+        return (generated + text) * token + (pack.joint_spans.total + text) * key
 
     def _accumulate_in_room(self, step: PackedStep, counts: Tensor, passes: int) -> dict[str, Tensor]:
         """`accumulate`, made again with more of it recomputed where memory runs out and `auto` may choose."""

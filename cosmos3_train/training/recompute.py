@@ -21,8 +21,11 @@ from cosmos3_train.types import PackedSequence
 
 logger = logging.getLogger(__name__)
 
-MARGIN = 0.03
-"""Of what the process may allocate, for what the allocator cannot fill."""
+MARGIN, MARGIN_TOGETHER = 0.03, 0.06
+"""Of what the process may allocate, for what the allocator cannot fill; and where memory that runs out ends the run."""
+
+DOUBT = 1.5
+"""What a layer keeps is at most so many times what is calculated, which is within a tenth of what was measured."""
 
 TRIED = (1, 3)
 """Layers that keep theirs in the two trials. The first is not without any: a layer that is recomputed takes as much as
@@ -33,6 +36,9 @@ LARGER_STEPS = 1.25
 
 GIVEN_UP = 12
 """Where memory runs out all the same, a layer of so many gives up what it keeps."""
+
+Keeps = Callable[[PackedSequence, bool], int]
+"""Bytes that a layer keeps of a pack by calculation, without norms and gates or with them."""
 
 Measure = Callable[[int], int | None]
 """The largest number of bytes allocated in a step with so many layers keeping theirs; None where memory ran out."""
@@ -45,15 +51,15 @@ def settle(
     packs: Sequence[PackedSequence],
     passes: int,
     budget: int,
-    *,
-    together: bool,
+    together: Keeps | None = None,
 ) -> None:
     """Let as many layers of a backbone keep what they compute as the device has room for. Leaves gradients behind.
 
     Args:
         accumulate: forward and backward of packs, in so many passes;  packs, passes: of the step to come
         budget: tokens that a micro-batch may have
-        together: ranks exchange something in a pass, so all make the same ones, and memory that runs out ends the run
+        together: given where ranks exchange something in a pass, so that all make the same ones, and memory that runs
+            out ends the run
     """
     # Two micro-batches: while a later one is at work, the gradients of the first are there.
     passes = min(passes, 2)
@@ -67,7 +73,7 @@ def settle(
         try:
             accumulate(packs, passes)
         except torch.OutOfMemoryError:
-            if together:
+            if together is not None:
                 raise
             return None
         return torch.cuda.max_memory_allocated(device)
@@ -76,11 +82,14 @@ def settle(
     fullest = max(pack.tokens for pack in packs)
     if passes == 1:  # all of a step goes into one micro-batch, and steps are about as large as this one
         budget = min(budget, int(fullest * LARGER_STEPS))
-    if together:  # a run that cannot give way later counts with a micro-batch of generation tokens alone
+    if together is not None:  # a run that cannot give way later counts with a micro-batch of generation tokens alone
         fullest = max((pack.generation_spans.total for pack in packs if pack.generation_spans.total), default=fullest)
-    layers, room, fuller = len(backbone.layers), _room(device), max(1.0, budget / fullest)
+    layers, fuller = len(backbone.layers), max(1.0, budget / fullest)
+    room, largest_layer = _room(device, MARGIN if together is None else MARGIN_TOGETHER), None
     for backbone.lean in (False, True):
-        kept = most_that_fit(measure, layers, room, before, fuller, together=together)
+        if together is not None:
+            largest_layer = int(DOUBT * max(together(pack, backbone.lean) for pack in packs))
+        kept = most_that_fit(measure, layers, room, before, fuller, largest_layer)
         backbone.kept_layers = -largest([-kept], "how many layers keep their activations")[0]
         if backbone.kept_layers == layers:
             break
@@ -90,22 +99,29 @@ def settle(
 
 
 def most_that_fit(
-    measure: Measure, layers: int, room: int, before: int, fuller: float = 1.0, *, together: bool = False
+    measure: Measure,
+    layers: int,
+    room: int,
+    before: int,
+    fuller: float = 1.0,
+    largest_layer: int | None = None,
 ) -> int:
     """How many of `layers` may keep what they have computed.
 
     Args:
         room: bytes that may be allocated;  before: those that are, before the step
         fuller: micro-batches to come have up to so many times the tokens of those that are measured
-        together: ranks do the same, and for none may memory run out. Else the answer is measured too, and gives way
-            where it does not fit
+        largest_layer: bytes that a layer keeps at most: given where ranks do the same, and for none may memory run out.
+            Else the answer is measured too, and gives way where it does not fit
     """
     one = measure(min(TRIED[0], layers))
     if one is None:
         return 0
     more = TRIED[1] - TRIED[0]
-    # What one layer keeps is at most all that the step takes. Ranks try more where that fits on each of them.
-    if together and any_rank(one + more * (one - before) > room, "whether layers may keep their activations"):
+    # Ranks try more where that fits on each of them.
+    if largest_layer is not None and any_rank(
+        one + more * largest_layer > room, "whether layers may keep their activations"
+    ):
         return 0
     three = measure(min(TRIED[1], layers))
     if three is None:
@@ -113,7 +129,7 @@ def most_that_fit(
     layer = max(1, three - one) / more * fuller
     spare = room - before - (one - before) * fuller
     count = min(layers, max(0, TRIED[0] + math.floor(spare / layer)))
-    while not together and count > TRIED[1] and ((found := measure(count)) is None or found > room):
+    while largest_layer is None and count > TRIED[1] and ((found := measure(count)) is None or found > room):
         count = int(count * 0.9)
     return count
 
@@ -144,9 +160,10 @@ def describe_recomputed(backbone: Cosmos3PackedTransformer) -> str:
     return "; ".join(those) or "activations kept"
 
 
-def _room(device: torch.device) -> int:
-    """Bytes that this process may allocate on a GPU: what is free and what it holds, or the cap that was set on it."""
+def _room(device: torch.device, margin: float) -> int:
+    """Bytes that this process may allocate on a GPU, but for a margin: what is free and what it holds, or the cap that
+    was set on it."""
     place = torch.cuda.current_device() if device.index is None else device.index
     free, total = torch.cuda.mem_get_info(device)
     cap = torch.cuda.get_per_process_memory_fraction(place) * total
-    return int(min(free + torch.cuda.memory_reserved(device), cap) * (1 - MARGIN))
+    return int(min(free + torch.cuda.memory_reserved(device), cap) * (1 - margin))

@@ -53,7 +53,7 @@ def test_as_many_layers_keep_their_activations_as_a_cap_allows(capped, compile):
     def settled(room: float | None = None) -> tuple[int, bool]:
         total = torch.cuda.mem_get_info()[1]
         torch.cuda.set_per_process_memory_fraction(1.0 if room is None else room / (1 - MARGIN) / total)
-        settle(backbone, DEVICE, accumulate, [packed], 1, packed.tokens, together=False)
+        settle(backbone, DEVICE, accumulate, [packed], 1, packed.tokens)
         return backbone.kept_layers, backbone.lean
 
     for name, parameter in trainables.parameters.items():
