@@ -41,8 +41,8 @@ KERNEL_OPERATORS = frozenset(
 """What the backends' forward passes are to PyTorch's dispatcher."""
 BACKENDS: tuple[Backend, ...] = ("flash4", "flash3", "flash2", "sdpa")
 
-around_kernels: ContextVar[AbstractContextManager[Any] | None] = ContextVar("around_kernels", default=None)
-"""What every kernel runs within, in this thread: `model.keeping` has it remember what the kernel has computed."""
+around_kernel: ContextVar[Callable[[], AbstractContextManager[Any]]] = ContextVar("around_kernel", default=nullcontext)
+"""Makes what the next kernel runs within, in this thread: `model.keeping` has it remember what it has computed."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, *, causal: bool, backend: Backend) -> Tensor:
@@ -57,7 +57,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, *, caus
     Returns:
         [Q, heads, head_dim] in q's dtype.
     """
-    with around_kernels.get() or nullcontext():
+    with around_kernel.get()():
         return _KERNELS[backend](q, k, v, queries, keys, causal)
 
 

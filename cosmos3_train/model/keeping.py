@@ -15,7 +15,7 @@ from typing import Any
 
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from cosmos3_train.model.attention import KERNEL_OPERATORS, around_kernels
+from cosmos3_train.model.attention import KERNEL_OPERATORS, around_kernel
 
 PRODUCT_OPERATORS = frozenset(
     (
@@ -56,15 +56,21 @@ _KERNELS, _PRODUCTS = (
 
 def _attention() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """For the forward, and for when it is computed again. PyTorch's contexts see every operator, by Python: around the
-    kernels alone they cost a layer's launches nothing, around all of it twice their time."""
-    first, again = _KERNELS()
-    return _within_kernels(first), _within_kernels(again)
+    kernels alone they cost a layer's launches nothing, around all of it twice their time. Each kernel has a pair of its
+    own, for one that is entered anew counts from the first operator again."""
+    pairs: list[tuple[AbstractContextManager[Any], AbstractContextManager[Any]]] = []
+
+    def first() -> AbstractContextManager[Any]:
+        pairs.append(_KERNELS())
+        return pairs[-1][0]
+
+    return _around_kernels(first), _around_kernels((again for _, again in pairs).__next__)
 
 
 @contextmanager
-def _within_kernels(context: AbstractContextManager[Any]) -> Iterator[None]:
-    before = around_kernels.set(context)
+def _around_kernels(context: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    before = around_kernel.set(context)
     try:
         yield
     finally:
-        around_kernels.reset(before)
+        around_kernel.reset(before)

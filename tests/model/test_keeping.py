@@ -58,6 +58,18 @@ def test_the_last_layers_keep_theirs_and_the_others_are_called_again():
             assert difference(found[name], value) <= 1e-12, name
 
 
+def test_a_layer_of_both_towers_remembers_the_attention_of_each():
+    both = Tuning(method="full")
+    plain, again = adapted(TINY, both), adapted(TINY, both)
+    for backbone in (plain, again):
+        backbone.joint_layers = True
+    again.gradient_checkpointing, again.keep_attention = True, True
+    before, after = outputs(plain), outputs(again)
+    assert before.keys() == after.keys() and any("self_attn.to_q" in name for name in before)
+    for name, value in before.items():
+        assert difference(after[name], value) <= 1e-12, name
+
+
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_compiled_lean_layers_keep_less_and_compute_the_same(compiler):
     found = {}
