@@ -778,11 +778,6 @@ class Experiment:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             fail(f"name is {self.name!r}; it is a folder under runs/: letters, digits, '.', '_' and '-', no path")
-        if self.model.compile is True and self.strategy.name == "deepspeed_zero3":
-            fail(
-                "model.compile is true, but strategy.name 'deepspeed_zero3' gathers weights by hooks within what would "
-                "be compiled; use 'auto' or false, or fsdp2"
-            )
         if self.model.base_precision == "fp8":
             if self.tuning.method in ("tower", "full"):
                 fail(

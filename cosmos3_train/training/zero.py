@@ -297,8 +297,8 @@ def partition(backbone: Cosmos3PackedTransformer, model: Model, device: torch.de
     for unit in _units(backbone)[len(backbone.layers) :]:
         zero.Init(module=unit, config_dict_or_path=_config())
     backbone.joint_layers = backbone.understanding_trains
-    if backbone.compiler is not None:
-        logger.info("layers are not compiled after all: stage 3's hooks run within them")
+    if backbone.compiler is not None and model.compile == "auto":
+        logger.info("layers are not compiled: under stage 3 that is proved on CPUs alone (model.compile=true does)")
         backbone.compiler = None
 
 

@@ -59,7 +59,6 @@ def test_every_strategy_is_a_part(part):
     [
         (["strategy.context_parallel=2"], "context_parallel is 2, which strategy.name 'deepspeed_zero3' does not do"),
         (["strategy.shards=2"], "strategy.shards is 2; hsdp alone reads it, not 'deepspeed_zero3'"),
-        (["model.compile=true"], "model.compile is true, but strategy.name 'deepspeed_zero3' gathers weights by hooks"),
         (["model.base_precision=fp8"], "strategy.name 'deepspeed_zero3' spreads weights over processes in their own"),
         (["model.base_precision=fp8", "strategy.name=deepspeed_zero2"], "'deepspeed_zero2' was never run; use ddp"),
         (

@@ -19,6 +19,7 @@ HOWS = {
     "zero3": "strategy.name=deepspeed_zero3",
     "zero2_offload": "strategy.name=deepspeed_zero2 strategy.offload=true",
     "zero3_offload": "strategy.name=deepspeed_zero3 strategy.offload=true",
+    "zero3_compiled": "strategy.name=deepspeed_zero3 model.compile=true",
 }
 RUNS = [("full", "zero2"), ("full", "zero3"), ("hybrid", "zero2_offload")]
 MORE = [
@@ -30,6 +31,9 @@ MORE = [
     ("lora", "zero3_offload"),
     ("full", "zero3_offload"),
     ("cached", "zero3"),
+    ("lora", "zero3_compiled"),
+    ("hybrid", "zero3_compiled"),
+    ("full", "zero3_compiled"),
 ]
 RESUMED = {
     "single_to_zero3": ("full", f"{HOWS['zero3']} <full/10"),
