@@ -113,4 +113,4 @@ def test_memory_is_flat(robot, tmp_path, latents, samples):
             gc.collect()
             seen.append(own_memory())
     grown = max(seen[1:]) - seen[0]  # the first tenth opens files and fills caches
-    assert grown < 8 << 20, f"grew by {grown / 2**20:.1f} MiB: {[round(one / 2**20, 1) for one in seen]}"
+    assert grown < 16 << 20, f"grew by {grown / 2**20:.1f} MiB: {[round(one / 2**20, 1) for one in seen]}"

@@ -107,6 +107,7 @@ def test_velocities_and_gradients_follow_the_exact_base(tuning):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_at_nano_s_width_every_gradient_of_the_first_step_has_the_exact_one_s_direction():
     expected = by_layer(outputs(adapted(NANO, "dtype", TUNINGS["generation"])))
     found = by_layer(outputs(adapted(NANO, "fp8", TUNINGS["generation"])))

@@ -167,6 +167,7 @@ def test_a_dead_rank_ends_the_job_and_is_named_first(submit):
     assert "requeued" not in job.output
 
 
+@pytest.mark.long
 def test_cancelled_it_saves_and_stays_cancelled(submit):
     job = submit("cancelled")
     job.wait_for_step(5)

@@ -101,6 +101,7 @@ def test_sigterm_to_torchrun_saves_and_tells_so(project):
     assert (folder / "checkpoints" / f"step_{told['step']:06d}" / "state.json").is_file()
 
 
+@pytest.mark.long
 def test_torchrun_by_hand_on_each_machine_ends_on_all_when_a_rank_dies(project):
     """Two machines are two torchruns here. Nothing tells the one of the living rank but that rank itself."""
     folder = project / "runs" / "by_hand"
