@@ -62,7 +62,8 @@ def test_packs_of_a_mixture_are_full(samples):
         packs, least, total = packs + len(made), least - sum(tokens) // -BUDGET, total + sum(tokens)
     mean, whole = sum(fills) / len(fills), total / packs / BUDGET
     print(
-        f"\n{samples} samples a step: {mean:.2%} of the budget, {min(fills):.1%} at the least; {packs} packs, {whole:.1%}"
+        f"\n{samples} samples a step: {mean:.2%} of the budget, {min(fills):.1%} at the least; "
+        f"{packs} packs, {whole:.1%}"
     )
     assert mean >= 0.97
     assert packs <= 1.02 * least
