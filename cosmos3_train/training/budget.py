@@ -47,9 +47,9 @@ def refuse_over_budget(opened: Opened, encoder: Encoder, layout: Layout, budget:
             tokens, key, task = max(found)
             count = len({window for _, window, _ in found})
             raise UserError(
-                f"data.datasets.{name}: window {key!r} ({task}) has {tokens} tokens, over "
-                f"training.tokens_per_micro_batch = {budget}, the most of {count:,} such windows; raise it to at least "
-                f"{tokens}, or shorten their words"
+                f"data.datasets.{name}: sample {key!r} ({task}) has {tokens} tokens, over "
+                f"training.tokens_per_micro_batch = {budget}; raise it to at least {tokens}, or shorten the captions "
+                f"of the windows over it ({count:,})"
             )
 
 
