@@ -26,6 +26,9 @@ SPARE = 64
 """Tokens by which a prompt may be longer than its template and its words together: signs between them."""
 ESCAPED = 6
 """ASCII characters of a byte of a robot's instruction, at the most: its prompt is JSON."""
+MOST = 10_000
+"""Windows of one shape and task whose words are read, the wordiest first: half a minute. Any other that is over the
+budget is refused, by its name too, when its turn comes."""
 SOUND_HZ = 25
 """Latents of a second of sound."""
 
@@ -33,7 +36,8 @@ SOUND_HZ = 25
 def refuse_over_budget(opened: Opened, encoder: Encoder, layout: Layout, budget: int) -> None:
     """Look at every window of the prepared datasets, held-out ones too, in each of its tasks.
 
-    A prompt has at most a token a byte, so only words with more bytes than their window leaves room for are read.
+    A prompt has at most a token a byte, so only words with more bytes than their window leaves room for are read, and
+    of these `MOST`.
 
     Raises:
         UserError: a window has more tokens than `budget`; names the longest of its dataset.
@@ -49,7 +53,7 @@ def refuse_over_budget(opened: Opened, encoder: Encoder, layout: Layout, budget:
             raise UserError(
                 f"data.datasets.{name}: sample {key!r} ({task}) has {tokens} tokens, over "
                 f"training.tokens_per_micro_batch = {budget}; raise it to at least {tokens}, or shorten the captions "
-                f"of the windows over it ({count:,})"
+                f"of the windows over it ({count:,} were found)"
             )
 
 
@@ -68,7 +72,8 @@ def _over(
             shown = layout.tokens(_without_words(dataset, task, size, frames, fps))
             room = (budget - shown - bare - SPARE) / (ESCAPED if TASKS[task].has_robot else 1)
             counted: dict[tuple[str, str], int] = {}
-            for number in mine[rows["words"][mine] > room].tolist():
+            wordy = mine[rows["words"][mine] > room]
+            for number in wordy[np.argsort(-rows["words"][wordy], kind="stable")][:MOST].tolist():
                 if heard and not dataset.has_sound(number):
                     continue
                 row = dataset.row(number)

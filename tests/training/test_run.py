@@ -85,7 +85,7 @@ def test_a_window_over_the_budget_is_refused_by_name_before_the_first_step(tmp_p
     loaded = load(root, "data.datasets.moves.cache_latents=false")
     with pytest.raises(UserError, match=r"datasets\.moves: sample 'moves/episode_000004/\d+' \(") as told:
         train(loaded)
-    assert "= 150; raise it to at least " in str(told.value) and "the windows over it (3)" in str(told.value)
+    assert "= 150; raise it to at least " in str(told.value) and "the windows over it (3 were found)" in str(told.value)
     assert not (loaded.run_folder / "checkpoints").exists()
     needed = int(str(told.value).partition(" has ")[2].split()[0])
     run = build(loaded)
