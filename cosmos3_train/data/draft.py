@@ -179,6 +179,8 @@ def _gripper(name: str, values: np.ndarray, ask: Ask) -> str:
     """Which end of what looks like a gripper is which, "" where nobody says it: no log shows it, and a scan needs it to
     find a swapped one."""
     low, high = (f"{end:g}" for end in (values.min(), values.max()))
+    if low == high:
+        return ""
     answer = ask(f"{name} goes from {low} to {high}: which is an open gripper", (low, high, NO_GRIPPER))
     closed = {low: high, high: low}.get(answer)
     return answer if closed is None else f"gripper, {closed} closed, {answer} open"
