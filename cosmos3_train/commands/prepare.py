@@ -66,6 +66,7 @@ def run(
     from cosmos3_train.data.card import load_card  # the data floor brings pyarrow and torch
     from cosmos3_train.data.files import exclusive
     from cosmos3_train.data.prepare import prepare
+    from cosmos3_train.data.statistics import FILE as STATISTICS_FILE
     from cosmos3_train.flow.tasks import sound_task
 
     card = load_card(card_path)
@@ -106,7 +107,7 @@ def run(
             say(f"  left out: {count:,} × {reason}{example}")
     _say_sound(summary)
     if not card.shows_clips:
-        say(f"  picture of the normalised actions: {summary.folder / 'statistics.png'}")
+        say(f"  statistics of the normalised actions: {summary.folder / STATISTICS_FILE}, drawn in statistics.png")
     if part is not None and "latents" in cache:
         heard = sound_task(dict.fromkeys(tasks, 1.0))
         with exclusive(output):

@@ -52,6 +52,7 @@ def run(
         _scan_talks(card, folder, scan, threads, counts)
         return _say_found(scan, counts, "conversation", "picture", "")
     contract = read_contract(path, card, embodiment, root)
+    card.check_fetched(folder)  # before a bar is drawn
     unit = "clip" if card.shows_clips else "episode"
     with tqdm(total=0, unit=unit, desc=f"scanning {card.name}") as bar:
         if isinstance(contract, Clips):
@@ -70,6 +71,7 @@ def run(
 
 
 def _scan_talks(card: DatasetCard, source: Path, scan: Scan, threads: int, counts: Counter[str]) -> None:
+    card.check_fetched(source)
     talks = open_talks(source)
     total = sum(len(talks.places(file)) for file in talks.files)
     with tqdm(total=total, unit="conversation", desc=f"scanning {card.name}") as bar:

@@ -56,6 +56,8 @@ def load_experiment(path: str | Path, overrides: Iterable[str] = ()) -> Loaded:
     path = Path(path)
     root = project_root(path)
     own = read_yaml(path)
+    if "format" in own:
+        fail(f"{path}: a dataset card, where an experiment is expected; `prepare` and `check --scan` take it")
     layers: list[tuple[str, dict]] = []
     parts = own.get("parts") or {}
     if not isinstance(parts, Mapping):

@@ -7,6 +7,7 @@ split). Nothing is clipped: values beyond q01 and q99 lie beyond ±1, and the in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -49,6 +50,13 @@ class Normaliser:
         """The inverse of `normalise`: [..., width] in the model's units → float32 in the robot's."""
         self._check(normalised)
         return (normalised.double().cpu() * self.scale + self.offset).float()
+
+    def normalise_moments(self, raw: Moments) -> Moments:
+        """Moments of the normalised values, from those of the raw ones: the map rises, so quantiles stay in order."""
+        std = torch.tensor(raw.std, dtype=torch.float64) * self._inverse
+        places = {name: values for name, values in vars(raw).items() if name not in ("count", "std")}
+        there = {name: self.normalise(torch.tensor(values, dtype=torch.float64)) for name, values in places.items()}
+        return replace(raw, std=std.tolist(), **{name: values.tolist() for name, values in there.items()})
 
     def _check(self, values: Tensor) -> None:
         if values.shape[-1] != self.width:

@@ -6,6 +6,7 @@ how_made) are for people, but are checked for spelling like the others.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from cosmos3_train.config import Clips, Dataset, UserError, from_plain, nearest, read_yaml
+from cosmos3_train.data.names import check_source
 
 CLIP_FORMATS = ("jsonl_video", "webdataset")
 """Formats of captioned video without a robot."""
@@ -93,7 +95,8 @@ class DatasetCard:
     format:           what reads it, one of `FORMATS`
     source:           folder (or .jsonl file), relative to the project's root, or absolute
     hub_id:           where it is published
-    licence, size, layout, columns, known_faults, download, how_made: for the reader
+    licence, size, layout, columns, known_faults, how_made: for the reader
+    download:         what of it (all, subset) → the command that fetches it, told where nothing is at the source
     rate_hz:          frames and actions a second
     tasks:            rows of the mask table that it can feed
     embodiment:       the embodiment card that it was recorded with
@@ -179,6 +182,14 @@ class DatasetCard:
         if self.source is None:
             raise UserError(f"dataset {self.name!r}: the card names no source; give --source DIR")
         return root / self.source
+
+    def check_fetched(self, source: Path) -> None:
+        """Raise `UserError` where nothing is at its source, with the commands that fetch a published set or a part."""
+        check_source(source)
+        if source.exists() or not isinstance(self.download, Mapping):
+            return
+        commands = "; ".join(f"{what}: {command}" for what, command in self.download.items())
+        raise UserError(f"{source}: not there; name its place with --source, or fetch it. {commands}")
 
 
 def load_card(path: str | Path) -> DatasetCard:

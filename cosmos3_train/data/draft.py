@@ -25,6 +25,7 @@ FRAMES = 50_000
 FOLLOWS, MOVES = 0.8, 0.5
 """Least correlation of an action with the state after it (a place), and with the change of state (a move)."""
 CHUNK = 16
+NO_GRIPPER = "no gripper"
 
 Ask = Callable[[str, Sequence[str]], str]
 """Puts a question, with the answers that are allowed (none: any), and returns one, or "" where nobody answers."""
@@ -162,13 +163,27 @@ def _channels(card: Draft, log: Log, action_key: str, state_key: str | None, see
             if relative is None:
                 missing.append("relative (a change: true, a place: false)")
         remarks += [why] if why else []
-        remarks += ["two values: a gripper or a switch?"] if len(np.unique(values)) == 2 else []
+        meaning = _gripper(name, values, ask) if len(np.unique(values)) == 2 or "gripper" in name.lower() else None
+        if meaning == "":
+            missing.append("meaning (a gripper's ends, such as 'gripper, 0 closed, 1 open', or what else it is)")
         remarks += ["part of two orthonormal columns: a rotation"] if index in turns else []
         remarks += [f"{MARK}: {', '.join(missing)}"] if missing else []
         card.open += [f"{name}: {word}" for word in missing]
         said = OPEN if relative is None else str(relative).lower()
         entry = f"name: {_yaml(name)}, unit: {_yaml(unit) if unit else OPEN}, relative: {said}"
+        entry += "" if meaning is None else f", meaning: {_yaml(meaning) if meaning else OPEN}"
         card.say(f"  - {{{entry}{', rotation: true' if index in turns else ''}}}", "; ".join(remarks))
+
+
+def _gripper(name: str, values: np.ndarray, ask: Ask) -> str:
+    """Which end of what looks like a gripper is which, "" where nobody says it: no log shows it, and a scan needs it to
+    find a swapped one."""
+    low, high = (f"{end:g}" for end in (values.min(), values.max()))
+    if low == high:
+        return ""
+    answer = ask(f"{name} goes from {low} to {high}: which is an open gripper", (low, high, NO_GRIPPER))
+    closed = {low: high, high: low}.get(answer)
+    return answer if closed is None else f"gripper, {closed} closed, {answer} open"
 
 
 def _cameras(card: Draft, log: Log, ask: Ask) -> None:

@@ -377,7 +377,7 @@ def _statistics(plan: Plan, embodiment: Embodiment, fingerprint: str, folder: Pa
         f"{plan.card.name}: actions after normalisation ({embodiment.normaliser})",
     )
     write_whole(folder / "statistics.png", picture)
-    return statistics
+    return replace(statistics, normalised=normaliser.normalise_moments(statistics.action))
 
 
 def _channels(moments: Any, first: int, stop: int) -> Any:

@@ -1,4 +1,5 @@
-"""Statistics of a dataset's actions and states, over the frames of its train split; never over held-out episodes.
+"""Statistics of a dataset's actions, raw and as normalised, and states, over the frames of its train split; never over
+held-out episodes.
 
 Quantiles are exact: one channel at a time is brought into memory, 40 MB for ten million frames. The file knows which
 dataset and which embodiment it describes, and refuses to serve another.
@@ -42,13 +43,18 @@ class Moments:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What `statistics.json` holds. `state` is None where the embodiment names no state column."""
+    """What `statistics.json` holds.
+
+    state:      None where the embodiment names no state column
+    normalised: of the action, in the model's units, for people; None in folders that were prepared before it was there
+    """
 
     dataset: str
     embodiment: str
     fingerprint: str
     action: Moments
     state: Moments | None = None
+    normalised: Moments | None = None
 
     def save(self, path: str | Path) -> None:
         """Write the JSON file, whole or not at all."""
@@ -76,6 +82,7 @@ class Statistics:
                 fingerprint=content["fingerprint"],
                 action=_moments(content["action"]),
                 state=None if content.get("state") is None else _moments(content["state"]),
+                normalised=None if content.get("normalised") is None else _moments(content["normalised"]),
             )
         except FileNotFoundError:
             raise UserError(f"{path}: the statistics are missing; run `cosmos3 prepare` for the dataset") from None

@@ -126,6 +126,7 @@ def index_talks(
         UserError: a file cannot be read, a JSON line is no conversation, no row can be used, or the prepared folder
             cannot be one (`check_output`).
     """
+    card.check_fetched(source)
     talks = open_talks(source)
     if folder is not None:
         check_output(folder, source)

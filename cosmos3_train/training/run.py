@@ -48,6 +48,7 @@ from cosmos3_train.model.trainable import Trainables, arrange_frozen, make_train
 from cosmos3_train.model.vision import load_eyes
 from cosmos3_train.runtime import Interrupted, is_first_rank, node_count, rank, seed_everything, world_size
 from cosmos3_train.training.batching import Packer
+from cosmos3_train.training.budget import refuse_over_budget
 from cosmos3_train.training.checkpoints import (
     Checkpoint,
     check_names,
@@ -208,6 +209,9 @@ def _carry_out(loaded: Loaded, evaluate: Evaluate | None, deliver: Deliver | Non
 def _fit(run: Run, evaluate: Evaluate | None, watch: Watch | None) -> bool:
     """Make the run's steps. Returns whether all are made, False where a signal ended it before."""
     position = run.module.position
+    if not position.drawn:
+        budget = run.experiment.training.tokens_per_micro_batch
+        refuse_over_budget(run.opened, run.encoder, Layout.of(run.backbone.config), budget)
     logger.info("seed %d", run.experiment.training.seed)
     logger.info("%s", run.trainables.description)
     data = StepData(run.loaded, run.opened, run.module.packer, run.device)

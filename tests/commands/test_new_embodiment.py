@@ -9,6 +9,7 @@ from cosmos3_train.commands import new_embodiment
 from cosmos3_train.config import UserError, load_embodiment
 from cosmos3_train.data import poses
 from cosmos3_train.data.draft import draft
+from cosmos3_train.data.faults import gripper_ends
 from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.data.sources.lerobot_v3 import open_lerobot
 from tests.data.logs import make_log
@@ -89,10 +90,31 @@ def test_rotations_and_grippers_are_seen(tmp_path):
     action = np.concatenate([np.ones((20, 1)), poses.from_matrices(turns, "rot6d"), np.ones((20, 1))], axis=1)
     action[::3, 7] = 0
     log = make_log(tmp_path / "log", [20], actions={0: action.astype(np.float32)})
-    made = draft(open_lerobot(log), "arm", 31, unanswered).text.splitlines()
-    lines = [line for line in made if line.startswith("  - {name: action_")]
+    made = draft(open_lerobot(log), "arm", 31, unanswered)
+    lines = [line for line in made.text.splitlines() if line.startswith("  - {name: action_")]
     assert ["rotation: true" in line for line in lines] == [False] + [True] * 6 + [False]
-    assert "two values: a gripper or a switch?" in lines[7] and "gripper" not in lines[0]
+    assert 'meaning: "???"' in lines[7] and "gripper" not in lines[0]
+    assert [word for word in made.open if word.startswith("action_7: meaning (a gripper's ends")]
+
+    asked = []
+
+    def answered(question, answers):
+        asked.append(question)
+        return answers[0] if "open gripper" in question else ""
+
+    text = draft(open_lerobot(log), "arm", 31, answered).text
+    assert 'meaning: "gripper, 1 closed, 0 open"' in text and gripper_ends("gripper, 1 closed, 0 open") == (1, 0)
+    assert "action_7 goes from 0 to 1: which is an open gripper" in asked
+    units = [question for question in asked if question.startswith("unit of ")]
+    assert [question.split()[2] for question in units] == ["action_0", "action_7"], "those of a rotation are known"
+
+
+def test_what_a_log_shows_is_not_asked():
+    """Of the shipped log, whose actions follow its state: neither what is a change, nor rate, cameras or state."""
+    asked = []
+    draft(open_lerobot(ROOT / "data/pusht/log"), "mine", 31, lambda question, _: asked.append(question) or "")
+    about = [question.split(" (")[0] for question in asked]
+    assert about == ["unit of target_x_px", "unit of target_y_px", "view point"]
 
 
 def test_questions_are_asked_on_a_terminal_alone(monkeypatch):

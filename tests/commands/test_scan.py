@@ -73,6 +73,16 @@ def test_scan_of_clips_with_sound(cosmos3, card, tmp_path, capsys):
     assert "found: 1 × unreadable sound, 1 × caption over the token cap" in said
 
 
+def test_a_published_set_that_is_not_here_and_a_card_for_an_experiment(cosmos3, project, capsys):
+    for name in ("libero_lerobot", "warehouse_operations_scenes", "llava_onevision"):
+        card = f"data/published/{name}.yaml"
+        assert cosmos3("check", card, "--scan", "--source", "nowhere") == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: nowhere: not there; ") and "; subset: hf download " in line
+        assert cosmos3("check", card) == 2
+        assert f"{card}: a dataset card, where an experiment is expected; " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

@@ -1,8 +1,11 @@
 """Normalising and its inverse, and the checks of a log's actions."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cosmos3_train.config import Channel, UserError
 from cosmos3_train.data.actions import Normaliser, check_actions
@@ -56,6 +59,9 @@ def test_what_the_kinds_mean():
     assert quantile[:, 0].abs().max() > 1, "nothing is clipped"
     assert torch.equal(quantile[:, 1], torch.zeros(1000)), "a constant channel maps to 0"
     assert set(quantile[:, 2].tolist()) == {-1.0, 1.0}, "a rare event survives equal quantiles"
+    said = Normaliser(CARD, moments).normalise_moments(moments.action)
+    for name, expected in vars(compute_moments([quantile.numpy()], 3)).items():
+        assert getattr(said, name) == pytest.approx(expected, abs=1e-6), name
     minmax = Normaliser(embodiment(action=CARD.action, normaliser="minmax"), moments).normalise(raw)
     assert minmax[:, 0].min() == -1 and minmax[:, 0].max() == 1
     meanstd = Normaliser(embodiment(action=CARD.action, normaliser="meanstd"), moments).normalise(raw)
@@ -117,5 +123,17 @@ def test_statistics_file(tmp_path):
 
 @pytest.mark.parametrize("channels", [1, 2, 9])
 def test_histograms_are_a_picture(channels):
-    picture = draw_histograms([np.zeros((5, channels))], [f"c{i}" for i in range(channels)], "title")
-    assert picture[:8] == b"\x89PNG\r\n\x1a\n"
+    """Channel i is i / 4 - 1 in every row: a bar there and nowhere else, in a panel of its own, four panels a line."""
+    rows = np.tile(np.arange(channels) / 4 - 1 + 0.01, (5, 1))
+    picture = draw_histograms([rows[:2], rows[2:]], [f"c{i}" for i in range(channels)], "title")
+    pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")).astype(int)
+    bars = (np.abs(pixels - (0x3B, 0x6E, 0xA5)).max(axis=2) < 8).astype(int)
+    columns, lines = min(4, channels), -(-channels // 4)
+    height, width = (size // count for size, count in zip(bars.shape, (lines, columns), strict=True))
+    for channel in range(lines * columns):
+        top, left = channel // columns * height, channel % columns * width
+        seen = np.flatnonzero(bars[top : top + height, left : left + width].any(axis=0))
+        assert bool(len(seen)) == (channel < channels)
+        if len(seen):
+            middle, value = (seen[0] + seen[-1]) / 2 / width, channel / 4 - 1
+            assert np.ptp(seen) < 0.04 * width and middle == pytest.approx(0.5 + value / 4.4, abs=0.03)

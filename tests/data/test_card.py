@@ -6,6 +6,8 @@ import pytest
 
 from cosmos3_train.config import UserError
 from cosmos3_train.data.card import load_card
+from cosmos3_train.data.conversations import open_conversations
+from cosmos3_train.data.sources import open_clips, open_log
 from cosmos3_train.flow.tasks import CONVERSATION, TASKS
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +88,17 @@ PUBLISHED = (
     "nvidia/BridgeData2-Subset-Synthetic-Captions", "nvidia/LIBERO_LeRobot_v3", "nvidia/BridgeData2_LeRobot_v3",
     "nvidia/Cosmos3-DROID", "videophysics/videophy2_train", "lmms-lab/LLaVA-OneVision-Data",
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "data/published").glob("*.yaml")), ids=lambda path: path.stem)
+def test_where_a_published_set_is_not_here_its_commands_are_told(tmp_path, path):
+    card, nowhere = load_card(path), tmp_path / "nowhere"
+    talks = card.format == "conversations"
+    opener = open_conversations if talks else open_clips if card.shows_clips else open_log
+    with pytest.raises(UserError, match=r"nowhere: not there; name its place with --source, or fetch it\. ") as told:
+        opener(card, nowhere)
+    assert all(f"{what}: {command}" in str(told.value) for what, command in card.download.items())
+    assert "\n" not in str(told.value)
 
 
 def test_every_published_set_has_its_card():

@@ -56,6 +56,8 @@ def of(row):
           "image": ["1.jpg", "2.jpg"]},
          [{"type": "text", "text": "A "}, IMAGE, {"type": "text", "text": "B"}, IMAGE],
          [("image", "1.jpg"), ("image", "2.jpg")]),
+        ({"conversations": [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "C"}],
+          "video": "v.mp4"}, [VIDEO, TEXT], [("video", "v.mp4")]),
         ([{**ASK, "content": "The tag <image> is HTML?"}, SAY], "The tag <image> is HTML?", []),
         ([{**ASK, "content": [TEXT]}, SAY], "What?", []),
         ([{**ASK, "weight": None, "content": [{**TEXT, "image": None}]}, SAY], "What?", []),
@@ -459,7 +461,7 @@ def test_rows_of_a_command_that_was_killed_are_no_part_of_the_set_they_lie_in(tm
 
 def test_a_folder_is_no_meta_json(tmp_path):
     (tmp_path / "meta.json").mkdir()
-    with pytest.raises(UserError, match=r"holds 0 \.jsonl files"):
+    with pytest.raises(UserError, match="holds no rows that are read here"):
         index_talks(CARD, tmp_path, None)
 
 

@@ -109,6 +109,8 @@ def test_statistics_are_of_the_train_split(log, tmp_path):
     assert statistics.state is not None
     assert np.allclose(statistics.state.min, values.min(0) + 1)
     assert (tmp_path / "out" / "statistics.png").stat().st_size > 1000
+    assert statistics.normalised is not None and statistics.normalised.count == len(values)
+    assert np.allclose([statistics.normalised.q01, statistics.normalised.q99], [[-1, -1], [1, 1]])
 
 
 def test_splits():

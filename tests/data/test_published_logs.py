@@ -77,6 +77,7 @@ def test_a_published_log_by_its_card(tmp_path, name, robot, width, size):
             assert np.allclose(action[:, -1], 1 - said["action.gripper_position"][:, 0], atol=1e-6), "1 is open"
         else:
             assert np.allclose(action[:, -1], said["action"][:, 6], atol=1e-6)
+        assert embodiment.action[-1].meaning == "gripper, 0 closed, 1 open", "so that a swapped one is found"
         if robot == "libero":
             assert np.allclose(action[:, :3], said["action"][:, :3], atol=1e-6), "moves already"
         if robot == "droid_joints":

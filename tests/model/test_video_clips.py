@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cosmos3_train.config import Clips
-from cosmos3_train.model.encoders import Encoder
+from cosmos3_train.model.encoders import Encoder, _cover
 from cosmos3_train.model.prompts import video_prompt
 from cosmos3_train.types import Sample
 from tests.evaluation.tiny import tiny_parts
@@ -37,6 +37,18 @@ def test_a_clip_covers_the_canvas_of_its_tier(encoder, size, tier, cells):
     assert found.video_given.tolist() == [True, False] and found.action is None
     canvas = (cells[0] * 16, cells[1] * 16)
     assert torch.equal(found.text, video_prompt(encoder.parts, "a street", 5, canvas, 24.0))
+
+
+def test_what_covers_a_canvas_is_resized_by_its_shorter_side_and_cropped_to_the_middle():
+    """Smooth across, so that the place of a column shows in its number."""
+    ramp = torch.linspace(-1, 1, 192).expand(1, 3, 64, 192)
+    wide = _cover(ramp, (32, 32))
+    assert wide.shape == (1, 3, 32, 32)
+    middle = ramp[:, :, 0, 64:128].reshape(1, 3, 32, 2).mean(-1)  # half the size: two columns make one
+    assert torch.allclose(wide, middle[:, :, None].expand_as(wide), atol=0.01), "the sides are cut, not squeezed"
+    assert torch.allclose(_cover(ramp.mT, (32, 32)), wide.mT, atol=1e-6)
+    whole = _cover(ramp, (64, 192))
+    assert torch.allclose(whole, ramp, atol=1e-5)
 
 
 def test_clips_of_several_sizes_keep_their_order(encoder):

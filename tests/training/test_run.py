@@ -18,6 +18,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from cosmos3_train.config import UserError, load_experiment, to_plain
+from cosmos3_train.model.packing import Layout
+from cosmos3_train.training.budget import refuse_over_budget
 from cosmos3_train.training.checkpoints import list_checkpoints
 from cosmos3_train.training.datamodule import StepData
 from cosmos3_train.training.module import TrainingFailed
@@ -69,6 +71,32 @@ def stop_after(step: int, then: dict[str, float]):
         return then
 
     return evaluate
+
+
+def test_a_window_over_the_budget_is_refused_by_name_before_the_first_step(tmp_path):
+    """The longest of one episode's three windows, wherever it lies, and not a token too early."""
+    root = write_project(tmp_path / "project")
+    words = [[said] * length for said, length in (("push", 14), ("push", 13), ("push", 12), ("push " * 9, 14))]
+    make_log(
+        root / "log", [14, 13, 12, 14, 13], cameras={CAMERA: (32, 48)}, extra={"say": [*words, ["push " * 200] * 13]}
+    )
+    card = {"name": "moves", "format": "lerobot_v3", "source": "log", "caption_column": "say"}
+    (root / "cards" / "moves.yaml").write_text(yaml.safe_dump(card))
+    loaded = load(root, "data.datasets.moves.cache_latents=false")
+    with pytest.raises(UserError, match=r"datasets\.moves: sample 'moves/episode_000004/\d+' \(") as told:
+        train(loaded)
+    assert "= 150; raise it to at least " in str(told.value) and "the windows over it (3 were found)" in str(told.value)
+    assert not (loaded.run_folder / "checkpoints").exists()
+    needed = int(str(told.value).partition(" has ")[2].split()[0])
+    run = build(loaded)
+    layout = Layout.of(run.backbone.config)
+    dataset = run.opened["moves"][0]
+    places = ((split, index) for split in ("train", "heldout") for index in range(dataset.count(split)))
+    samples = [dataset.sample(*place, "policy", number) for number, place in enumerate(places)]
+    assert max(map(layout.tokens, run.encoder.encode(samples))) == needed
+    refuse_over_budget(run.opened, run.encoder, layout, needed)
+    with pytest.raises(UserError, match=rf"has {needed} tokens"):
+        refuse_over_budget(run.opened, run.encoder, layout, needed - 1)
 
 
 def test_interrupted_and_resumed_equals_undisturbed_bit_for_bit(project):

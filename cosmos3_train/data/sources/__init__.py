@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cosmos3_train.data.card import DatasetCard
-from cosmos3_train.data.names import check_source
 from cosmos3_train.data.sources.camera_tracks import open_camera_tracks
 from cosmos3_train.data.sources.clips import ClipLog
 from cosmos3_train.data.sources.hdf5 import open_hdf5
@@ -46,11 +45,11 @@ def open_log(card: DatasetCard, source: Path) -> Log:
     Raises:
         UserError: it is not there, is of another format, or is damaged.
     """
-    check_source(source)
+    card.check_fetched(source)
     return OPENERS[card.format](card, source)
 
 
 def open_clips(card: DatasetCard, source: Path) -> ClipLog:
     """Open the captioned video of a dataset card, as `open_log`."""
-    check_source(source)
+    card.check_fetched(source)
     return CLIP_OPENERS[card.format](card, source)

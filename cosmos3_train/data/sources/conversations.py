@@ -195,6 +195,11 @@ def open_talks(source: Path) -> TalkSource:
         raise UserError(f"{source}: holds {both}, which are two sets; name one of the files, or move one out")
     if tables:
         return ParquetRows(source, tables)
+    if not lines:
+        raise UserError(
+            f"{source}: holds no rows that are read here (a .jsonl file, **/*.parquet, or VideoPhy-2's meta.json); see "
+            "the dataset card's layout"
+        )
     if len(lines) != 1:
         raise UserError(f"{source}: holds {len(lines)} .jsonl files; name one of them")
     return JsonLines(source, lines)
