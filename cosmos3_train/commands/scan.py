@@ -72,7 +72,7 @@ def run(
 
 def _scan_talks(card: DatasetCard, source: Path, scan: Scan, threads: int, counts: Counter[str]) -> None:
     card.check_fetched(source)
-    talks = open_talks(source)
+    talks = open_talks(source, card.mapping)
     total = sum(len(talks.places(file)) for file in talks.files)
     with tqdm(total=total, unit="conversation", desc=f"scanning {card.name}") as bar:
         for finding in scan_talks(talks, card.pictures, scan, threads, bar.update):

@@ -56,7 +56,7 @@ class ConversationDataset:
             UserError: the cap leaves none.
         """
         self.name, self.card, self.index = card.name, card, index
-        self.source, self._given = open_talks(source), source
+        self.source, self._given = open_talks(source, card.mapping), source
         tokens, contents = index.column("tokens"), index.column("content")
         kept = np.ones(len(tokens), dtype=bool) if most_tokens is None else tokens <= most_tokens
         self.left_out = int((~kept).sum())

@@ -25,8 +25,8 @@ from cosmos3_train.data.faults import Fault, Place, Whole
 from cosmos3_train.data.index import actions_of, columns_to_read, instructions, usable_rows
 from cosmos3_train.data.sound import sound_fault
 from cosmos3_train.data.sources.clips import ClipLog, ClipRecord
-from cosmos3_train.data.sources.conversations import TalkSource
 from cosmos3_train.data.sources.log import Episode, EpisodeRecord, Log, left_out_of
+from cosmos3_train.data.sources.talk_source import TalkSource
 from cosmos3_train.data.talk import NoTalk, Reference
 from cosmos3_train.data.talk_index import NO_TALK, talk_of
 from cosmos3_train.data.talk_pictures import UNREADABLE, check_there, read_picture

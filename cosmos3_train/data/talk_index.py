@@ -29,7 +29,8 @@ from cosmos3_train.data.blocks import open_work_folder
 from cosmos3_train.data.card import DatasetCard, PictureOptions
 from cosmos3_train.data.files import disk_is_the_users, write_whole
 from cosmos3_train.data.output import CARD_FILE, check_output
-from cosmos3_train.data.sources.conversations import TalkSource, open_talks
+from cosmos3_train.data.sources.conversations import open_talks
+from cosmos3_train.data.sources.talk_source import TalkSource
 from cosmos3_train.data.talk import NoTalk, Talk, parse_talk
 from cosmos3_train.data.talk_pictures import Faulty, Shape, check_there, picture_shape, stamp_of
 from cosmos3_train.data.unusable import Unusable
@@ -127,7 +128,7 @@ def index_talks(
             cannot be one (`check_output`).
     """
     card.check_fetched(source)
-    talks = open_talks(source)
+    talks = open_talks(source, card.mapping)
     if folder is not None:
         check_output(folder, source)
     made_of = _made_of(talks, card.pictures)

@@ -13,10 +13,10 @@ from cosmos3_train.commands import prepare
 from cosmos3_train.data.files import exclusive
 from cosmos3_train.evaluation.pictures import read_metrics
 from tests.commands.tiny import QUICK, ROOT, make_model, numbers_of_two_steps
-from tests.data.talks import picture_bytes, write_llava, write_videophy
+from tests.data.talks import picture_bytes, write_llava, write_videophy, write_videophy_tables
 from tests.parity.eyes import add_eyes
 
-SETS = {"llava_onevision": write_llava, "videophy2": write_videophy}
+SETS = {"llava_onevision": write_llava, "videophy2": write_videophy_tables}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_two_steps_on_a_tiny_model(name, cosmos3, project, seeing, capsys):
     run = project / "runs" / f"nano_reasoner_{name}"
     numbers_of_two_steps(run)
     index = json.loads((project / "prepared" / name / "card.json").read_text())
-    assert (index["rows"], index["dropped"]) == ({"llava_onevision": 24, "videophy2": 8}[name], {})
+    assert (index["rows"], index["dropped"]) == ({"llava_onevision": 24, "videophy2": 6}[name], {})
 
 
 @pytest.mark.slow
@@ -111,7 +111,7 @@ def test_prepare_counts_tokens_and_what_is_over_the_cap(cosmos3, project, seeing
 
 
 def test_a_model_without_eyes_is_refused_before_any_work(cosmos3, project, tiny_model, capsys):
-    write_videophy(project / "downloads" / "videophy2")
+    write_videophy_tables(project / "downloads" / "videophy2")
     experiment = "experiments/nano_reasoner_videophy2.yaml"
     line = settings(tiny_model, "name=blind", "data.datasets.videophy2.prepared=prepared/blind")
     for command in (("check", experiment, *line), ("train", experiment, *line)):
@@ -123,7 +123,7 @@ def test_a_model_without_eyes_is_refused_before_any_work(cosmos3, project, tiny_
 
 @pytest.mark.slow
 def test_pictures_and_robots_train_together(cosmos3, project, seeing):
-    write_videophy(project / "downloads" / "videophy2")
+    write_videophy_tables(project / "downloads" / "videophy2")
     line = settings(
         seeing, "name=mixed", "export=none", "training.samples_per_step=6", "model.checkpoint_activations=true"
     )

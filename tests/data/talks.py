@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 from pathlib import Path
@@ -62,6 +63,21 @@ def write_llava(folder: Path, rows: int = 24, change=lambda row: row) -> Path:
     for place, half in enumerate((made[: rows // 2], made[rows // 2 :])):
         table = pa.Table.from_pylist(half, schema=kind)
         pq.write_table(table, part / f"train-{place:05d}-of-00002.parquet", row_group_size=5)
+    return folder
+
+
+def write_videophy_tables(folder: Path, rows: int = 6) -> Path:
+    """VideoPhy-2 as it is published, with its videos as `wget -x` saves them. Returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "train.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, ["caption", "video_url", "sa", "pc", "joint", "upsampled_caption"])
+        table.writeheader()
+        for number in range(rows):
+            place = f"videos.example.org/model_{number % 2}/{number // 2}.mp4"  # names alone are not apart
+            write_video(folder / "videos" / place, frames=20 + 3 * number)
+            caption = f'A cup, number {number},\nfalls "slowly"'
+            said = {"caption": caption, "video_url": f"https://{place}", "sa": 4, "pc": number % 5 + 1, "joint": 0}
+            table.writerow(said | {"upsampled_caption": f"Longer: {caption}"})
     return folder
 
 

@@ -19,7 +19,7 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 from transformers.video_utils import VideoMetadata
 
 from cosmos3_train.config import UserError
-from cosmos3_train.data.card import DatasetCard, PictureOptions
+from cosmos3_train.data.card import DatasetCard, PictureOptions, load_card
 from cosmos3_train.data.conversations import open_conversations
 from cosmos3_train.data.image_bytes import decode_images
 from cosmos3_train.data.scan import Scan, scan_talks
@@ -27,10 +27,18 @@ from cosmos3_train.data.talk import NoTalk, Reference, parse_talk
 from cosmos3_train.data.talk_index import index_talks
 from cosmos3_train.data.talk_pictures import frame_numbers, read_picture
 from cosmos3_train.data.unusable import Unusable
-from tests.data.talks import llava_row, picture_bytes, write_llava, write_video, write_videophy
+from tests.data.talks import (
+    llava_row,
+    picture_bytes,
+    write_llava,
+    write_video,
+    write_videophy,
+    write_videophy_tables,
+)
 from tests.data.test_fuzz import BYTES, retyped
 
 CARD = DatasetCard(name="seen", format="conversations")
+ROOT = Path(__file__).parents[2]
 ASK, SAY = {"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A cup."}
 TEXT = {"type": "text", "text": "What?"}
 IMAGE, VIDEO = {"type": "image"}, {"type": "video"}
@@ -193,6 +201,41 @@ def test_videophy2(tmp_path):
         assert torch.allclose(lightness, 40 + 5.0 * torch.tensor(film.numbers), atol=4)
     alone = open_conversations(CARD, tmp_path / "videophy2_train", heldout_fraction=0.3)
     assert (alone.count("train") + alone.count("heldout"), alone.count("heldout") > 0) == (6, True)
+
+
+def test_videophy2_s_tables_by_its_card(tmp_path):
+    card = load_card(ROOT / "data" / "published" / "videophy2.yaml")
+    root = write_videophy_tables(tmp_path / "phy", 6)
+    dataset = open_conversations(card, root)
+    for place, sample in enumerate(shown(dataset)):
+        question = f'It was made for this caption: A cup, number {place},\nfalls "slowly"\n'
+        assert sample.key == f"videophy2/train.csv/{place:06d}"
+        assert sample.messages[0]["content"][0] == VIDEO and sample.messages[0]["content"][1]["text"].startswith(
+            question
+        )
+        assert sample.messages[1] == {"role": "assistant", "content": str(place % 5 + 1)}
+        assert sample.pictures[0].numbers == frame_numbers(20 + 3 * place, 10.0, card.pictures)
+    other = replace(card, mapping={**card.mapping, "assistant": "{sa}"})
+    assert open_conversations(other, root).fingerprint != dataset.fingerprint
+    (root / "videos" / "videos.example.org" / "model_1" / "2.mp4").unlink()
+    text = (root / "train.csv").read_text()
+    (root / "train.csv").write_text(text.replace("model_0/1.mp4,4,3", "model_0/1.mp4,4,"))
+    index = index_talks(card, root, None)
+    assert (index.rows.num_rows, sum(index.dropped.values())) == (4, 2), "a video that is gone, a rating that is none"
+    wrong = [
+        ({}, "train.csv: a CSV table; say in the dataset card's mapping what its rows ask and answer"),
+        ({"user": "?"}, "say in the dataset card's mapping"),
+        ({**card.mapping, "vide": "x"}, "unknown key 'vide'. Did you mean 'video'"),
+        ({**card.mapping, "assistant": "{phys}"}, "no column 'phys', which the card's mapping names"),
+    ]
+    for mapping, words in wrong:
+        with pytest.raises(UserError, match=words):
+            open_conversations(replace(card, mapping=mapping), root)
+    (root / "train.csv").write_bytes(text.encode()[:-3] + b"\xff\n")
+    with pytest.raises(UserError, match=r"train.csv: not a readable CSV table .* fetch it again"):
+        open_conversations(card, root)
+    with pytest.raises(UserError, match="has a mapping, which is of CSV tables"):
+        open_conversations(card, write_llava(tmp_path / "llava", 2))
 
 
 def test_a_validation_folder_is_never_trained_on(tmp_path):

@@ -1,7 +1,9 @@
-"""Where the rows of a conversation set lie, in three layouts: JSON lines, Parquet files, and VideoPhy-2's folders.
+"""Where the rows of a conversation set lie, in four layouts: JSON lines, Parquet files, CSV tables that a mapping of
+the dataset card puts into words, and VideoPhy-2's folders.
 
 talk.jsonl                                     a conversation a line
 **/*.parquet                                   a conversation a row, its pictures' bytes in a column
+*.csv                                          a row, of which the mapping makes a conversation (`talk_tables`)
 [videophy2_train/]meta.json                    [{id, media, conversation}, …]; absent paths are media/video_ID.mp4
 [videophy2_train/]text/conversation_ID.json    and text/conversation_ID.json. A folder whose name ends in _val is
 [videophy2_train/]media/video_ID.mp4           held out whole
@@ -23,6 +25,8 @@ from cosmos3_train.config import UserError, nearest
 from cosmos3_train.data.kept import KeptFiles
 from cosmos3_train.data.names import check_source
 from cosmos3_train.data.output import is_prepared
+from cosmos3_train.data.sources.talk_source import TalkSource, numbered
+from cosmos3_train.data.sources.talk_tables import CSV, open_tables
 from cosmos3_train.data.talk import NoTalk
 
 COLUMNS = ("messages", "conversations", "image", "images", "video", "videos")
@@ -32,60 +36,6 @@ PAGE = 1 << 20
 """Bytes of a column that are read at a time: without it, all that a row group has of it."""
 TAIL = 1 << 16
 """Bytes at a Parquet file's end, which say where everything in it is, that count for a set's fingerprint."""
-
-
-class TalkSource:
-    """Rows of a set by file and place: the offset of a JSON line, the row of a Parquet file, the entry of meta.json.
-
-    root: the set's folder;  files: of rows, relative to it;  strict: a row that is no conversation is the user's to
-    mend, not to be counted
-    """
-
-    strict = False
-
-    def __init__(self, root: Path, files: Sequence[Path]) -> None:
-        self.root = root
-        self.files = tuple(file.relative_to(root).as_posix() for file in sorted(files))
-
-    def places(self, file: str) -> np.ndarray:
-        """int64 [n, 2]: number (from 0) and place of every row of a file."""
-        raise NotImplementedError
-
-    def rows(self, file: str, places: Sequence[int]) -> Iterator[Any]:
-        """Rows at rising places of a file: what `talk.parse_talk` takes, or a `NoTalk` that says why there is none."""
-        raise NotImplementedError
-
-    def row(self, file: str, place: int) -> Any:
-        """One row."""
-        return next(iter(self.rows(file, [place])))
-
-    def pictures(self, file: str) -> Path:
-        """The folder that pictures of a file's rows lie in."""
-        return (self.root / file).parent
-
-    def called(self, file: str, number: int) -> str:
-        """A row's name in keys."""
-        return f"{file}/{number:06d}"
-
-    def where(self, file: str, number: int) -> str:
-        """A row, in messages."""
-        return f"{self.root / file}, row {number}"
-
-    def heldout(self, file: str) -> bool:
-        """Whether all of a file is held out."""
-        return False
-
-    def fingerprint(self) -> str:
-        """Of all that says what the rows are."""
-        digest = hashlib.sha256()
-        for file in self.files:
-            digest.update(file.encode())
-            self._add(digest, self.root / file)
-        return digest.hexdigest()[:32]
-
-    def _add(self, digest: Any, path: Path) -> None:
-        with path.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
 
 
 class JsonLines(TalkSource):
@@ -119,7 +69,7 @@ class ParquetRows(TalkSource):
     """Files of them, such as LLaVA-OneVision's. Of a row group only the pages before a row are read."""
 
     def places(self, file: str) -> np.ndarray:
-        return _numbered(_parquet(self.root / file).metadata.num_rows)
+        return numbered(_parquet(self.root / file).metadata.num_rows)
 
     def rows(self, file: str, places: Sequence[int]) -> Iterator[Any]:
         path, wanted = self.root / file, list(places)
@@ -145,7 +95,7 @@ class VideoPhy(TalkSource):
     """meta.json with the conversation of each entry in a file of its own."""
 
     def places(self, file: str) -> np.ndarray:
-        return _numbered(len(_meta(self.root / file)))
+        return numbered(len(_meta(self.root / file)))
 
     def rows(self, file: str, places: Sequence[int]) -> Iterator[Any]:
         path = self.root / file
@@ -171,24 +121,36 @@ class VideoPhy(TalkSource):
                 digest.update(b"none")
 
 
-def open_talks(source: Path) -> TalkSource:
+def open_talks(source: Path, mapping: Mapping[str, Any] | None = None) -> TalkSource:
     """The rows of a set at a file or in a folder, by its layout.
 
+    Args:
+        mapping: the dataset card's: what CSV tables say, see `talk_tables.TalkMapping`.
+
     Raises:
-        UserError: there is none, or several .jsonl files, or Parquet files beside, and nothing says which.
+        UserError: there is none, or several .jsonl files, or Parquet files beside, and nothing says which; or tables
+            without a mapping, or a mapping without tables.
     """
     _tables.close()  # what was open may have been written anew
     _metas.close()
     check_source(source)
-    if source.is_file():
+    if source.is_file() and source.suffix != CSV:
         made = {".jsonl": JsonLines, ".parquet": ParquetRows}.get(source.suffix, JsonLines)
         return made(source.parent, [source])
+    if source.is_file():
+        return open_tables(source.parent, [source], mapping)
     if not source.is_dir():
         beside = [other.name for other in source.parent.glob("*.jsonl")] if source.parent.is_dir() else []
         raise UserError(f"{source}: no such file or folder.{nearest(source.name, beside)}")
     metas = [path for pattern in ("meta.json", "*/meta.json") for path in source.glob(pattern) if path.is_file()]
     if metas:
         return VideoPhy(source, metas)
+    if sheets := sorted(source.glob(f"*{CSV}")):
+        return open_tables(source, sheets, mapping)
+    if mapping:
+        raise UserError(
+            f"{source}: the dataset card has a mapping, which is of CSV tables, and there is no *{CSV} here"
+        )
     tables, lines = _tables_of(source), sorted(source.glob("*.jsonl"))
     if tables and lines:
         both = f"{lines[0].name} and {min(tables).relative_to(source)}"
@@ -197,8 +159,8 @@ def open_talks(source: Path) -> TalkSource:
         return ParquetRows(source, tables)
     if not lines:
         raise UserError(
-            f"{source}: holds no rows that are read here (a .jsonl file, **/*.parquet, or VideoPhy-2's meta.json); see "
-            "the dataset card's layout"
+            f"{source}: holds no rows that are read here (a .jsonl file, **/*.parquet, *.csv, or VideoPhy-2's "
+            "meta.json); see the dataset card's layout"
         )
     if len(lines) != 1:
         raise UserError(f"{source}: holds {len(lines)} .jsonl files; name one of them")
@@ -215,10 +177,6 @@ def _tables_of(source: Path) -> list[Path]:
         return ours[folder]
 
     return [path for path in source.rglob("*.parquet") if not within(path.parent)]
-
-
-def _numbered(count: int) -> np.ndarray:
-    return np.repeat(np.arange(count, dtype=np.int64)[:, None], 2, axis=1)
 
 
 def _json(content: bytes) -> Any:
