@@ -28,6 +28,11 @@ from torch import Tensor
 IGNORED_LABEL = -100
 """The label of a text token that is not predicted (the value that cross-entropy ignores by default)."""
 
+TEMPORAL, SPATIAL = 4, 16
+"""Pixel frames of a latent frame after the first; pixels of a latent cell."""
+SOUND_HZ, SOUND_CHANNELS = 25, 64
+"""Latents of a second of sound, and their channels."""
+
 
 @dataclass(frozen=True)
 class Picture:

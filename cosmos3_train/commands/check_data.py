@@ -29,7 +29,7 @@ from cosmos3_train.data.video import compose, frames_at
 from cosmos3_train.flow.tasks import TASKS, sound_task
 from cosmos3_train.model.prompts import canvas
 from cosmos3_train.training.datamodule import contract_of
-from cosmos3_train.types import Sample
+from cosmos3_train.types import SOUND_CHANNELS, SOUND_HZ, SPATIAL, TEMPORAL, Sample
 
 FAR = 1.5
 """Values beyond ±FAR after normalisation are counted: quantiles map to ±1, so there should be few."""
@@ -42,10 +42,6 @@ PICTURED = 24
 """Conversations with pictures that are decoded, evenly over a set."""
 CLIPS = 100
 """Clips of a set that are opened, evenly over it."""
-TEMPORAL, SPATIAL = 4, 16
-"""Pixel frames of a latent frame after the first; pixels of a latent cell."""
-SOUND_HZ, SOUND_CHANNELS = 25, 64
-"""Latents of a second of sound, and their channels."""
 
 
 @dataclass(frozen=True)

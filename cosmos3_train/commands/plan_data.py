@@ -8,14 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cosmos3_train.commands.check_data import (
-    SOUND_CHANNELS,
-    SOUND_HZ,
-    SPATIAL,
-    TEMPORAL,
-    check_dataset,
-    robot_samples,
-)
+from cosmos3_train.commands.check_data import check_dataset, robot_samples
 from cosmos3_train.config import Clips, Dataset, Embodiment, Loaded, UserError
 from cosmos3_train.data.card import load_card
 from cosmos3_train.data.mixture import check_entry
@@ -27,7 +20,7 @@ from cosmos3_train.model.sight import open_sight
 from cosmos3_train.training.benchmark_log import is_own
 from cosmos3_train.training.datamodule import contract_of
 from cosmos3_train.training.plan_time import Kind
-from cosmos3_train.types import IGNORED_LABEL, Sample
+from cosmos3_train.types import IGNORED_LABEL, SOUND_CHANNELS, SOUND_HZ, SPATIAL, TEMPORAL, Sample
 
 WIDE = (720, 1280)
 """(H, W) that frames are taken to have where there is none to look at."""

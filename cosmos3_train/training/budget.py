@@ -20,7 +20,7 @@ from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.packing import Layout
 from cosmos3_train.model.prompts import canvas
 from cosmos3_train.training.datamodule import Opened
-from cosmos3_train.types import TokenSample
+from cosmos3_train.types import SOUND_CHANNELS, SOUND_HZ, SPATIAL, TEMPORAL, TokenSample
 
 SPARE = 64
 """Tokens by which a prompt may be longer than its template and its words together: signs between them."""
@@ -29,8 +29,6 @@ ESCAPED = 6
 MOST = 10_000
 """Windows of one shape and task whose words are read, the wordiest first: half a minute. Any other that is over the
 budget is refused, by its name too, when its turn comes."""
-SOUND_HZ = 25
-"""Latents of a second of sound."""
 
 
 def refuse_over_budget(opened: Opened, encoder: Encoder, layout: Layout, budget: int) -> None:
@@ -89,12 +87,12 @@ def _without_words(dataset: PreparedDataset, task: str, size: tuple[int, int], f
     """A window's part of the generation stream, of shapes alone."""
     contract, rules = dataset.contract, TASKS[task]
     height, width = size if isinstance(contract, Embodiment) else canvas(size, contract.resolution_tier)
-    shape = (48, 1 + (frames - 1) // 4, max(1, height // 16), max(1, width // 16))
+    shape = (48, 1 + (frames - 1) // TEMPORAL, max(1, height // SPATIAL), max(1, width // SPATIAL))
     action = sound = None
     if rules.has_robot:
         assert isinstance(contract, Embodiment)
         action = torch.empty(contract.chunk + contract.state_row, 64, device="meta")
     if rules.sound != "absent":
-        sound = torch.empty(math.ceil(frames / fps * SOUND_HZ), 64, device="meta")
+        sound = torch.empty(math.ceil(frames / fps * SOUND_HZ), SOUND_CHANNELS, device="meta")
     none, video = torch.empty(0, device="meta"), torch.empty(shape, device="meta")
     return TokenSample("", 0, task, none, video=video, action=action, sound=sound)
