@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 FAILURES = (ImportError, OSError, RuntimeError, ValueError, IndexError)
 """What torchcodec raises without FFmpeg's libraries, and for files and times that are not as they should be."""
 
+LIBRARY = "libtorchcodec"
+"""What it says that it could not load, where it finds no FFmpeg."""
+
 
 def frames(path: Path, times: Sequence[float]) -> Tensor | None:
     """The frames nearest to the given times, None where PyAV is to look.
@@ -59,12 +62,21 @@ def frames(path: Path, times: Sequence[float]) -> Tensor | None:
 def _decoders() -> Any:
     """torchcodec's module of decoders, None where there is none that works."""
     try:
-        return importlib.import_module("torchcodec.decoders")
+        module = importlib.import_module("torchcodec.decoders")
     except ModuleNotFoundError:
         return None
     except FAILURES as error:
-        logger.info("torchcodec is installed and does not work (%s): PyAV reads the videos", first_line(error))
-        return None
+        return _says_why(error)
+    try:
+        module.VideoDecoder(b"")  # it looks for FFmpeg when it is first used, and again at every use until it finds one
+    except FAILURES as error:
+        if LIBRARY in str(error):
+            return _says_why(error)
+    return module
+
+
+def _says_why(error: Exception) -> None:
+    logger.info("torchcodec is installed and does not work (%s): PyAV reads the videos", first_line(error))
 
 
 def _open(path: Path, inside: str) -> Any:
