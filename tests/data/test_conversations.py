@@ -85,6 +85,7 @@ def test_copies_alone_are_never_held_out(tmp_path):
 
 def test_a_folder_with_one_file(tmp_path):
     path = write(tmp_path, [json.dumps([ASK, SAY])])
+    (tmp_path / "ratings.csv").write_text("of,another\n1,2\n")
     assert open_conversations(CARD, tmp_path).source.files == (path.name,)
     (tmp_path / "more.jsonl").write_text("")
     with pytest.raises(UserError, match=r"holds 2 \.jsonl files"):

@@ -134,20 +134,21 @@ def open_talks(source: Path, mapping: Mapping[str, Any] | None = None) -> TalkSo
     _tables.close()  # what was open may have been written anew
     _metas.close()
     check_source(source)
-    if source.is_file() and source.suffix != CSV:
+    if source.is_file():
+        if source.suffix == CSV:
+            return open_tables(source.parent, [source], mapping)
         made = {".jsonl": JsonLines, ".parquet": ParquetRows}.get(source.suffix, JsonLines)
         return made(source.parent, [source])
-    if source.is_file():
-        return open_tables(source.parent, [source], mapping)
     if not source.is_dir():
         beside = [other.name for other in source.parent.glob("*.jsonl")] if source.parent.is_dir() else []
         raise UserError(f"{source}: no such file or folder.{nearest(source.name, beside)}")
     metas = [path for pattern in ("meta.json", "*/meta.json") for path in source.glob(pattern) if path.is_file()]
     if metas:
         return VideoPhy(source, metas)
-    if sheets := sorted(source.glob(f"*{CSV}")):
-        return open_tables(source, sheets, mapping)
+    sheets = sorted(source.glob(f"*{CSV}"))
     if mapping:
+        if sheets:
+            return open_tables(source, sheets, mapping)
         raise UserError(
             f"{source}: the dataset card has a mapping, which is of CSV tables, and there is no *{CSV} here"
         )
@@ -157,6 +158,8 @@ def open_talks(source: Path, mapping: Mapping[str, Any] | None = None) -> TalkSo
         raise UserError(f"{source}: holds {both}, which are two sets; name one of the files, or move one out")
     if tables:
         return ParquetRows(source, tables)
+    if not lines and sheets:
+        return open_tables(source, sheets, mapping)  # which says that a mapping is wanted
     if not lines:
         raise UserError(
             f"{source}: holds no rows that are read here (a .jsonl file, **/*.parquet, *.csv, or VideoPhy-2's "
