@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.training.project import write_project
-from tests.training.test_processes import REPOSITORY, UNMEASURED, steps_made
+from tests.training.sharded import REPOSITORY
+from tests.training.test_processes import UNMEASURED, steps_made
 from tests.training.test_run import assert_same, rows, status, tensors
 
 pytestmark = pytest.mark.slow

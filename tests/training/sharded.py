@@ -19,7 +19,7 @@ from cosmos3_train.training.run import quieten_lightning, train
 from cosmos3_train.training.strategy import meet
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PATH = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+PYTHONPATH = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
 
 
 def start(root: Path, count: int, *jobs: str) -> subprocess.Popen:
@@ -28,7 +28,7 @@ def start(root: Path, count: int, *jobs: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "tests.training.sharded", str(root), *jobs],
         cwd=REPOSITORY,
-        env=os.environ | {"PYTHONPATH": PATH, "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

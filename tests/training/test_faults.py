@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.test_processes import LONG, REPOSITORY, ended, steps_made, wait_for_step
+from tests.training.sharded import PYTHONPATH, REPOSITORY
+from tests.training.test_processes import LONG, ended, steps_made, wait_for_step
 from tests.training.test_run import status
 
 pytestmark = pytest.mark.slow
@@ -23,7 +24,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def start(project: Path, command: tuple[str | Path, ...], *arguments: str) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PROCESSES": "2"}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", "PROCESSES": "2"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     return subprocess.Popen(
         [*command, *arguments],

@@ -15,12 +15,12 @@ import pytest
 
 from cosmos3_train.training.run import train
 from tests.training.project import load
+from tests.training.sharded import PYTHONPATH
 from tests.training.steps import difference
 from tests.training.test_run import assert_same, rows, status, tensors
 
 pytestmark = pytest.mark.slow
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 UNMEASURED = ("evaluation.heldout_samples=0", "evaluation.action_samples=0")
 """Evaluations happen, which the marks in metrics.csv tell, but look at nothing: they are not what is tested here."""
 
@@ -32,7 +32,7 @@ def start(project: Path, *arguments: str, limit: str = "", launcher: tuple[str, 
     """`cosmos3 train` on the small experiment, in a process of its own."""
     python = [sys.executable, *launcher, "-m", "cosmos3_train.cli", "train", "experiments/small.yaml", *arguments]
     command = ["bash", "-c", f'{limit} exec "$@"', "bash", *python]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, cwd=project, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
