@@ -332,6 +332,7 @@ class Model:
     random:                 sizes of a transformer (keys of upstream's `Cosmos3OmniTransformer`) whose weights are drawn
                             on the device and not read: to measure speed and memory without a download. Tokenizers and
                             scheduler are still the folder's. Empty: the folder's transformer
+    random_seed:            of that draw, whatever `training.seed` is
     dtype:                  of the frozen weights and of the arithmetic; trainables are float32 masters either way
     base_precision:         of the decoder layers' frozen matrices: dtype keeps them in that; fp8 rounds them, and what
                             they multiply, to 8 bits (e4m3, a scale a row), for LoRA on a GPU that multiplies those:
@@ -354,6 +355,7 @@ class Model:
     path: str = MISSING
     revision: str | None = None
     random: dict[str, Any] = field(default_factory=dict)
+    random_seed: int = 0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     base_precision: Literal["dtype", "fp8"] = "dtype"
     fp8_copies: int = 2

@@ -173,7 +173,7 @@ def read_weights(
     """
     dtype = DTYPES[model.dtype]
     if model.random:
-        fill_at_random(backbone, dtype, device, wanted)
+        fill_at_random(backbone, dtype, device, wanted, model.random_seed)
     else:
         fill_from_shards(backbone, model_folder(model) / "transformer", dtype, device, wanted)
 
@@ -313,15 +313,19 @@ def _sizes() -> Mapping[str, inspect.Parameter]:
 
 
 def fill_at_random(
-    module: nn.Module, dtype: torch.dtype, device: torch.device, wanted: Callable[[str], bool] | None = None
+    module: nn.Module,
+    dtype: torch.dtype,
+    device: torch.device,
+    wanted: Callable[[str], bool] | None = None,
+    seed: int = 0,
 ) -> None:
     """Give meta parameters of a module values on the device, one at a time: matrices normal, norms 1, biases 0.
 
-    The same values for one kind of device, whatever was drawn before and whichever parameters are left out.
+    The same values for one seed and kind of device, whatever was drawn before and whichever parameters are left out.
     """
     generator = torch.Generator(device)
     for name, parameter in _empty_parameters(module, wanted).items():
-        generator.manual_seed(fold(0, "random weights", _published(name)))
+        generator.manual_seed(fold(seed, "random weights", _published(name)))
         keep = torch.float32 if name.startswith(KEPT_FLOAT32) else dtype
         value = torch.empty(parameter.shape, dtype=keep, device=device)
         if value.dim() > 1:

@@ -73,7 +73,7 @@ class Reasoner:
     def fingerprint(self) -> str:
         """Of everything that they depend on: the tower's weights, the configuration and the dtype."""
         if self.model.random:  # drawn on the device, by its kind's own generator
-            weights: Any = [dict(self.model.random), self.device.type]
+            weights: Any = [dict(self.model.random), self.model.random_seed, self.device.type]
         else:
             found = identify_base(model_folder(self.model), only=_makes_keys)
             weights = [found.config, found.weights]

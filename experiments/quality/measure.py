@@ -4,17 +4,18 @@ SIZE is pico (quality_pico.yaml), nano2 (quality_nano2.yaml: two random layers o
 gradients alone). Key=value pairs after it change the experiment. What is done, each in a process of its own:
 
     plain_0 plain_1 plain_2    the experiment as it stands, by three seeds: no FP8, no caches
-    fp8_0                      with its base in FP8
-    caches_0                   with cached latents and cached keys and values of the reasoner
-    both_0                     with all of it
+    fp8_0 ...                  with its base in FP8, by the same seeds
+    caches_0 ...               with cached latents and cached keys and values of the reasoner
+    both_0 ...                 with all of it
     gradients                  of LoRA before the first step, of one batch with one noise, each way against plain
 
-`--only NAME` does one of them, so that several GPUs can do several at a time (CUDA_VISIBLE_DEVICES); other seeds have
-names alike (fp8_1). What is finished is not done again, unless by `--fresh`. `--report` gathers what is finished, says
-what holds, and writes quality_SIZE.json and quality_SIZE.png beside this file.
+`--only NAME` does one of them, so that several GPUs can do several at a time (CUDA_VISIBLE_DEVICES). What is finished
+is not done again, unless by `--fresh`. `--report` gathers what is finished, says what holds, and writes
+quality_SIZE.json and quality_SIZE.png beside this file.
 
-Held-out losses are of the same windows, noise levels and noise for every run and seed, so that only training differs.
-A run with FP8 is measured with it, and one with cached latents by them: as they are trained.
+A seed draws everything that is random: the order of the data, noise, LoRA, new heads, and a random base too. Held-out
+losses are of the same windows, noise levels and noise for every run and seed. A run with FP8 is measured with it, and
+one with cached latents by them: as they are trained. A way holds where the mean of its seeds lies within plain ones.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -55,15 +57,12 @@ HERE = Path(__file__).resolve().parent
 SIZES = {
     "pico": ("quality_pico.yaml", []),
     "nano2": ("quality_nano2.yaml", []),
-    "nano": (
-        "quality_nano2.yaml",
-        ["model.random.num_hidden_layers=36", "data.datasets.moves.prepared=prepared/quality_nano"],
-    ),
+    "nano": ("quality_nano2.yaml", ["model.random.num_hidden_layers=36"]),
 }
 FP8 = ["model.base_precision=fp8"]
 CACHES = ["data.datasets.moves.cache_latents=true", "data.datasets.moves.cache_reasoner=true"]
 WAYS = {"plain": [], "fp8": FP8, "caches": CACHES, "both": FP8 + CACHES}
-RUNS = ("plain_0", "plain_1", "plain_2", "fp8_0", "caches_0", "both_0")
+RUNS = tuple(f"{way}_{seed}" for way in WAYS for seed in range(3))
 GRADIENTS = "gradients"
 
 HELDOUT_SEED = 0
@@ -88,6 +87,8 @@ def load(size: str, name: str, overrides: Sequence[str]) -> Loaded:
         raise UserError(f"--only is {name!r}; it is {known}")
     file, own = SIZES[size]
     as_named = [f"name=quality_{size}_{name}", f"training.seed={seed}"]
+    if size != "pico":  # each base has its own keys and values
+        as_named += [f"model.random_seed={seed}", f"data.datasets.moves.prepared=prepared/quality_{size}_{seed}"]
     return load_experiment(HERE / file, [*own, *WAYS[way], *overrides, *as_named])
 
 
@@ -250,15 +251,19 @@ def _loss_lines(losses: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
         return found
     last = {name: values[-1] for name, values in losses.items()}
     low, high = (choose(last[name] for name in seeds) for choose in (min, max))
-    for name in (name for name in losses if name not in seeds):
-        where = "above" if last[name] > high else "below (better than)" if last[name] < low else "within"
-        text = f"{name}: {last[name]:.4f} is {where} the seeds' {low:.4f} to {high:.4f} (spread {high - low:.4f})"
-        line = {"name": name, "low": low, "high": high, "last": last[name], "holds": low <= last[name] <= high}
-        same = f"plain_{name.partition('_')[2]}"
-        if same in seeds:
-            line["from_same_seed"] = (last[name] - last[same]) / (high - low)
-            text += f"; from {same} {line['from_same_seed']:+.2f} of the spread"
-        found.append(line | {"text": text})
+    for way in (way for way in WAYS if way != "plain"):
+        ours = {name.partition("_")[2]: value for name, value in last.items() if name.startswith(f"{way}_")}
+        if not ours:
+            continue
+        mean = statistics.fmean(ours.values())
+        where = "above" if mean > high else "below (better than)" if mean < low else "within"
+        alike = {seed: last[f"plain_{seed}"] for seed in ours if f"plain_{seed}" in last}
+        apart = {seed: (ours[seed] - value) / (high - low) for seed, value in alike.items()}
+        text = f"{way}: {' '.join(f'{value:.4f}' for value in ours.values())}, mean {mean:.4f}, is {where} the seeds' "
+        text += f"{low:.4f} to {high:.4f} (spread {high - low:.4f}); from the same seeds, in spreads: "
+        text += " ".join(f"{value:+.2f}" for value in apart.values())
+        line = {"name": way, "low": low, "high": high, "mean": mean, "from_same_seed": apart}
+        found.append(line | {"text": text, "holds": low <= mean <= high})
     return found
 
 

@@ -1,4 +1,4 @@
-"""Sharded over two GPUs, by NCCL: the curve of one GPU, in less memory on each."""
+"""Every strategy on the GPUs of one machine, by NCCL: the curve of one GPU, and less memory on each."""
 
 from __future__ import annotations
 
@@ -8,23 +8,47 @@ import pytest
 import torch
 
 from cosmos3_train.evaluation.pictures import read_metrics
-from cosmos3_train.training.checkpoints import load_checkpoint
 from tests.training.project import PICO, write_project
 from tests.training.sharded import carry_out
-from tests.training.test_sharding import STEPS, on_processes, told, write_moves
+from tests.training.test_sharding import STEPS, assert_same_curve, on_processes, told, write_moves
 
+COUNT = min(torch.cuda.device_count(), 4)
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+    pytest.mark.skipif(COUNT < 2, reason="needs two GPUs"),
     pytest.mark.timeout(1200),
 ]
 
-GPU = f"{STEPS} strategy.accelerator=gpu model.attention=sdpa"
-JOBS = {
+GPU = f"{STEPS} training.samples_per_step=5 strategy.accelerator=gpu model.attention=sdpa model.compile=false"
+"""Five samples a step: no rank of four is without one."""
+TUNINGS = {
     "full": f"small {GPU} tuning.method=full model.checkpoint_activations=true",
-    "hybrid": f"small {GPU} tuning.method=hybrid",
+    "hybrid": f"small {GPU} tuning.method=hybrid model.checkpoint_activations=but_attention",
+    "lora": f"small {GPU} tuning.method=lora embodiments.mover.initialise_from=24",
     "cached": f"moves {GPU} tuning.method=tower tuning.towers=[generation]",
 }
+FAMILIES = {
+    "own": {"ddp": "strategy.name=ddp", "fsdp2": "strategy.name=fsdp2"}
+    | ({"hsdp": "strategy.name=hsdp strategy.shards=2"} if COUNT == 4 else {}),
+    "zero": {"zero2": "strategy.name=deepspeed_zero2", "zero3": "strategy.name=deepspeed_zero3"},
+    "offload": {
+        "zero2_offload": "strategy.name=deepspeed_zero2 strategy.offload=true",
+        "zero3_offload": "strategy.name=deepspeed_zero3 strategy.offload=true",
+    },
+    "context": {
+        "context_ddp": "strategy.name=ddp strategy.context_parallel=2",
+        "context_fsdp2": "strategy.name=fsdp2 strategy.context_parallel=2",
+    },
+}
+"""Strategies that one launch carries out, for a process costs seconds to start."""
+RESUMED = {
+    "own": {
+        "fsdp2_to_ddp": ("full", "strategy.name=ddp <full_fsdp2/10"),
+        "single_to_fsdp2": ("full", "strategy.name=fsdp2 <full/10"),
+    },
+    "zero": {"zero3_to_zero2": ("full", "strategy.name=deepspeed_zero2 <full_zero3/10")},
+}
+
 SIZES = {
     "num_hidden_layers": 2,
     "hidden_size": 4096,
@@ -45,30 +69,41 @@ NANO_WIDE = (
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    return write_moves(write_project(tmp_path_factory.mktemp("gpus") / "root"))
-
-
-def both(root: Path, name: str, job: str) -> list[dict[tuple[str, str], float]]:
-    carry_out(root, f"{job} name={name}")
+    """A project in which one GPU made every tuning."""
+    root = write_moves(write_project(tmp_path_factory.mktemp("gpus") / "root"))
+    for tuning, job in TUNINGS.items():
+        carry_out(root, f"{job} name={tuning}")
     torch.cuda.empty_cache()
-    on_processes(root, 2, f"{job} name={name}_fsdp2 strategy.name=fsdp2")
-    return [told(root / "runs" / run, ("loss", "heldout/loss")) for run in (name, f"{name}_fsdp2")]
+    return root
 
 
-@pytest.mark.parametrize("tuning", JOBS)
-def test_the_curve_of_one_gpu_in_float32(root, tuning):
-    one, two = both(root, tuning, JOBS[tuning])
-    worst = max(abs(two[key] - value) / abs(value) for key, value in one.items() if value)
-    print(f"\n{tuning}: {sum(key[1] == 'loss' for key in one)} steps, losses within {worst:.1e}")
-    assert {key: two[key] for key in one} == pytest.approx(one, rel=1e-4, abs=1e-6)
-    load_checkpoint(root / "runs" / f"{tuning}_fsdp2" / "checkpoints" / "step_000020")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_strategy_makes_the_curve_of_one_gpu_in_float32(root, family):
+    runs = [(tuning, how) for how in FAMILIES[family] for tuning in TUNINGS]
+    resumed = RESUMED.get(family, {})
+    jobs = [f"{TUNINGS[tuning]} name={tuning}_{how} {FAMILIES[family][how]}" for tuning, how in runs]
+    jobs += [f"{TUNINGS[tuning]} name={name} {words}" for name, (tuning, words) in resumed.items()]
+    on_processes(root, COUNT, *jobs)
+    for tuning, how in runs:
+        one, many = (told(root / "runs" / run, ("loss", "heldout/loss")) for run in (tuning, f"{tuning}_{how}"))
+        worst = max(abs(many[key] - value) / abs(value) for key, value in one.items() if value)
+        print(f"\n{tuning}, {how}, {COUNT} GPUs: losses within {worst:.1e}")
+    for tuning, how in runs:
+        assert_same_curve(root, tuning, f"{tuning}_{how}")
+    for name, (tuning, _) in resumed.items():
+        assert_same_curve(root, tuning, name, first_step=11)
 
 
-def test_two_layers_of_nano_s_width_in_bfloat16(root):
-    one, two = both(root, "nano_wide", NANO_WIDE)
-    losses = {key: value for key, value in one.items() if key[1] == "loss"}
-    worst = max(abs(two[key] - value) / abs(value) for key, value in losses.items())
-    files = [root / "runs" / run / "metrics.csv" for run in ("nano_wide", "nano_wide_fsdp2")]
-    peaks = [max(read_metrics(file)["peak_memory_gib"][1]) for file in files]
-    print(f"\nNano's width: losses within {worst:.1e}; peak {peaks[0]:.1f} GiB alone, {peaks[1]:.1f} GiB of two")
+@pytest.mark.parametrize("strategy", ["fsdp2", "deepspeed_zero3"])
+def test_two_layers_of_nano_s_width_compiled_in_bfloat16(root, strategy):
+    job = f"{NANO_WIDE} model.compile=true"
+    if not (root / "runs" / "nano_wide").is_dir():
+        carry_out(root, f"{job} name=nano_wide")
+        torch.cuda.empty_cache()
+    on_processes(root, COUNT, f"{job} name=nano_wide_{strategy} strategy.name={strategy}")
+    runs = [root / "runs" / run for run in ("nano_wide", f"nano_wide_{strategy}")]
+    one, many = (told(run, ("loss",)) for run in runs)
+    worst = max(abs(many[key] - value) / abs(value) for key, value in one.items() if value)
+    peaks = [max(read_metrics(run / "metrics.csv")["peak_memory_gib"][1]) for run in runs]
+    print(f"\n{strategy}: losses within {worst:.1e}; peak {peaks[0]:.1f} GiB alone, {peaks[1]:.1f} GiB of {COUNT}")
     assert worst < 0.05 and peaks[1] < 0.75 * peaks[0]

@@ -211,6 +211,9 @@ def test_random_weights_do_not_depend_on_what_is_left_out(folder):
     for towers in ("generation", "understanding"):
         part = load_backbone(drawn, CPU, towers=towers).state_dict()
         assert part and all(torch.equal(value, whole[name]) for name, value in part.items())
+    others = load_backbone(replace(drawn, random_seed=1), CPU).state_dict()
+    assert not any(torch.equal(value, whole[name]) for name, value in others.items() if value.dim() > 1)
+    assert Reasoner(drawn, CPU).fingerprint != Reasoner(replace(drawn, random_seed=1), CPU).fingerprint
 
 
 # ------------------------------------------------------------------------------------------------ in the step
