@@ -62,10 +62,16 @@ def test_what_is_finished_is_reported(quality, cosmos3, project, tiny_model, tmp
 
 def test_what_holds_is_told_from_what_does_not(quality):
     plain = {"plain_0": [2.0, 1.2], "plain_1": [2.0, 1.5], "plain_2": [2.0, 1.3]}
-    losses = plain | {"fp8_0": [2.0, 1.4], "fp8_1": [2.0, 1.6], "fp8_2": [2.0, 1.2], "both_1": [2.0, 1.0]}
+    losses = plain | {
+        "fp8_0": [2.0, 1.4],
+        "fp8_1": [2.0, 1.6],
+        "fp8_2": [2.0, 1.2],
+        "both_1": [2.0, 1.0],
+        "caches_0": [2, 1.6],
+    }
     lines = {line["name"]: line for line in quality._loss_lines(losses)}
     assert {name: line["holds"] for name, line in lines.items()} == {
-        "plain_0": True, "plain_1": False, "plain_2": True, "fp8": True, "both": False,
+        "plain_0": True, "plain_1": False, "plain_2": True, "fp8": True, "caches": False, "both": True,
     }  # fmt: skip
     assert lines["fp8"]["mean"] == pytest.approx(1.4)
     assert lines["fp8"]["from_same_seed"] == pytest.approx({"0": 2 / 3, "1": 1 / 3, "2": -1 / 3})
