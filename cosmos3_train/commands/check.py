@@ -19,6 +19,7 @@ from cosmos3_train.commands.check_model import CheckedModel, check_model, longes
 from cosmos3_train.commands.console import FINISHED, USER_ERROR, say, say_error, say_table
 from cosmos3_train.commands.delivery import refuse_form
 from cosmos3_train.config import Data, Dataset, Loaded, UserError
+from cosmos3_train.data.mixture import refuse_few_samples
 from cosmos3_train.data.reader import SOUND_LATENTS
 from cosmos3_train.evaluation.closed_loop import make_simulator
 from cosmos3_train.flow.tasks import sound_task
@@ -27,6 +28,7 @@ from cosmos3_train.model.loading import fetched_folder
 from cosmos3_train.model.reasoner_cache import size_in_words as _size
 from cosmos3_train.model.sound import check_sound
 from cosmos3_train.training.datamodule import caches_reasoner, refuse_two_scales
+from cosmos3_train.training.strategy import refuse_remainders
 
 LATENT_BYTES, SOUND_BYTES = 48 * 2, 2
 """Of one cell of a cached latent, 48 channels in bf16; of one number of a cached sound."""
@@ -77,6 +79,7 @@ def examine(loaded: Loaded) -> Findings:
     findings.look(lambda: _look_at_scales(loaded, findings))
     if not experiment.data.datasets:
         findings.problems.append(UserError("data.datasets is empty; name at least one dataset"))
+    findings.look(lambda: _check_processes(loaded))
     findings.look(lambda: _check_simulators(loaded, findings))
     findings.look(lambda: setattr(findings, "reasoner_cached", caches_reasoner(loaded)))
     findings.look(lambda: _look_at_model(loaded, findings))
@@ -143,6 +146,16 @@ def _look_at_sound(loaded: Loaded, findings: Findings) -> None:
     if heard is not None and folder is not None:
         form = check_sound(folder, loaded.experiment.model, heard)
         findings.rows.append(("sound", f"the model's tokenizer takes {form.rate:,} Hz, {form.channels} channels"))
+
+
+def _check_processes(loaded: Loaded) -> None:
+    """Whether the processes of a machine can share a step, where the experiment says how many there are."""
+    strategy, processes = loaded.experiment.strategy, loaded.experiment.strategy.devices
+    if processes == 1:
+        return
+    if max(strategy.context_parallel, strategy.shards) <= processes:  # else groups are of several machines
+        refuse_remainders(strategy, processes, strategy.shards or processes)
+    refuse_few_samples(loaded.experiment.training.samples_per_step, max(1, processes // strategy.context_parallel))
 
 
 def _check_simulators(loaded: Loaded, findings: Findings) -> None:

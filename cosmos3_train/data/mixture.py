@@ -120,6 +120,14 @@ class Mixture:
         )
 
 
+def refuse_few_samples(samples_per_step: int, ranks: int) -> None:
+    """Raise `UserError` where a step has fewer samples than there are ranks that draw their own."""
+    if samples_per_step < ranks:
+        raise UserError(
+            f"training.samples_per_step is {samples_per_step}, fewer than the {ranks} ranks; every rank needs a sample"
+        )
+
+
 class StepDataset(TorchDataset[StepBatch]):
     """Map-style over optimizer steps: item s holds this rank's samples of step s.
 
@@ -127,11 +135,7 @@ class StepDataset(TorchDataset[StepBatch]):
     """
 
     def __init__(self, mixture: Mixture, samples_per_step: int, rank: int, world_size: int, steps: int) -> None:
-        if samples_per_step < world_size:
-            raise UserError(
-                f"training.samples_per_step is {samples_per_step}, fewer than the {world_size} ranks; "
-                "every rank needs a sample"
-            )
+        refuse_few_samples(samples_per_step, world_size)
         assert 0 <= rank < world_size
         self.mixture, self.steps = mixture, steps
         self._first = rank * samples_per_step // world_size

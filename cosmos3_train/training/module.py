@@ -380,9 +380,8 @@ class PostTraining(lightning.LightningModule):
 
     def _compare_ranks_once(self, parameters: list[nn.Parameter], norm: Tensor) -> None:
         if not self._compared_ranks and bool(norm.isfinite()):
-            whole = [p for p in parameters if not isinstance(p, DTensor)]
-            assert_same_on_all_ranks([p.grad for p in whole if p.grad is not None], "gradients")
-            assert_same_on_all_ranks(whole, "trainable weights")
+            assert_same_on_all_ranks([p.grad for p in parameters if p.grad is not None], "gradients")
+            assert_same_on_all_ranks(parameters, "trainable weights")
             self._compared_ranks = True
 
     @property

@@ -36,6 +36,7 @@ from cosmos3_train.config import (
 )
 from cosmos3_train.data.conversations import ConversationDataset
 from cosmos3_train.data.files import write_whole
+from cosmos3_train.data.mixture import refuse_few_samples
 from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.model.base_identity import identify_base
 from cosmos3_train.model.encoders import Encoder
@@ -74,6 +75,7 @@ from cosmos3_train.training.sharding import own_part, own_rows, shard, write_own
 from cosmos3_train.training.strategy import (
     connect,
     context_group,
+    data_rank,
     device_for,
     device_mesh,
     is_sharded,
@@ -278,6 +280,8 @@ def build(loaded: Loaded, purpose: Purpose = "train") -> Run:
     """
     experiment = loaded.experiment
     device = device_for(experiment.strategy)
+    if purpose == "train":
+        refuse_few_samples(experiment.training.samples_per_step, data_rank(experiment.strategy)[1])
     sharded = is_sharded(experiment.strategy) and purpose == "train"
     shares = experiment.strategy.context_parallel if purpose == "train" else 1
     if sharded or shares > 1:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from cosmos3_train import config
 from cosmos3_train.config import UserError, first_line
@@ -145,22 +146,24 @@ def device_for(strategy: config.Strategy) -> torch.device:
             )
     if is_sharded(strategy) and not launched():
         raise UserError(f"strategy.name is {name!r}, but one process was started; use launch/local.sh EXPERIMENT")
-    if world_size() % strategy.context_parallel:
-        raise UserError(
-            f"strategy.context_parallel is {strategy.context_parallel}, which does not divide the {world_size()} "
-            f"{'processes that were' if world_size() > 1 else 'process that was'} started; use launch/local.sh or "
-            f"launch/slurm.sbatch with a multiple of it"
-        )
-    if name == "hsdp" and world_size() % _shards(strategy):
-        raise UserError(
-            f"strategy.shards is {_shards(strategy)}, which does not divide the {world_size()} processes that were "
-            f"started"
-        )
+    refuse_remainders(strategy, world_size(), _shards(strategy))
     if strategy.accelerator != "cpu" and torch.cuda.is_available():
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
         return device
     return torch.device("cpu")
+
+
+def refuse_remainders(strategy: config.Strategy, processes: int, shards: int) -> None:
+    """Raise `UserError` where so many processes cannot be cut into groups that share packs, or a copy of the model."""
+    of = f"the {processes} processes" if processes > 1 else "one process"
+    if processes % strategy.context_parallel:
+        raise UserError(
+            f"strategy.context_parallel is {strategy.context_parallel}, which does not divide {of}; start a multiple "
+            "of it (launch/local.sh, launch/slurm.sbatch)"
+        )
+    if strategy.name == "hsdp" and processes % shards:
+        raise UserError(f"strategy.shards is {shards}, which does not divide {of}; start a multiple of it")
 
 
 def make_strategy(strategy: config.Strategy, device: torch.device) -> Strategy:
@@ -372,12 +375,21 @@ def sum_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 def assert_same_on_all_ranks(tensors: Iterable[Tensor], what: str) -> None:
-    """Compare a digest of the tensors over ranks; a difference is a defect of ours and ends the run."""
-    sums = [t.detach().double().sum() for t in tensors]
-    if not dist.is_initialized() or not sums:
-        return
-    digest = torch.stack(sums).sum()
-    low, high = digest.clone(), digest.clone()
-    _all_reduce(low, dist.ReduceOp.MIN)
-    _all_reduce(high, dist.ReduceOp.MAX)
-    assert bool(low == high), f"{what} differ between ranks"
+    """Compare sums of the tensors over the ranks that have them: whole ones over all, rows over the copies of a model
+    (where there is one copy, nobody else has them). A difference is a defect of ours and ends the run."""
+    whole, rows = [], []
+    for tensor in tensors:
+        part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        (whole if part is tensor else rows).append(part.detach().double().sum())
+    if whole and dist.is_initialized():
+        _assert_same(torch.stack(whole), what, None)
+    if rows and "copies" in (device_mesh().mesh_dim_names or ()):
+        _assert_same(torch.stack(rows), what, device_mesh().get_group("copies"))
+
+
+def _assert_same(sums: Tensor, what: str, group: dist.ProcessGroup | None) -> None:
+    low, high = sums.clone(), sums.clone()
+    with peers(f"a comparison of {what}"):
+        dist.all_reduce(low, dist.ReduceOp.MIN, group=group)
+        dist.all_reduce(high, dist.ReduceOp.MAX, group=group)
+    assert bool((low == high).all()), f"{what} differ between ranks"

@@ -365,3 +365,15 @@ def test_a_file_that_may_not_be_read(root, cosmos3, capsys):
     for line in (TRAIN, PREPARE):
         assert cosmos3(*line) == 2
         assert re.search(r"error: .*info\.json: Permission denied; give yourself", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "told"),
+    [
+        (("devices=8",), "training.samples_per_step is 6, fewer than the 8 ranks"),
+        (("name=hsdp", "devices=6", "shards=4"), "strategy.shards is 4, which does not divide the 6 processes"),
+        (("devices=5", "context_parallel=2"), "strategy.context_parallel is 2, which does not divide the 5 processes"),
+    ],
+)
+def test_processes_that_cannot_share_a_step_are_told_before_they_are_started(refused, strategy, told):
+    refused(("check", *TRAIN[1:], "training.samples_per_step=6", *(f"strategy.{words}" for words in strategy)), told)

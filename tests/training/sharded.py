@@ -24,9 +24,14 @@ PYTHONPATH = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTH
 
 def start(root: Path, count: int, *jobs: str) -> subprocess.Popen:
     """Carry out jobs on so many processes, in the background."""
+    return launch(count, "tests.training.sharded", str(root), *jobs)
+
+
+def launch(count: int, module: str, *arguments: str) -> subprocess.Popen:
+    """Run a module on so many processes, in the background; what they print is to be read from it."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)) if count > 1 else ()
     return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "tests.training.sharded", str(root), *jobs],
+        [sys.executable, *launcher, "-m", module, *arguments],
         cwd=REPOSITORY,
         env=os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,

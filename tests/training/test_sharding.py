@@ -19,8 +19,9 @@ from cosmos3_train.training.run import build
 from cosmos3_train.training.skipped import list_skipped, read_shares
 from tests.training.kills import kill_again_and_again
 from tests.training.project import experiment, load, write, write_project
-from tests.training.sharded import carry_out, start
+from tests.training.sharded import carry_out, launch, start
 from tests.training.steps import difference
+from tests.training.test_processes import UNMEASURED
 from tests.training.test_run import poison, position, rows
 
 pytestmark = pytest.mark.slow
@@ -135,12 +136,25 @@ def test_a_checkpoint_holds_each_row_once_and_whole_weights_once(root):
     assert [p.name for p in lora.glob("trainables*")] == ["trainables.safetensors"], "adapters are whole on every rank"
 
 
+@pytest.mark.parametrize("copies", ["ddp", "hsdp strategy.shards=1"])
+def test_copies_that_differ_end_the_run(project, copies):
+    experiment, *words = job("full", f"name=differing strategy.name={copies} strategy.devices=2", *UNMEASURED).split()
+    line = ("train", str(project / "experiments" / f"{experiment}.yaml"), *words, "export=none", "--fresh")
+    process = launch(2, "tests.training.differing", *line)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode != 0 and "AssertionError: trainable weights differ between ranks" in output, output
+
+
 @pytest.mark.long
 def test_two_copies_of_two_shards_make_the_curve_of_one(root):
-    few = "training.steps=6 training.samples_per_step=5"
-    carry_out(root, job("full", "name=few", few))
-    on_processes(root, 4, job("full", "name=few_hsdp strategy.name=hsdp strategy.shards=2", few))
-    assert_same_curve(root, "few", "few_hsdp", steps=6)
+    """Five samples a step: no rank of four is without one."""
+    five, tunings = "training.samples_per_step=5", ("full", "hybrid", "lora")
+    for tuning in tunings:
+        carry_out(root, job(tuning, f"name=five_{tuning}", five))
+    hsdp = "strategy.name=hsdp strategy.shards=2"
+    on_processes(root, 4, *(job(tuning, f"name=five_{tuning}_hsdp {hsdp}", five) for tuning in tunings))
+    for tuning in tunings:
+        assert_same_curve(root, f"five_{tuning}", f"five_{tuning}_hsdp")
 
 
 @pytest.mark.long

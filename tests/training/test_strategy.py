@@ -86,7 +86,7 @@ def test_what_zero_does_not_do_is_refused_in_one_line(changes, told):
         (Strategy(devices=2), None, "strategy.devices is 2, but one process was started; use launch/local.sh"),
         (Strategy(name="single"), 2, "strategy.name is 'single', but 2 processes were started"),
         (Strategy(name="fsdp2", devices=1), 2, "strategy.devices is 1, but 2 processes were started"),
-        (Strategy(context_parallel=2), None, "context_parallel is 2, which does not divide the 1 process that was"),
+        (Strategy(context_parallel=2), None, "context_parallel is 2, which does not divide one process"),
         (Strategy(devices=4, context_parallel=3), 4, "context_parallel is 3, which does not divide the 4 processes"),
         (Strategy(name="hsdp", devices=4, shards=3), 4, "strategy.shards is 3, which does not divide the 4 processes"),
     ],
