@@ -10,13 +10,13 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from cosmos3_train.config import Loaded, load_experiment
 from cosmos3_train.runtime import is_first_rank, world_size
 from cosmos3_train.training.measures import measure
 from cosmos3_train.training.run import quieten_lightning, train
-from cosmos3_train.training.strategy import meet
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PYTHONPATH = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
@@ -55,10 +55,13 @@ def carry_out(root: Path, job: str) -> None:
 def go_on_from(loaded: Loaded, checkpoint: str) -> None:
     """Begin with a copy of another run's checkpoint, "RUN/STEP"."""
     run, step = checkpoint.split("/")
-    folder = Path("checkpoints") / f"step_{int(step):06d}"
+    source = loaded.run_folder.parent / run / "checkpoints" / f"step_{int(step):06d}"
+    target = loaded.run_folder / "checkpoints" / source.name
     if is_first_rank():
-        shutil.copytree(loaded.run_folder.parent / run / folder, loaded.run_folder / folder)
-    meet("a copied checkpoint")
+        shutil.copytree(source, target.with_name("copying"))
+        target.with_name("copying").rename(target)
+    while not target.is_dir():  # ranks may not have met yet
+        time.sleep(0.01)
 
 
 if __name__ == "__main__":
