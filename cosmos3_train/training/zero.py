@@ -8,8 +8,8 @@ the optimizers is a dozen calls, which `one_pass` and `step` make.
 
 Managed are the weights that `sharding` shards, and their adapters. Stage 2: every rank holds all weights, and of those
 that train a part of the masters, moments and summed gradients, elements of all of them laid end to end. Stage 3: a part
-of every weight, the frozen ones too, gathered a decoder layer at a time. Heads are whole on every rank, as in
-`sharding`, for a rank's samples may not use them.
+of every weight, the frozen ones too, gathered a decoder layer at a time (`stage3`). Heads are whole on every rank, as
+in `sharding`, for a rank's samples may not use them.
 
 Both stages sum gradients over ranks as backward makes them, in buckets filled in that order. So all ranks run the same
 passes, which reach the same weights in the same order, by the means of `sharding`: a last pack that is run again, and
@@ -34,6 +34,7 @@ from cosmos3_train.model.loading import LARGE, read_weights
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
 from cosmos3_train.model.trainable import Trainables, restart_magnitudes
 from cosmos3_train.runtime import choose_accelerator, is_first_rank, rank, world_size
+from cosmos3_train.training.frozen import lay_frozen, settle_frozen
 from cosmos3_train.training.optimizer import clip_factor
 from cosmos3_train.training.sharding import Part, Reach, reach, set_part, tell_passes
 from cosmos3_train.training.strategy import peers, summed, zero_stage
@@ -42,10 +43,6 @@ logger = logging.getLogger(__name__)
 
 BUCKET = 50_000_000
 """Numbers of gradients that are summed over ranks at once, and a buffer of so many; a larger matrix goes by itself."""
-AHEAD = 50_000_000
-"""Numbers of stage 3's weights that are gathered before their layer runs."""
-WHOLE_GROUP = 10**15
-"""Numbers of a group that are updated at once: all."""
 
 
 class FlatAdamW(torch.optim.AdamW):
@@ -197,6 +194,7 @@ class Zero:
             return
         for group in range(len(self._flats())):
             self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        self.optimizer._partition_all_parameters()  # adapters that are kept gathered are gathered anew
 
     def _tell_parts(self) -> None:
         for group, flat in enumerate(self._flats()):
@@ -250,28 +248,23 @@ class Zero:
         )
 
     def _third(self, names: dict[nn.Parameter, str]) -> Any:
-        from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+        from cosmos3_train.training.stage3 import ALL, Stage3, numbers_of
 
-        class Stage3(DeepSpeedZeroOptimizer_Stage3):
-            def create_reduce_and_remove_grad_hooks(self) -> None:
-                # Of a module that is gathered whole, gradients would be taken by a hook on its inputs and outputs,
-                # which sees no tensors within tuples. So each weight has a hook of its own.
-                for parameter in (each for group in self.fp16_groups for each in group):
-                    del parameter.ds_z3_leaf_module
-                super().create_reduce_and_remove_grad_hooks()
-
-        for unit in _units(self.backbone):
+        units = _units(self.backbone)
+        for unit in units:
             cast(Any, unit)._z3_leaf = True
         return Stage3(
-            nn.ModuleList(_units(self.backbone)),
+            nn.ModuleList(units),
             self.base,
             names,
             **_common(self.device),
             ds_config=_config(),
             overlap_comm=self.device.type == "cuda",
-            prefetch_bucket_size=AHEAD,
-            param_persistence_threshold=0,  # a layer is one gather, its small weights among it
-            sub_group_size=WHOLE_GROUP,
+            # The next layer is gathered while one runs, and a layer is kept only for a pass that follows at once.
+            prefetch_bucket_size=numbers_of(units[0]),
+            max_live_parameters=ALL,
+            max_reuse_distance=1,
+            sub_group_size=ALL,  # a group is updated at once
             offload_ratio=1.0,
             offload_optimizer_config=_offload(self.offload, self.device),
         )
@@ -292,7 +285,9 @@ def partition(backbone: Cosmos3PackedTransformer, model: Model, device: torch.de
     for number, layer in enumerate(backbone.layers):
         read_weights(backbone, model, device, lambda name, prefix=f"layers.{number}.": name.startswith(prefix))
         restart_magnitudes(layer)
+        lay_frozen(layer)
         zero.Init(module=layer, config_dict_or_path=_config())
+        settle_frozen(layer)
     read_weights(backbone, model, device)
     for unit in _units(backbone)[len(backbone.layers) :]:
         zero.Init(module=unit, config_dict_or_path=_config())
@@ -308,9 +303,11 @@ def _gathering(layer: nn.Module, gathered: Any) -> list[Any]:
 
     def before(*_: Any) -> None:
         within.enter_context(gathered(list(layer.parameters())))
+        settle_frozen(layer)
 
     def after(*_: Any) -> None:
         within.close()
+        settle_frozen(layer)
 
     return [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
 
