@@ -336,7 +336,9 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
             seen = self.see(pack.pictures)
             hidden = hidden.index_copy(0, pack.pictures.places, seen.embeddings.to(hidden.dtype))
             deep = tuple(part.to(hidden.dtype) for part in seen.deep)
-        return self._as_input(hidden), self._rotary(pack.text_positions, hidden.dtype), deep
+        if self.understanding_trains:  # else nothing is kept of it for backward, also in a layer of both towers
+            hidden = self._as_input(hidden)
+        return hidden, self._rotary(pack.text_positions, hidden.dtype), deep
 
     def _text_out(self, hidden: Tensor, pack: PackedSequence) -> Tensor:
         if pack.text_out.numel():

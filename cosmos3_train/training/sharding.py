@@ -116,7 +116,7 @@ def shard(
     # and differs between ranks after one of them has measured. The first layer has nothing before it.
     for before, layer in zip([backbone.layers[0], *backbone.layers], backbone.layers, strict=False):
         _unit(layer).set_modules_to_backward_prefetch([_unit(before)])
-    backbone.joint_layers = backbone.understanding_trains
+    backbone.joint_layers = True  # else each tower would gather every layer for itself
     _let_root_find_the_others(backbone)
 
 

@@ -66,13 +66,16 @@ def test_with_padding_every_layer_has_a_gradient_and_the_rule_says_which_are_non
             assert difference(value, before) < 1e-5 if before is not None else float(value.norm()) == 0, name
 
 
+@pytest.mark.parametrize("tuning", [FULL, HYBRID], ids=["full", "hybrid"])
 @pytest.mark.parametrize("checkpointed", [False, True, "but_attention", "but_products"])
-def test_both_towers_a_layer_at_a_time_compute_the_same(project, checkpointed):
-    module = perturb(make_module(project / "model", budget=150, checkpoint_activations=checkpointed))
+def test_both_towers_a_layer_at_a_time_compute_the_same(project, checkpointed, tuning):
+    module = perturb(make_module(project / "model", budget=150, tuning=tuning, checkpoint_activations=checkpointed))
     batch = StepBatch(0, mixed_samples())
     apart = gradients(module, batch)
     module.backbone.joint_layers = True
     together = gradients(module, batch)
+    kept = [module.backbone(pack).text_hidden.requires_grad for pack in module.packer(batch).packs]
+    assert any(kept) == (tuning is FULL), "a tower that does not train keeps nothing for backward"
     for name, value in apart.items():
         ours = together[name]
         assert value is not None and ours is not None and difference(ours, value) < 1e-6, name
