@@ -17,6 +17,7 @@ from tests.training.steps import CPU, HYBRID, difference, make_module, mixed_sam
 
 FULL = Tuning(method="full")
 DORA = replace(HYBRID, dora=True)
+GENERATION = replace(HYBRID, towers=["generation"])
 
 
 def gradients(module, batch: StepBatch) -> dict[str, torch.Tensor | None]:
@@ -66,7 +67,7 @@ def test_with_padding_every_layer_has_a_gradient_and_the_rule_says_which_are_non
             assert difference(value, before) < 1e-5 if before is not None else float(value.norm()) == 0, name
 
 
-@pytest.mark.parametrize("tuning", [FULL, HYBRID], ids=["full", "hybrid"])
+@pytest.mark.parametrize("tuning", [FULL, GENERATION], ids=["full", "generation"])
 @pytest.mark.parametrize("checkpointed", [False, True, "but_attention", "but_products"])
 def test_both_towers_a_layer_at_a_time_compute_the_same(project, checkpointed, tuning):
     module = perturb(make_module(project / "model", budget=150, tuning=tuning, checkpoint_activations=checkpointed))
@@ -78,7 +79,10 @@ def test_both_towers_a_layer_at_a_time_compute_the_same(project, checkpointed, t
     assert any(kept) == (tuning is FULL), "a tower that does not train keeps nothing for backward"
     for name, value in apart.items():
         ours = together[name]
-        assert value is not None and ours is not None and difference(ours, value) < 1e-6, name
+        if name.startswith("audio"):  # no sample has sound
+            assert value is None and ours is None
+        else:
+            assert value is not None and ours is not None and difference(ours, value) < 1e-6, name
 
 
 @pytest.mark.parametrize("tuning", [HYBRID, FULL, DORA], ids=["hybrid", "full", "dora"])
