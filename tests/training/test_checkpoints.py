@@ -71,11 +71,13 @@ def test_half_a_checkpoint_is_none(tmp_path):
     partial = tmp_path / ".step_000002.partial"
     partial.mkdir()
     (partial / "state.json").write_text("{}")
+    never_again = tmp_path / ".step_000007.partial"
+    never_again.mkdir()
     (tmp_path / "step_000003").mkdir()  # no state
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step_000001"]
     save_checkpoint(tmp_path, checkpoint(2), keep=2)
     assert load_checkpoint(list_checkpoints(tmp_path)[-1]).position.step == 2
-    assert not partial.exists()
+    assert not partial.exists() and not never_again.exists()
 
 
 def write_in_shards(folder: Path, shards: int, monkeypatch, flat: bool = False) -> Path:
@@ -217,6 +219,35 @@ def test_a_disk_that_fills_up_during_a_run_costs_no_checkpoint(project):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_000002"]
     assert train(loaded) == "finished"
+
+
+def test_a_run_s_folder_that_is_gone_is_told_and_nothing_is_made_in_its_place(tmp_path):
+    run, away = tmp_path / "run", tmp_path / "away"
+    run.mkdir()
+    run.rename(away)
+    with pytest.raises(UserError, match=r"run/.*step_000001: the checkpoint could not be .*; bring the folder") as told:
+        save_checkpoint(run / "checkpoints", checkpoint(1), keep=1)
+    assert "\n" not in str(told.value) and "space" not in str(told.value)
+    assert not run.exists(), "below a mount that is gone it would be hidden once that is back"
+
+
+def test_a_run_s_folder_that_goes_away_costs_no_checkpoint(project):
+    loaded = load(project, "name=away", "training.log_every_n_steps=9", "training.steps=6")
+    folder: Path = loaded.run_folder
+    away, made = folder.with_name("away.moved"), []
+
+    def take_away(run, time_of_step) -> None:
+        made.append(run.module.position.step)
+        if made == [1, 2, 3]:
+            while not list_checkpoints(folder / "checkpoints"):  # it is written while the run goes on
+                time.sleep(0.01)
+            folder.rename(away)
+
+    with pytest.raises(UserError, match=r"away/checkpoints/step_000004: .* \(No such file or directory\); bring the f"):
+        train(loaded, watch=take_away)
+    assert not folder.exists()
+    away.rename(folder)
+    assert train(loaded, watch=take_away) == "finished" and made == [1, 2, 3, 4, 3, 4, 5, 6]
 
 
 def test_a_status_that_cannot_be_written_keeps_the_old_one(tmp_path):
