@@ -197,6 +197,34 @@ def test_a_disk_that_fills_up_meanwhile_is_told_at_the_next_look(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
 
 
+def sharded(step: int, size: int = 8) -> Checkpoint:
+    """Of which another rank writes half."""
+    return replace(checkpoint(step, size), rows={"a.weight": Rows(0, size, 2 * size)}, writers=2)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rank_that_cannot_write_its_rows_leaves_the_folder_to_the_others(tmp_path, monkeypatch, rank):
+    monkeypatch.setenv("RANK", rank)
+    partial = tmp_path / ".step_000002.partial"
+    partial.mkdir()
+    with (
+        small_files(2000),
+        pytest.raises(UserError, match=r"step_000002: the checkpoint could not be .*; free some sp"),
+    ):
+        save_checkpoint(tmp_path, sharded(2, size=100_000), keep=1)
+    assert partial.is_dir()
+    monkeypatch.setenv("RANK", "0")
+    save_checkpoint(tmp_path, checkpoint(3), keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000003"]
+
+
+def test_a_folder_that_goes_away_while_the_first_rank_waits_for_the_others_is_told(tmp_path):
+    saving = Saving(tmp_path / "checkpoints", sharded(2), keep=1)
+    (tmp_path / "checkpoints").rename(tmp_path / "away")
+    with pytest.raises(UserError, match=r"checkpoints/step_000002: .* \(No such file or directory\); bring the folder"):
+        saving.finish()
+
+
 def test_a_disk_that_fills_up_during_a_run_costs_no_checkpoint(project):
     loaded = load(project, "name=full")
     folder: Path = loaded.run_folder
