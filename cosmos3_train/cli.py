@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from cosmos3_train.commands.console import INTERRUPTED, QUIET, USER_ERROR, say_error
+from cosmos3_train.commands.console import INTERRUPTED, QUIET, USER_ERROR, first_tells, say_error
 from cosmos3_train.config import Loaded, UserError, load_experiment
 from cosmos3_train.runtime import Interrupted, interruptible, offline_hub, record_failure, set_up_logging
 
@@ -69,7 +69,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _train(options: argparse.Namespace) -> int:
-    loaded = _load(options)  # before the heavy imports: a misspelt key is told at once
+    with first_tells():
+        loaded = _load(options)  # before the heavy imports: a misspelt key is told at once
     from cosmos3_train.commands import train
 
     return train.run(loaded, fresh=options.fresh, began=BEGAN)

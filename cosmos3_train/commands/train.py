@@ -8,7 +8,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosmos3_train.commands.console import FAILED, FINISHED, INTERRUPTED, QUIET, USER_ERROR, say, say_error
+from cosmos3_train.commands.console import (
+    FAILED,
+    FINISHED,
+    INTERRUPTED,
+    LAUNCHER_ENDS_US_SECONDS,
+    QUIET,
+    USER_ERROR,
+    first_tells,
+    leave_to_first,
+    say,
+    say_error,
+)
 from cosmos3_train.config import Loaded
 from cosmos3_train.runtime import is_first_rank, log_to_file, record_failure, wait_for_sigterm
 
@@ -17,7 +28,6 @@ if TYPE_CHECKING:
     from cosmos3_train.training.run import Run
 
 REPORT = "report.html"
-LAUNCHER_ENDS_US_SECONDS = 20.0
 
 
 def run(loaded: Loaded, *, fresh: bool, began: float) -> int:
@@ -72,11 +82,14 @@ def _mistakes(loaded: Loaded) -> bool:
     from cosmos3_train.model.loading import model_folder
     from cosmos3_train.training.strategy import device_for
 
-    device_for(loaded.experiment.strategy)
-    findings = examine(loaded)
-    if findings.model is None and not findings.problems:  # what is cheap to know is known before the model is fetched
-        model_folder(loaded.model)
+    with first_tells():
+        device_for(loaded.experiment.strategy)
         findings = examine(loaded)
+        if findings.model is None and not findings.problems:  # what is cheap to know is known before a model is fetched
+            model_folder(loaded.model)
+            findings = examine(loaded)
+    if findings.problems:
+        leave_to_first()
     for problem in findings.problems:
         say_error(problem)
     return bool(findings.problems)

@@ -26,6 +26,14 @@ def is_there(path: Path) -> bool:
         return False
 
 
+def is_disk_full(error: Exception) -> bool:
+    """Whether there is no space left, a quota is spent, or a file has grown too large: by an `OSError`, or safetensors'
+    own error, which has the number in its words."""
+    if isinstance(error, OSError):
+        return error.errno in DISK_FULL
+    return any(f"os error {code})" in str(error) for code in DISK_FULL)
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write beside the file under this process's own name, bring it to disk, rename."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.writing")
@@ -73,7 +81,7 @@ def disk_is_the_users(output: Path) -> Iterator[None]:
             raise UserError(
                 f"{output}: {error.strerror}{place}; mend that, or choose another output, and run the command again"
             ) from None
-        if error.errno not in DISK_FULL:
+        if not is_disk_full(error):
             raise
         raise UserError(
             f"{output}: the disk is full ({error.strerror}); free some space and run the same command again, "

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from cosmos3_train.config import UserError
-from cosmos3_train.data.files import DISK_FULL, write_whole
+from cosmos3_train.data.files import is_disk_full, write_whole
 
 MARKER = "export.json"
 
@@ -117,9 +117,3 @@ def _refuse_another_runs(output: Path, run: str) -> None:
     owner = read_description(output)["run"]
     if owner != run:
         raise UserError(f"{output}: is the export of run {owner!r}, not of {run!r}; choose another output folder")
-
-
-def is_disk_full(error: OSError | SafetensorError) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in DISK_FULL
-    return any(f"os error {code})" in str(error) for code in DISK_FULL)

@@ -34,6 +34,7 @@ from torch import Tensor
 from cosmos3_train.config import UserError, first_line, nearest
 from cosmos3_train.data.files import write_whole
 from cosmos3_train.runtime import is_first_rank, rank, world_size
+from cosmos3_train.training.disk import told_in_one_line
 from cosmos3_train.training.strategy import meet
 
 STATE = "state.json"
@@ -118,7 +119,7 @@ class Saving:
         keep_every: and those whose step it divides (0: no others).
 
     Raises:
-        UserError: the disk is full or read-only.
+        UserError: the disk is full or read-only, or the run's folder is gone.
     """
 
     def __init__(self, folder: Path, checkpoint: Checkpoint, keep: int, keep_every: int = 0) -> None:
@@ -130,14 +131,15 @@ class Saving:
         self._shards, self._written = bool(checkpoint.rows), threading.Event()
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
-        with self._one_line_of_a_full_disk():
+        with self._told_in_one_line():
             if (self.target / STATE).is_file():
                 if is_first_rank():
                     write_whole(self.target / STATE, self._state)
                 return
             if is_first_rank():
-                folder.mkdir(parents=True, exist_ok=True)
-                shutil.rmtree(self._partial, ignore_errors=True)
+                folder.mkdir(exist_ok=True)  # no parents: where a mount is gone, they would be made below it
+                for left in folder.glob(".step_*.partial"):  # by a save that was killed, or by ranks of one that failed
+                    shutil.rmtree(left, ignore_errors=True)
                 self._partial.mkdir()
         if self._shards:
             meet(f"the checkpoint of step {self.step}")
@@ -161,7 +163,6 @@ class Saving:
         self.check()
         if self._shards:
             meet(f"the end of the checkpoint of step {self.step}")
-        assert not is_first_rank() or (self.target / STATE).is_file(), "the thread has ended without a checkpoint"
 
     def wait_alone(self) -> None:
         """As far as this rank can, in a run that ends with an error."""
@@ -170,7 +171,7 @@ class Saving:
 
     def _carry_out(self, checkpoint: Checkpoint) -> None:
         try:
-            with self._one_line_of_a_full_disk():
+            with self._told_in_one_line():
                 _write_parts(self._partial, checkpoint)
                 self._written.set()
                 if is_first_rank():
@@ -181,7 +182,7 @@ class Saving:
             self._written.set()
 
     def _make_whole(self, writers: int) -> None:
-        while len(list(self._partial.glob("files_*.json"))) < writers:
+        while sum(path.match("files_*.json") for path in self._partial.iterdir()) < writers:  # raises if it is gone
             time.sleep(GLANCE_SECONDS)
         (self._partial / STATE).write_bytes(self._state)
         _flush(self._partial / STATE)
@@ -193,16 +194,15 @@ class Saving:
                 shutil.rmtree(old, ignore_errors=True)
 
     @contextmanager
-    def _one_line_of_a_full_disk(self) -> Iterator[None]:
+    def _told_in_one_line(self) -> Iterator[None]:
         try:
-            yield
-        except (OSError, SafetensorError) as error:  # a full disk is the latter where safetensors meets it
-            shutil.rmtree(self._partial, ignore_errors=True)
-            reason = error.strerror if isinstance(error, OSError) else first_line(error)
-            raise UserError(
-                f"{self.target}: the checkpoint could not be written ({reason}); free some space and run "
-                f"the same command again, which goes on from the last whole checkpoint"
-            ) from error
+            with told_in_one_line(f"{self.target}: the checkpoint"):
+                yield
+        except UserError:
+            # Ranks that still write would find the folder gone, and tell that as the reason: the next save removes it.
+            if not self._shards:
+                shutil.rmtree(self._partial, ignore_errors=True)
+            raise
 
 
 def _copied(checkpoint: Checkpoint) -> Checkpoint:

@@ -6,8 +6,7 @@ import csv
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from cosmos3_train.config import Experiment, UserError, to_plain
 from cosmos3_train.data.files import write_whole
+from cosmos3_train.training.disk import told_in_one_line
 
 State = Literal["running", "interrupted", "finished", "failed"]
 
@@ -33,7 +33,7 @@ class Metrics:
 
     def __init__(self, folder: Path, experiment: Experiment, resumed_at: int, skipped: int = 0) -> None:
         self.path = folder / "metrics.csv"
-        with _one_line_if_the_disk_is_full(self.path):
+        with told_in_one_line(f"{self.path}:"):
             self._kept = _keep_rows_until(self.path, resumed_at, skipped)
         self._wandb = _start_wandb(folder, experiment) if experiment.logging.wandb else None
 
@@ -41,9 +41,9 @@ class Metrics:
         """Append the values of a step: all of them in one write, which a kill does not cut.
 
         Raises:
-            UserError: the disk is full.
+            UserError: the disk is full, or the folder gone.
         """
-        with _one_line_if_the_disk_is_full(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
+        with told_in_one_line(f"{self.path}:"), self.path.open("a", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows((step, name, repr(float(value))) for name, value in values.items())
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
@@ -90,7 +90,7 @@ def write_status(folder: Path, state: State, step: int, steps: int, reason: str 
     if reason:
         content["reason"] = reason
     beside = folder / ".status.json.partial"
-    with _one_line_if_the_disk_is_full(folder / "status.json"):
+    with told_in_one_line(f"{folder / 'status.json'}:"):
         beside.write_text(json.dumps(content) + "\n", encoding="utf-8")
         os.replace(beside, folder / "status.json")  # noqa: PTH105
 
@@ -117,17 +117,6 @@ def _keep_rows_until(path: Path, step: int, skipped: int) -> set[tuple[int, str]
         csv.writer(file).writerows([("step", "metric", "value"), *rows])
     beside.replace(path)
     return {(int(row[0]), row[1]) for row in rows}
-
-
-@contextmanager
-def _one_line_if_the_disk_is_full(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path}: could not be written ({error.strerror}); free some space and run the same command again, which "
-            f"goes on from the last whole checkpoint"
-        ) from error
 
 
 def _start_wandb(folder: Path, experiment: Experiment) -> Any:
@@ -161,6 +150,6 @@ def _wandb_id(folder: Path) -> str:
     """An id of the run in this folder alone, the same after every interruption. A name would meet another's run."""
     path = folder / WANDB_ID
     if not path.is_file():
-        with _one_line_if_the_disk_is_full(path):
+        with told_in_one_line(f"{path}:"):
             write_whole(path, f"{secrets.token_hex(8)}\n".encode())
     return path.read_text(encoding="utf-8").strip()

@@ -53,7 +53,7 @@ def keep_skipped(run_folder: Path, step: PackedStep, norm: float) -> None:
         "packs": [_described(pack, f"pack{n}", tensors) for n, pack in enumerate(step.packs)],
     }
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)  # no parents: where a mount is gone, they would be made below it
         save_file(tensors, partial, {"step": json.dumps(told)})
         partial.replace(path)
         found = list_skipped(run_folder)

@@ -6,7 +6,8 @@ that one rank's samples do not use must not hold the others up. For LoRA that is
 Under fsdp2 and hsdp the same holds of what is not sharded; of what is, `sharding` tells.
 
 A collective that one rank does not come to holds all others, for ever or until NCCL aborts them without a name. So the
-ranks `meet` first, on the host: the first rank counts, and names who is missing.
+ranks `meet` first, on the host: the first rank counts, and names who is missing. Of one that stands still within a
+collective, those that waited for it find out who it is by who answers a roll call.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import atexit
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Literal
 
@@ -33,6 +34,8 @@ from cosmos3_train.runtime import is_first_rank, launched, local_rank, local_wor
 AS_LONG_AS_IT_TAKES = timedelta(days=7)
 GRACE = timedelta(seconds=15)
 """The other ranks wait so much longer than the first one, so that it is the one that says who is missing."""
+ROLL_CALL_SECONDS = 10.0
+"""For ranks that waited for another one in vain to find out which: less than `PeerLost` keeps a process silent."""
 
 _meetings: dict[timedelta, dist.ProcessGroup] = {}
 """Gloo groups by how long their ranks wait for each other: like torch's own groups, one set a process."""
@@ -274,27 +277,70 @@ def _meet(where: str, patience: timedelta) -> None:
                 raise PeerLost(f"{where}: rank {other} has gone") from error
             missing.append(other)
     if missing:
-        raise RankMissing(
-            f"{where}: {'ranks' if len(missing) > 1 else 'rank'} {', '.join(map(str, missing))} did not come in "
-            f"{patience.total_seconds():g} s (strategy.collective_timeout_seconds); the log of that rank says what it "
-            f"did last"
-        )
+        raise _named(where, missing)
     with peers(where):
         for other in others:
             dist.send(word, dst=other, group=group)
 
 
+def _named(where: str, missing: list[int]) -> RankMissing:
+    """For a group whose ranks wait `strategy.collective_timeout_seconds` for each other."""
+    return RankMissing(
+        f"{where}: {'ranks' if len(missing) > 1 else 'rank'} {', '.join(map(str, missing))} did not come in "
+        f"{_patience.total_seconds():g} s (strategy.collective_timeout_seconds); the log of that rank says what it did "
+        f"last"
+    )
+
+
 @contextmanager
-def peers(what: str, awaited: str = "a rank") -> Iterator[None]:
-    """Errors of a collective are a peer's, not this process's."""
+def peers(what: str, awaited: str = "") -> Iterator[None]:
+    """Errors of a collective are a peer's, not this process's.
+
+    Args:
+        awaited: the rank for which this one waits; without, the ranks find out who has not come.
+    """
     try:
         yield
     except RuntimeError as error:
         if "Timed out waiting" in str(error):
-            raise RankMissing(f"{what}: {awaited} did not come ({first_line(error)})") from error
+            missing = [] if awaited else _roll_call()
+            if missing:
+                raise _named(what, missing) from error
+            raise RankMissing(f"{what}: {awaited or 'a rank'} did not come ({first_line(error)})") from error
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo's have no class of their own
             raise
+        _answer_roll_call()
         raise PeerLost(f"{what} failed: {first_line(error)}") from error
+
+
+def _answer_roll_call() -> None:
+    """Let the others know that this rank is not the one that they waited for.
+
+    A rank whose patience ends closes its connections, so that the others who waited meet an error at once, which looks
+    like that of a rank that died.
+    """
+    with suppress(RuntimeError):  # the launcher, which keeps the list, has gone
+        _roll().set(str(rank()), "here")
+
+
+def _roll_call() -> list[int]:
+    """Who has not come to a collective in which others waited in vain: those that do not answer now either. Whichever
+    rank stands still, the launcher keeps the list."""
+    _answer_roll_call()
+    ends, missing = time.monotonic() + ROLL_CALL_SECONDS, list(range(world_size()))
+    try:
+        while missing and time.monotonic() < ends:
+            time.sleep(0.1)
+            missing = [one for one in missing if not _roll().check([str(one)])]
+    except RuntimeError:
+        return []
+    return missing
+
+
+def _roll() -> dist.Store:
+    world = dist.group.WORLD
+    assert world is not None
+    return dist.PrefixStore("roll call", world.get_group_store())
 
 
 def _all_reduce(values: Tensor, operation: dist.ReduceOp.RedOpType) -> None:

@@ -1,4 +1,4 @@
-"""Two processes make the steps that one makes."""
+"""Two processes make the steps that one makes, and tell a mistake once."""
 
 from __future__ import annotations
 
@@ -9,8 +9,41 @@ from pathlib import Path
 
 import pytest
 
+from cosmos3_train.commands import console
 from cosmos3_train.evaluation.pictures import read_metrics
 from tests.commands.tiny import QUICK, ROOT
+
+MISTAKE = "error: command line: unknown key 'optimizer.learning_rat'. Did you mean 'learning_rate'?"
+
+
+def launch(project: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """`launch/local.sh` on two processes."""
+    environment = {**os.environ, "PROCESSES": "2", "PYTHONPATH": str(ROOT)}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    command = [ROOT / "launch" / "local.sh", *arguments]
+    return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mistake", "told"),
+    [
+        ("optimizer.learning_rat=1", MISTAKE),
+        ("strategy.context_parallel=4", "error: strategy.context_parallel is 4, which does not divide the 2 processes"),
+    ],
+)
+def test_a_mistake_that_both_processes_find_is_told_once(project, mistake, told):
+    done = launch(project, "experiments/quickstart.yaml", mistake)
+    assert done.returncode == 1
+    errors = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and errors[0].startswith(told), done.stderr
+
+
+def test_a_mistake_of_one_process_alone_is_told(cosmos3, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(console, "LAUNCHER_ENDS_US_SECONDS", 0.1)
+    assert cosmos3("train", "experiments/quickstart.yaml", "optimizer.learning_rat=1") == 2
+    assert capsys.readouterr().err.splitlines() == [MISTAKE]
 
 
 @pytest.mark.slow
@@ -31,16 +64,7 @@ def test_two_processes_give_the_loss_of_one(cosmos3, project, tiny_model):
     )
     experiment = "experiments/nano_policy_hybrid.yaml"
     assert cosmos3("train", experiment, *settings, "name=one") == 0
-    environment = {**os.environ, "PROCESSES": "2", "PYTHONPATH": str(ROOT)}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    done = subprocess.run(
-        [ROOT / "launch" / "local.sh", experiment, *settings, "name=two"],
-        cwd=project,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = launch(project, experiment, *settings, "name=two")
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (read_metrics(project / "runs" / name / "metrics.csv") for name in ("one", "two"))
     for name in ("loss", "loss/video", "loss/action", "gradient_norm"):

@@ -1,16 +1,22 @@
-"""`cosmos3`, on whose rank 1 something happens when step 5 is read: `python -m tests.training.faulty WHAT train …`."""
+"""`cosmos3`, on one of whose ranks something happens when step 5 is read, or made:
+`python -m tests.training.faulty WHAT RANK train …`."""
 
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
+import time
 from collections.abc import Callable
 
 from cosmos3_train import cli
 from cosmos3_train.data.mixture import StepDataset
+from cosmos3_train.model.omni import Cosmos3PackedTransformer
 
 STEP = 5
+SMALL = 24 << 10
+"""Bytes: more than a log, less than a part of a checkpoint."""
 
 
 def fail() -> None:
@@ -22,17 +28,36 @@ def stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def spoil(happens: Callable[[], None]) -> None:
-    read = StepDataset.__getitem__
+def wait() -> None:
+    """Stand still, but end when told to: torchrun waits half a minute for one that does not."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(600)
+
+
+def fill() -> None:
+    """Have a disk that is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def spoil(happens: Callable[[], None], on: str, *, within: bool) -> None:
+    """Let it happen where the step is read, or within its first forward."""
+    read, forward, due = StepDataset.__getitem__, Cosmos3PackedTransformer.forward, []
 
     def spoilt(self: StepDataset, step: int):
-        if step == STEP and os.environ["RANK"] == "1":
-            happens()
+        if step == STEP and os.environ["RANK"] == on:
+            due.append(step) if within else happens()
         return read(self, step)
 
-    StepDataset.__getitem__ = spoilt
+    def spoilt_forward(self: Cosmos3PackedTransformer, *arguments, **named):
+        if due:
+            due.clear()
+            happens()
+        return forward(self, *arguments, **named)
+
+    StepDataset.__getitem__, Cosmos3PackedTransformer.forward = spoilt, spoilt_forward
 
 
 if __name__ == "__main__":
-    spoil({"fail": fail, "stop": stop}[sys.argv[1]])
-    cli.main(sys.argv[2:])
+    what, on = sys.argv[1:3]
+    spoil({"fail": fail, "stop": stop, "wait": wait, "fill": fill}[what], on, within=what == "wait")
+    cli.main(sys.argv[3:])

@@ -71,11 +71,13 @@ def test_half_a_checkpoint_is_none(tmp_path):
     partial = tmp_path / ".step_000002.partial"
     partial.mkdir()
     (partial / "state.json").write_text("{}")
+    never_again = tmp_path / ".step_000007.partial"
+    never_again.mkdir()
     (tmp_path / "step_000003").mkdir()  # no state
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step_000001"]
     save_checkpoint(tmp_path, checkpoint(2), keep=2)
     assert load_checkpoint(list_checkpoints(tmp_path)[-1]).position.step == 2
-    assert not partial.exists()
+    assert not partial.exists() and not never_again.exists()
 
 
 def write_in_shards(folder: Path, shards: int, monkeypatch, flat: bool = False) -> Path:
@@ -195,6 +197,34 @@ def test_a_disk_that_fills_up_meanwhile_is_told_at_the_next_look(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
 
 
+def sharded(step: int, size: int = 8) -> Checkpoint:
+    """Of which another rank writes half."""
+    return replace(checkpoint(step, size), rows={"a.weight": Rows(0, size, 2 * size)}, writers=2)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rank_that_cannot_write_its_rows_leaves_the_folder_to_the_others(tmp_path, monkeypatch, rank):
+    monkeypatch.setenv("RANK", rank)
+    partial = tmp_path / ".step_000002.partial"
+    partial.mkdir()
+    with (
+        small_files(2000),
+        pytest.raises(UserError, match=r"step_000002: the checkpoint could not be .*; free some sp"),
+    ):
+        save_checkpoint(tmp_path, sharded(2, size=100_000), keep=1)
+    assert partial.is_dir()
+    monkeypatch.setenv("RANK", "0")
+    save_checkpoint(tmp_path, checkpoint(3), keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000003"]
+
+
+def test_a_folder_that_goes_away_while_the_first_rank_waits_for_the_others_is_told(tmp_path):
+    saving = Saving(tmp_path / "checkpoints", sharded(2), keep=1)
+    (tmp_path / "checkpoints").rename(tmp_path / "away")
+    with pytest.raises(UserError, match=r"checkpoints/step_000002: .* \(No such file or directory\); bring the folder"):
+        saving.finish()
+
+
 def test_a_disk_that_fills_up_during_a_run_costs_no_checkpoint(project):
     loaded = load(project, "name=full")
     folder: Path = loaded.run_folder
@@ -217,6 +247,35 @@ def test_a_disk_that_fills_up_during_a_run_costs_no_checkpoint(project):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_000002"]
     assert train(loaded) == "finished"
+
+
+def test_a_run_s_folder_that_is_gone_is_told_and_nothing_is_made_in_its_place(tmp_path):
+    run, away = tmp_path / "run", tmp_path / "away"
+    run.mkdir()
+    run.rename(away)
+    with pytest.raises(UserError, match=r"run/.*step_000001: the checkpoint could not be .*; bring the folder") as told:
+        save_checkpoint(run / "checkpoints", checkpoint(1), keep=1)
+    assert "\n" not in str(told.value) and "space" not in str(told.value)
+    assert not run.exists(), "below a mount that is gone it would be hidden once that is back"
+
+
+def test_a_run_s_folder_that_goes_away_costs_no_checkpoint(project):
+    loaded = load(project, "name=away", "training.log_every_n_steps=9", "training.steps=6")
+    folder: Path = loaded.run_folder
+    away, made = folder.with_name("away.moved"), []
+
+    def take_away(run, time_of_step) -> None:
+        made.append(run.module.position.step)
+        if made == [1, 2, 3]:
+            while not list_checkpoints(folder / "checkpoints"):  # it is written while the run goes on
+                time.sleep(0.01)
+            folder.rename(away)
+
+    with pytest.raises(UserError, match=r"away/checkpoints/step_000004: .* \(No such file or directory\); bring the f"):
+        train(loaded, watch=take_away)
+    assert not folder.exists()
+    away.rename(folder)
+    assert train(loaded, watch=take_away) == "finished" and made == [1, 2, 3, 4, 3, 4, 5, 6]
 
 
 def test_a_status_that_cannot_be_written_keeps_the_old_one(tmp_path):

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from cosmos3_train.training.checkpoints import list_checkpoints
 from tests.training.sharded import PYTHONPATH, REPOSITORY
 from tests.training.test_processes import LONG, ended, steps_made, wait_for_step
 from tests.training.test_run import status
 
 pytestmark = pytest.mark.slow
 
+SHORT = (*LONG, "training.steps=12", "training.checkpoint_every_n_steps=4")
 FAULTY = ("-m", "tests.training.faulty")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
@@ -40,8 +42,8 @@ def local(project: Path, *arguments: str) -> subprocess.Popen:
     return start(project, (REPOSITORY / "launch" / "local.sh", "experiments/small.yaml"), *arguments)
 
 
-def faulty(project: Path, what: str, *arguments: str) -> subprocess.Popen:
-    launcher = (*TORCHRUN, *FAULTY, what, "train", "experiments/small.yaml")
+def faulty(project: Path, what: str, *arguments: str, on: int = 1) -> subprocess.Popen:
+    launcher = (*TORCHRUN, *FAULTY, what, str(on), "train", "experiments/small.yaml")
     return start(project, launcher, "strategy.name=ddp", "strategy.devices=2", *LONG, *arguments)
 
 
@@ -89,6 +91,44 @@ def test_a_rank_that_stands_still_is_named(project):
     told = "error: the samples of step 6: rank 1 did not come in 3 s (strategy.collective_timeout_seconds)"
     assert output.count(told) == 2, "once by the first rank, once in torchrun's report\n" + output
     assert "rank      : 0 " in root_cause(output) and "Traceback" not in output.partition(told)[0], output
+
+
+@pytest.mark.parametrize(
+    ("strategy", "on"),
+    [
+        ("fsdp2", 1),
+        pytest.param("fsdp2", 0, marks=pytest.mark.long),
+        pytest.param("ddp", 1, marks=pytest.mark.long),
+        pytest.param("ddp strategy.context_parallel=2", 1, marks=pytest.mark.long),
+        pytest.param("hsdp strategy.shards=1", 1, marks=pytest.mark.long),
+        pytest.param("deepspeed_zero3", 1, marks=pytest.mark.long),
+    ],
+)
+def test_a_rank_that_stands_still_within_a_step_is_named(project, strategy, on):
+    name = f"name=within_{re.sub(r'[^a-z0-9]', '_', strategy)}_{on}"
+    settings = (name, *f"strategy.name={strategy}".split(), "strategy.collective_timeout_seconds=3")
+    code, output = ended(faulty(project, "wait", *settings, on=on))
+    assert code == 1
+    report, told = root_cause(output), rf"rank {on} did not come in 3 s \(strategy.collective_timeout_seconds\)"
+    assert f"rank      : {1 - on} " in report and "Traceback" not in report, output
+    assert re.search(f"error: .*: {told}", report), output
+
+
+def test_a_disk_that_is_full_for_one_rank_alone_is_its_own_error_and_costs_no_checkpoint(project):
+    """Rank 1 writes its rows of the second checkpoint, the first rank waits for them."""
+    folder = project / "runs" / "one_full"
+    settings = ("name=one_full", "strategy.name=fsdp2", "tuning.method=full", *SHORT)
+    code, output = ended(faulty(project, "fill", *settings))
+    assert code == 1
+    told = re.search(r"error: (.*)", output)
+    assert told is not None, output
+    assert re.search(r"one_full/checkpoints/step_000008: the checkpoint .* \(.*too large.*\); free some space", told[1])
+    assert "rank      : 1 " in root_cause(output) and told[1] in root_cause(output), output
+    assert "No such file" not in output and "gone" not in output, output
+    assert [path.name for path in list_checkpoints(folder / "checkpoints")] == ["step_000004"]
+    code, output = ended(local(project, *settings))
+    assert code == 0 and "resumed at step 4 from step_000004" in output, output
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000008", "step_000012"]
 
 
 def test_sigterm_to_torchrun_saves_and_tells_so(project):
