@@ -13,7 +13,7 @@ from typing import Any
 import lightning
 from torch.distributed.fsdp import FSDPModule
 
-from cosmos3_train.runtime import is_first_rank, world_size
+from cosmos3_train.runtime import Interrupted, is_first_rank, leaving_if, world_size
 from cosmos3_train.training.checkpoints import Checkpoint, Saving
 from cosmos3_train.training.module import PostTraining
 from cosmos3_train.training.optimizer import optimizer_tensors
@@ -55,7 +55,7 @@ class RunLoop(lightning.Callback):
         self.module, self.folder, self.evaluate, self.watch = module, folder, evaluate, watch
         self.training = module.experiment.training
         self.interrupted = False
-        self._asked_to_stop = False
+        self._asked_to_stop = self._left = False
         self._saving: Saving | None = None
         self._lagging: tuple[int | None, int] = (None, 0)
         self._bar: Bar | None = None
@@ -74,8 +74,7 @@ class RunLoop(lightning.Callback):
             self._metrics = Metrics(self.folder, self.module.experiment, step, self.module.position.skipped)
             write_status(self.folder, "running", step, self.training.steps)
         if self._evaluation_due(step):  # unless it was made already: a run may stop between a checkpoint and the next
-            self._evaluate()
-            wait_for_first_rank(f"the evaluation at step {step}")
+            trainer.should_stop = self.interrupted = not self._evaluate()
         self._bar = Bar(self.training.steps, step, is_first_rank())
         self._throughput = Throughput(self.module.device)
 
@@ -136,10 +135,12 @@ class RunLoop(lightning.Callback):
             self._save(trainer, last or self.interrupted)
             self._throughput.restart()
         if made and self._evaluation_due(step) and not self.interrupted:
-            self._evaluate()
-            wait_for_first_rank(f"the evaluation at step {step}")
+            self.interrupted = not self._evaluate()
+            if self.interrupted and not (last or due):
+                self._save(trainer, True)
             self._throughput.restart()
         if last or self.interrupted:
+            self._finish_saving()  # of a checkpoint that was due before an evaluation that was left
             trainer.should_stop = True
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -201,13 +202,20 @@ class RunLoop(lightning.Callback):
         every = self.training.evaluate_every_n_steps
         return step >= self.training.steps or (every > 0 and step % every == 0)
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> bool:
+        """Make the evaluation that is due, unless it is there. False where the first rank was asked to stop meanwhile
+        and left it; the run that goes on makes it."""
         module, step = self.module, self.module.position.step
         due = self.evaluate is not None and self._metrics is not None and not self._metrics.has(step, EVALUATED)
         if module.sharded:
             due = any_rank(due, f"whether the evaluation at step {step} is due")  # the first rank alone has metrics
-        if not due:
-            return
+        if due:
+            self._measure_together(step)
+        wait_for_first_rank(f"the evaluation at step {step}")
+        return not any_rank(self._left, f"whether the evaluation at step {step} was left")
+
+    def _measure_together(self, step: int) -> None:
+        module = self.module
         module.backbone.eval()
         with nullcontext() if module.average is None else module.average.in_place_of(module.trainables.parameters):
             if isinstance(module.backbone, FSDPModule):
@@ -223,7 +231,13 @@ class RunLoop(lightning.Callback):
 
     def _measure(self) -> None:
         assert self.evaluate is not None
-        self._write(self.module.position.step, {**self.evaluate(), EVALUATED: 1.0})
+        try:
+            with leaving_if(lambda: self._asked_to_stop):
+                found = self.evaluate()
+        except Interrupted:  # caught here: the ranks that lend to this one are told of its end as of any other
+            self._left = True
+            return
+        self._write(self.module.position.step, {**found, EVALUATED: 1.0})
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         if self._metrics is not None:
