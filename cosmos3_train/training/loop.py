@@ -57,7 +57,7 @@ class RunLoop(lightning.Callback):
         self.interrupted = False
         self._asked_to_stop = self._left = False
         self._saving: Saving | None = None
-        self._lagging: tuple[int | None, int] = (None, 0)
+        self._lagging: dict[tuple[str, int], int] = {}
         self._bar: Bar | None = None
         self._metrics: Metrics | None = None
         self._throughput: Throughput | None = None
@@ -82,6 +82,7 @@ class RunLoop(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         assert self._throughput is not None
+        self._throughput.have_data()
         meet(f"the samples of step {self.module.coming + 1}")
         self._throughput.start()
 
@@ -106,6 +107,7 @@ class RunLoop(lightning.Callback):
         self._bar.advance(module.coming)
         if module.coming == module.position.step:
             self._at_border(trainer, stop)
+        self._throughput.await_data()
 
     def _due(self, step: int) -> bool:
         """Whether something is to be done once the run stands at this step, so that it must be known to."""
@@ -172,7 +174,7 @@ class RunLoop(lightning.Callback):
         assert self._bar is not None and self._throughput is not None
         rates = self._throughput.rates(data_rank(self.module.experiment.strategy)[1])
         if rates and world_size() > 1:
-            own = [rates["own_seconds"], rates.get("peak_memory_gib", 0.0)]
+            own = [rates["own_seconds"], rates["reading_seconds"], rates.get("peak_memory_gib", 0.0)]
             ranks = from_all_ranks(own, f"the times of step {step}")
             rates |= spread(ranks)
             self._tell_who_lags(step, lagging(ranks))
@@ -189,12 +191,12 @@ class RunLoop(lightning.Callback):
         }
         self._write(step, values)
 
-    def _tell_who_lags(self, step: int, found: tuple[int, str] | None) -> None:
-        """Once, where one rank was the slowest in several lines of the log in a row: in one it may be its samples."""
-        slowest, lines = self._lagging
-        self._lagging = (None, 0) if found is None else (found[0], lines + 1 if found[0] == slowest else 1)
-        if found is not None and self._lagging[1] == LINES_IN_A_ROW and is_first_rank():
-            logger.warning("step %d: %s", step, found[1])
+    def _tell_who_lags(self, step: int, found: Mapping[tuple[str, int], str]) -> None:
+        """Once, where a rank held the others up in several lines of the log in a row: in one it may be its samples."""
+        self._lagging = {key: self._lagging.get(key, 0) + 1 for key in found}
+        for key, lines in self._lagging.items():
+            if lines == LINES_IN_A_ROW and is_first_rank():
+                logger.warning("step %d: %s", step, found[key])
 
     def _evaluation_due(self, step: int) -> bool:
         if step == 0:
