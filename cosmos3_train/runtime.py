@@ -17,14 +17,17 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 import numpy as np
 import torch
 
 logger = logging.getLogger("cosmos3_train")
+
+_asked: ContextVar[Callable[[], bool]] = ContextVar("_asked", default=lambda: False)
 
 
 def rank() -> int:
@@ -134,7 +137,8 @@ def record_failure(error: Exception, text: str = "") -> None:
 
 
 class Interrupted(BaseException):
-    """SIGTERM, while `interruptible`. Like Ctrl-C's exception it passes through what handles errors."""
+    """SIGTERM, while `interruptible` or where work looks for it. Like Ctrl-C's exception it passes through what handles
+    errors."""
 
 
 @contextmanager
@@ -157,6 +161,27 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def leaving_if(asked: Callable[[], bool]) -> Iterator[None]:
+    """Within the block work is left at the next `leave_if_asked` once `asked` says so: between its parts, for processes
+    that wait for each other must not be torn apart within one."""
+    token = _asked.set(asked)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def leave_if_asked() -> None:
+    """To be called between the parts of long work, each some seconds at most.
+
+    Raises:
+        Interrupted: within `leaving_if`, where it was asked for.
+    """
+    if _asked.get()():
+        raise Interrupted
 
 
 def wait_for_sigterm(seconds: float) -> bool:

@@ -58,7 +58,7 @@ def run(name_or_path: str, draw: int | None) -> int:
         raise UserError(f"--draw {draw}: not kept; there are {', '.join(map(str, found))}")
     wanted = list(found) if draw is None else [draw]
     steps = {number: read_shares(found[number]) for number in wanted}
-    module = build(loaded, "train").module
+    module = build(loaded, "replay").module
     newest = list_checkpoints(loaded.run_folder / CHECKPOINTS)
     say(f"{loaded.experiment.name}: with the weights of {newest[-1].name if newest else 'the start'}")
     for number, (shares, was) in steps.items():

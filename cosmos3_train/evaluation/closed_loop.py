@@ -18,6 +18,7 @@ from cosmos3_train.config import Embodiment, UserError, nearest
 from cosmos3_train.data.actions import still
 from cosmos3_train.evaluation.sampling import RobotSampler
 from cosmos3_train.evaluation.simulators import SIMULATORS, Observation, Simulator
+from cosmos3_train.runtime import leave_if_asked
 
 SECONDS = 30.0
 """Simulated length of an episode."""
@@ -112,6 +113,7 @@ def still_coverage(
     found = []
     world = make_simulator(simulator, embodiment)
     for seed in seeds:
+        leave_if_asked()
         seen = world.reset(seed)
         for _ in range(_steps(seconds, world)):
             seen = world.step(stay(seen.state, embodiment))

@@ -33,7 +33,7 @@ from cosmos3_train.flow.velocity_loss import sample_losses
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.omni import Cosmos3PackedTransformer, text_logits_loss
 from cosmos3_train.model.packing import Layout, draw_noise, pack
-from cosmos3_train.runtime import draw
+from cosmos3_train.runtime import draw, leave_if_asked
 from cosmos3_train.types import NoiseLevels, PackedSequence, TokenSample
 
 MODALITIES = ("video", "action", "sound")
@@ -104,6 +104,7 @@ def heldout_loss(
             few = [samples[place] for place in places]
             understood = None
             for turn in range(levels):
+                leave_if_asked()
                 sigmas = [spread_level(place, turn, levels) for place in places]
                 packed = _noisy_pack(few, sigmas, layout, objective, seed, turn).to(device)
                 if understood is None:  # the text is the same at every level
@@ -336,6 +337,7 @@ def _policy_samples(
 ) -> list[TokenSample]:
     card, found = dataset.embodiment, []
     for number, (index, row) in enumerate(zip(indexes, rows, strict=True)):
+        leave_if_asked()
         state = dataset.normaliser.normalise(torch.tensor(row["state"])) if card.state_row else None
         text = encoder.robot_text(row["instruction"], card, (row["height"], row["width"]))
         latent = _first_latent(encoder, dataset, index, dict(row))
@@ -354,6 +356,7 @@ def _inverse_samples(
 ) -> list[TokenSample]:
     cached, found = dataset.latent_cache is not None, []
     for number, index in enumerate(indexes):  # one at a time: whole clips are large
+        leave_if_asked()
         one = dataset.sample("heldout", index, "inverse_dynamics", number, pixels=not cached, latents=cached)
         found += encoder.encode([one])
     return found

@@ -14,6 +14,7 @@ from cosmos3_train.evaluation.heldout import ActionError, HeldoutLoss, action_er
 from cosmos3_train.evaluation.sampling import RobotSampler
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
+from cosmos3_train.runtime import leave_if_asked
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +39,13 @@ def measure_loss(
     if not with_heldout or not experiment.evaluation.heldout_samples:
         return None
     mixture = Mixture(with_heldout, experiment.training.seed, split="heldout")
-    count = min(experiment.evaluation.heldout_samples, mixture.windows)
+    samples = []
+    for number in range(min(experiment.evaluation.heldout_samples, mixture.windows)):
+        leave_if_asked()
+        samples.append(mixture.sample(number))
     return heldout_loss(
         backbone,
-        encoder.encode([mixture.sample(number) for number in range(count)]),
+        encoder.encode(samples),
         experiment.objective,
         experiment.training.seed,
         tokens_per_pack=experiment.training.tokens_per_micro_batch,

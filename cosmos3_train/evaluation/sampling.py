@@ -26,7 +26,7 @@ from cosmos3_train.model.encoders import Encoder, Parts, action_fields
 from cosmos3_train.model.omni import TIMESTEPS, Cosmos3PackedTransformer, Understood
 from cosmos3_train.model.packing import Layout, Values, draw_noise, pack
 from cosmos3_train.model.prompts import dropped_prompt
-from cosmos3_train.runtime import draw
+from cosmos3_train.runtime import draw, leave_if_asked
 from cosmos3_train.types import NoiseLevels, PackedSequence, TokenSample
 
 TOKENS_PER_PACK = 16384
@@ -144,6 +144,7 @@ class PackSolver:
         solvers = [copy.deepcopy(schedule) for _ in self._stacks]
         with evaluating(self.backbone):
             for timestep in schedule.timesteps:
+                leave_if_asked()
                 velocities = self._velocities(states, float(timestep) / TIMESTEPS)
                 for place, (stack, solver) in enumerate(zip(self._stacks, solvers, strict=True)):
                     if stack.generates:

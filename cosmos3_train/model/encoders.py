@@ -33,7 +33,7 @@ from cosmos3_train.model.prompts import (
 )
 from cosmos3_train.model.sight import Sight
 from cosmos3_train.model.sound import form_of
-from cosmos3_train.runtime import draw
+from cosmos3_train.runtime import draw, leave_if_asked
 from cosmos3_train.types import Sample, TokenSample
 
 Parts = Cosmos3OmniPipeline
@@ -126,8 +126,11 @@ class Encoder:
     def encode_frames(self, frames: Sequence[Tensor], contract: Embodiment | Clips) -> list[Tensor]:
         """Latents float32 [C, t, h, w] on the CPU of clips uint8 [T, 3, H, W], all of one size, some at a time."""
         at_once = max(1, PIXELS_AT_ONCE // frames[0].numel())
-        parts = [frames[start : start + at_once] for start in range(0, len(frames), at_once)]
-        return [latent for part in parts for latent in self._encode_together(part, contract)]
+        found = []
+        for start in range(0, len(frames), at_once):
+            leave_if_asked()
+            found += self._encode_together(frames[start : start + at_once], contract)
+        return found
 
     def encode_sound(self, waveform: Tensor) -> Tensor:
         """float32 [2, C, S] on the CPU: mean and standard deviation of the latent of a clip's sound.
@@ -139,6 +142,7 @@ class Encoder:
         """
         tokenizer = self.parts.sound_tokenizer
         assert tokenizer is not None, "the parts have no sound tokenizer"
+        leave_if_asked()
         with torch.no_grad():
             found = tokenizer.encode(waveform[None].to(tokenizer.device)).latent_dist
         return torch.cat([found.mean, found.std]).float().cpu()

@@ -13,7 +13,7 @@ from typing import Any
 import lightning
 from torch.distributed.fsdp import FSDPModule
 
-from cosmos3_train.runtime import is_first_rank, world_size
+from cosmos3_train.runtime import Interrupted, is_first_rank, leaving_if, world_size
 from cosmos3_train.training.checkpoints import Checkpoint, Saving
 from cosmos3_train.training.module import PostTraining
 from cosmos3_train.training.optimizer import optimizer_tensors
@@ -55,9 +55,9 @@ class RunLoop(lightning.Callback):
         self.module, self.folder, self.evaluate, self.watch = module, folder, evaluate, watch
         self.training = module.experiment.training
         self.interrupted = False
-        self._asked_to_stop = False
+        self._asked_to_stop = self._left = False
         self._saving: Saving | None = None
-        self._lagging: tuple[int | None, int] = (None, 0)
+        self._lagging: dict[tuple[str, int], int] = {}
         self._bar: Bar | None = None
         self._metrics: Metrics | None = None
         self._throughput: Throughput | None = None
@@ -74,8 +74,7 @@ class RunLoop(lightning.Callback):
             self._metrics = Metrics(self.folder, self.module.experiment, step, self.module.position.skipped)
             write_status(self.folder, "running", step, self.training.steps)
         if self._evaluation_due(step):  # unless it was made already: a run may stop between a checkpoint and the next
-            self._evaluate()
-            wait_for_first_rank(f"the evaluation at step {step}")
+            trainer.should_stop = self.interrupted = not self._evaluate()
         self._bar = Bar(self.training.steps, step, is_first_rank())
         self._throughput = Throughput(self.module.device)
 
@@ -83,6 +82,7 @@ class RunLoop(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         assert self._throughput is not None
+        self._throughput.have_data()
         meet(f"the samples of step {self.module.coming + 1}")
         self._throughput.start()
 
@@ -107,6 +107,7 @@ class RunLoop(lightning.Callback):
         self._bar.advance(module.coming)
         if module.coming == module.position.step:
             self._at_border(trainer, stop)
+        self._throughput.await_data()
 
     def _due(self, step: int) -> bool:
         """Whether something is to be done once the run stands at this step, so that it must be known to."""
@@ -136,10 +137,12 @@ class RunLoop(lightning.Callback):
             self._save(trainer, last or self.interrupted)
             self._throughput.restart()
         if made and self._evaluation_due(step) and not self.interrupted:
-            self._evaluate()
-            wait_for_first_rank(f"the evaluation at step {step}")
+            self.interrupted = not self._evaluate()
+            if self.interrupted and not (last or due):
+                self._save(trainer, True)
             self._throughput.restart()
         if last or self.interrupted:
+            self._finish_saving()  # of a checkpoint that was due before an evaluation that was left
             trainer.should_stop = True
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -171,7 +174,7 @@ class RunLoop(lightning.Callback):
         assert self._bar is not None and self._throughput is not None
         rates = self._throughput.rates(data_rank(self.module.experiment.strategy)[1])
         if rates and world_size() > 1:
-            own = [rates["own_seconds"], rates.get("peak_memory_gib", 0.0)]
+            own = [rates["own_seconds"], rates["reading_seconds"], rates.get("peak_memory_gib", 0.0)]
             ranks = from_all_ranks(own, f"the times of step {step}")
             rates |= spread(ranks)
             self._tell_who_lags(step, lagging(ranks))
@@ -188,12 +191,12 @@ class RunLoop(lightning.Callback):
         }
         self._write(step, values)
 
-    def _tell_who_lags(self, step: int, found: tuple[int, str] | None) -> None:
-        """Once, where one rank was the slowest in several lines of the log in a row: in one it may be its samples."""
-        slowest, lines = self._lagging
-        self._lagging = (None, 0) if found is None else (found[0], lines + 1 if found[0] == slowest else 1)
-        if found is not None and self._lagging[1] == LINES_IN_A_ROW and is_first_rank():
-            logger.warning("step %d: %s", step, found[1])
+    def _tell_who_lags(self, step: int, found: Mapping[tuple[str, int], str]) -> None:
+        """Once, where a rank held the others up in several lines of the log in a row: in one it may be its samples."""
+        self._lagging = {key: self._lagging.get(key, 0) + 1 for key in found}
+        for key, lines in self._lagging.items():
+            if lines == LINES_IN_A_ROW and is_first_rank():
+                logger.warning("step %d: %s", step, found[key])
 
     def _evaluation_due(self, step: int) -> bool:
         if step == 0:
@@ -201,13 +204,20 @@ class RunLoop(lightning.Callback):
         every = self.training.evaluate_every_n_steps
         return step >= self.training.steps or (every > 0 and step % every == 0)
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> bool:
+        """Make the evaluation that is due, unless it is there. False where the first rank was asked to stop meanwhile
+        and left it; the run that goes on makes it."""
         module, step = self.module, self.module.position.step
         due = self.evaluate is not None and self._metrics is not None and not self._metrics.has(step, EVALUATED)
         if module.sharded:
             due = any_rank(due, f"whether the evaluation at step {step} is due")  # the first rank alone has metrics
-        if not due:
-            return
+        if due:
+            self._measure_together(step)
+        wait_for_first_rank(f"the evaluation at step {step}")
+        return not any_rank(self._left, f"whether the evaluation at step {step} was left")
+
+    def _measure_together(self, step: int) -> None:
+        module = self.module
         module.backbone.eval()
         with nullcontext() if module.average is None else module.average.in_place_of(module.trainables.parameters):
             if isinstance(module.backbone, FSDPModule):
@@ -223,7 +233,13 @@ class RunLoop(lightning.Callback):
 
     def _measure(self) -> None:
         assert self.evaluate is not None
-        self._write(self.module.position.step, {**self.evaluate(), EVALUATED: 1.0})
+        try:
+            with leaving_if(lambda: self._asked_to_stop):
+                found = self.evaluate()
+        except Interrupted:  # caught here: the ranks that lend to this one are told of its end as of any other
+            self._left = True
+            return
+        self._write(self.module.position.step, {**found, EVALUATED: 1.0})
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         if self._metrics is not None:

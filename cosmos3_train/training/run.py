@@ -153,7 +153,7 @@ Deliver = Callable[[Run], None]
 """Takes a run that has just finished; called on the first rank alone, with the whole model where something is to be
 exported."""
 
-Purpose = Literal["train", "evaluate", "export"]
+Purpose = Literal["train", "replay", "evaluate", "export"]
 
 Watch = Callable[[Run, StepTime], None]
 """Sees every step's time as soon as it is made, and the run as that step left it."""
@@ -275,8 +275,8 @@ def build(loaded: Loaded, purpose: Purpose = "train") -> Run:
 
     Args:
         purpose: but for training this process holds the whole model, also where others take part in the run and each
-            held a part: as it is evaluated and exported, and without moments. To be exported it stands in the host's
-            memory where its device has no room for it.
+            held a part: as it is evaluated and exported, or, to be replayed, as it trains; and without moments. To be
+            exported it stands in the host's memory where its device has no room for it.
     """
     experiment = loaded.experiment
     device = device_for(experiment.strategy)
@@ -346,7 +346,7 @@ def build(loaded: Loaded, purpose: Purpose = "train") -> Run:
     module = PostTraining(experiment, backbone, trainables, packer, to_train=purpose == "train", zero=zero)
     logger.info("loaded %s on %s in %.1f s", experiment.model.path, place, time.monotonic() - began)
     run = Run(loaded, device, opened, encoder, backbone, trainables, module)
-    resume(run)
+    resume(run, averaged=purpose != "replay" and experiment.training.ema_decay > 0)
     return run
 
 
@@ -362,8 +362,9 @@ def _reasoner_caches(opened: Opened, reasoner: Reasoner) -> list[ReasonerCache]:
     return [cache for cache in found if cache is not None]
 
 
-def resume(run: Run) -> None:
-    """Put the newest whole checkpoint's state in place, if there is one: all of it, or what the run has come to."""
+def resume(run: Run, averaged: bool = False) -> None:
+    """Put the newest whole checkpoint's state in place, if there is one: all of it to train, else the weights alone, or
+    their average."""
     found = list_checkpoints(run.folder / CHECKPOINTS)
     if not found:
         return
@@ -372,7 +373,7 @@ def resume(run: Run) -> None:
         restore(run, load_checkpoint(path, own_rows(parameters)), path)
         logger.info("resumed at step %d from %s", run.module.position.step, path.name)
         return
-    run.module.position, values = load_result(path, averaged=run.experiment.training.ema_decay > 0)
+    run.module.position, values = load_result(path, averaged=averaged)
     _write(parameters, values, path)
     logger.info("read the weights of step %d from %s", run.module.position.step, path.name)
 

@@ -38,14 +38,18 @@ RATES = (
     "mfu",
     "data_wait_share",
     "own_seconds",
+    "reading_seconds",
     "peak_memory_gib",
     "slowest_rank",
     "slowest_rank_own_seconds",
+    "slowest_reader",
+    "slowest_reader_seconds",
     "largest_peak_memory_gib",
 )
 """Names of what `Throughput.rates` and `spread` measure: functions of the machine, not of the run."""
 SLOW = 1.2
-"""A rank is told of whose passes of a step take so many times what the middle one's do."""
+"""A rank is told of whose passes of a step take so many times what the middle one's do, or whose data comes later than
+the middle one's by what would make its passes take so long."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,7 @@ class StepTime:
     waited:  seconds of these in which the loader had nothing ready (and Lightning's own moments)
     tokens, samples: of this process's share, or of its context group's;  flops: that this process must do
     own:     seconds that went into its own forward and backward passes; on a GPU of the step before
+    reading: seconds that it waited for its own data, and not for another rank
     """
 
     seconds: float
@@ -150,6 +155,7 @@ class StepTime:
     samples: int
     flops: int
     own: float
+    reading: float
 
 
 class OwnTime:
@@ -195,16 +201,25 @@ class Throughput:
 
     def restart(self) -> None:
         """Begin the next step here: what came before it (an evaluation, a checkpoint) is no part of a step."""
-        self._since = self._started = time.perf_counter()
+        self._since = self._started = self._asked = time.perf_counter()
+        self._reading = 0.0
+
+    def await_data(self) -> None:
+        """All that belongs to the step before is done: from here on it is the next one's data that is waited for."""
+        self._asked = time.perf_counter()
+
+    def have_data(self) -> None:
+        """This process's data is here; now it waits for the other ranks."""
+        self._reading = time.perf_counter() - self._asked
 
     def start(self) -> None:
-        """The step's data is here."""
+        """Every rank's data is here."""
         self._started = time.perf_counter()
 
     def stop(self, tokens: int, samples: int, flops: int, own: float) -> StepTime:
         """The step is made."""
         now = time.perf_counter()
-        step = StepTime(now - self._since, self._started - self._since, tokens, samples, flops, own)
+        step = StepTime(now - self._since, self._started - self._since, tokens, samples, flops, own, self._reading)
         self._since = self._started = now
         self._steps.append(step)
         return step
@@ -222,6 +237,7 @@ class Throughput:
             "step_seconds": seconds / len(steps),
             "data_wait_share": sum(step.waited for step in steps) / seconds,
             "own_seconds": sum(step.own for step in steps) / len(steps),
+            "reading_seconds": sum(step.reading for step in steps) / len(steps),
         }
         if self._peak is not None:
             found["mfu"] = sum(step.flops for step in steps) / seconds / self._peak
@@ -234,21 +250,38 @@ def spread(ranks: Sequence[Sequence[float]]) -> dict[str, float]:
     """What differs between ranks.
 
     Args:
-        ranks: of every rank its `own_seconds` and its `peak_memory_gib` (0 where there is none).
+        ranks: of every rank its `own_seconds`, its `reading_seconds` and its `peak_memory_gib` (0 where there is none).
     """
-    own = [seconds for seconds, _ in ranks]
-    slowest = max(range(len(ranks)), key=own.__getitem__)
-    found = {"slowest_rank": float(slowest), "slowest_rank_own_seconds": own[slowest]}
-    largest = max(memory for _, memory in ranks)
-    return found | ({"largest_peak_memory_gib": largest} if largest else {})
+    own, reading, memory = zip(*ranks, strict=True)
+    found = {
+        "slowest_rank": float(own.index(max(own))),
+        "slowest_rank_own_seconds": max(own),
+        "slowest_reader": float(reading.index(max(reading))),
+        "slowest_reader_seconds": max(reading),
+    }
+    return found | ({"largest_peak_memory_gib": max(memory)} if max(memory) else {})
 
 
-def lagging(ranks: Sequence[Sequence[float]]) -> tuple[int, str] | None:
-    """The slowest rank and a line about it, None where it is about as fast as the others."""
-    own = sorted(seconds for seconds, _ in ranks)
-    middle, slowest = own[(len(own) - 1) // 2], own[-1]
-    if slowest < SLOW * middle:
-        return None
-    place = [seconds for seconds, _ in ranks].index(slowest)
-    words = f"rank {place} is the slowest: its passes of a step take {slowest:.3g} s, the middle rank's {middle:.3g} s"
-    return place, words
+def lagging(ranks: Sequence[Sequence[float]]) -> dict[tuple[str, int], str]:
+    """Which rank holds the others up, by its passes or by its reading, with a line about it; empty where none does.
+
+    Args:
+        ranks: as `spread`.
+    """
+    own, reading, _ = zip(*ranks, strict=True)
+    (passes, slowest), (read, latest) = ((_middle(seconds), max(seconds)) for seconds in (own, reading))
+    found = {}
+    if slowest >= SLOW * passes:
+        rank = own.index(slowest)
+        words = f"is the slowest: its passes of a step take {slowest:.3g} s, the middle rank's {passes:.3g} s"
+        found["passes", rank] = f"rank {rank} {words}"
+    if latest - read >= (SLOW - 1) * passes:
+        rank = reading.index(latest)
+        found["reading", rank] = (
+            f"rank {rank} waits longest for its data: {latest:.3g} s a step, the middle rank {read:.3g} s"
+        )
+    return found
+
+
+def _middle(values: Sequence[float]) -> float:
+    return sorted(values)[(len(values) - 1) // 2]

@@ -1,4 +1,4 @@
-"""`cosmos3`, on one of whose ranks something happens when step 5 is read, or made:
+"""`cosmos3`, on one of whose ranks something happens when step 5 is read, and in every step from there on:
 `python -m tests.training.faulty WHAT RANK train …`."""
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from cosmos3_train.model.omni import Cosmos3PackedTransformer
 STEP = 5
 SMALL = 24 << 10
 """Bytes: more than a log, less than a part of a checkpoint."""
+LATE_SECONDS = 0.4
 
 
 def fail() -> None:
@@ -26,6 +27,11 @@ def fail() -> None:
 def stop() -> None:
     """Stand still, as on a mount that is gone."""
     os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def be_late() -> None:
+    """As a disk that is slower than the others'."""
+    time.sleep(LATE_SECONDS)
 
 
 def wait() -> None:
@@ -40,11 +46,11 @@ def fill() -> None:
 
 
 def spoil(happens: Callable[[], None], on: str, *, within: bool) -> None:
-    """Let it happen where the step is read, or within its first forward."""
+    """Let it happen where a step is read, or within its first forward."""
     read, forward, due = StepDataset.__getitem__, Cosmos3PackedTransformer.forward, []
 
     def spoilt(self: StepDataset, step: int):
-        if step == STEP and os.environ["RANK"] == on:
+        if step >= STEP and os.environ["RANK"] == on:
             due.append(step) if within else happens()
         return read(self, step)
 
@@ -59,5 +65,6 @@ def spoil(happens: Callable[[], None], on: str, *, within: bool) -> None:
 
 if __name__ == "__main__":
     what, on = sys.argv[1:3]
-    spoil({"fail": fail, "stop": stop, "wait": wait, "fill": fill}[what], on, within=what == "wait")
+    happens = {"fail": fail, "stop": stop, "wait": wait, "fill": fill, "be_late": be_late}[what]
+    spoil(happens, on, within=what == "wait")
     cli.main(sys.argv[3:])

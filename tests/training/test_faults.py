@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from cosmos3_train.training.checkpoints import list_checkpoints
+from tests.training.faulty import LATE_SECONDS
 from tests.training.sharded import PYTHONPATH, REPOSITORY
 from tests.training.test_processes import LONG, ended, steps_made, wait_for_step
-from tests.training.test_run import status
+from tests.training.test_run import rows, status
 
 pytestmark = pytest.mark.slow
 
@@ -129,6 +130,47 @@ def test_a_disk_that_is_full_for_one_rank_alone_is_its_own_error_and_costs_no_ch
     code, output = ended(local(project, *settings))
     assert code == 0 and "resumed at step 4 from step_000004" in output, output
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000008", "step_000012"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.long)])
+def test_a_rank_whose_data_come_late_is_named(project, strategy):
+    """Also where all are as slow within their passes, as they wait for each other there."""
+    folder = project / "runs" / f"late_{strategy}"
+    code, output = ended(
+        faulty(project, "be_late", f"name=late_{strategy}", f"strategy.name={strategy}", "training.steps=14")
+    )
+    assert code == 0, output
+    found = re.findall(r"step (\d+): rank 1 waits longest for its data: (0\.\d+) s a step, the middle rank 0", output)
+    assert len(found) == 1 and int(found[0][0]) in range(9, 12) and float(found[0][1]) >= LATE_SECONDS, output
+    last = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines() if line.startswith("14,")]
+    times = {name: float(value) for _, name, value in last}
+    assert times["slowest_reader"] == 1 and times["slowest_reader_seconds"] >= LATE_SECONDS > times["reading_seconds"]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("deepspeed_zero3", marks=pytest.mark.long)])
+def test_sigterm_during_an_evaluation_leaves_it_on_all_ranks(project, strategy):
+    """The first rank measures, the other lends it its parts; the run that goes on makes what was left."""
+    brief = (
+        "training.steps=3", "training.evaluate_every_n_steps=3", "training.checkpoint_every_n_steps=0",
+        f"strategy.name={strategy}", "evaluation.before=false", "evaluation.heldout_samples=2",
+        "evaluation.action_samples=1",
+    )  # fmt: skip
+    whole, left = (project / "runs" / f"{name}_{strategy}" for name in ("measured", "left"))
+    process = local(project, f"name={left.name}", *brief, "evaluation.solver_steps=100000")
+    while not (left / "checkpoints" / "step_000003").is_dir():  # made whole before the evaluation begins
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    time.sleep(2)
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, output = ended(process)
+    assert time.monotonic() - asked < 40 and "error: " not in output, output
+    assert status(left) == {"state": "interrupted", "step": 3, "steps": 3}
+    assert not [row for row in rows(left) if row[1].startswith(("heldout", "evaluated"))]
+    for folder in (left, whole):
+        code, output = ended(local(project, f"name={folder.name}", *brief))
+        assert code == 0, output
+    assert [row[1] for row in rows(left)].count("evaluated") == 1 and rows(left) == rows(whole)
 
 
 def test_sigterm_to_torchrun_saves_and_tells_so(project):

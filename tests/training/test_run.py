@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from cosmos3_train.model.packing import Layout
 from cosmos3_train.training.budget import refuse_over_budget
 from cosmos3_train.training.checkpoints import list_checkpoints
 from cosmos3_train.training.datamodule import StepData
+from cosmos3_train.training.measures import measure
 from cosmos3_train.training.module import TrainingFailed
 from cosmos3_train.training.run import _memory_named, _refuse_changes, build, claim_folder, train
 from cosmos3_train.training.throughput import RATES
@@ -117,6 +119,61 @@ def test_interrupted_and_resumed_equals_undisturbed_bit_for_bit(project):
     assert [end[key] for key in ("step", "drawn", "samples", "skipped")] == [4, 4, 16, 0]
     moved = tensors(whole.run_folder, 2)
     assert any(not torch.equal(value, moved[name]) for name, value in tensors(whole.run_folder, 4).items())
+
+
+MANY = 100_000
+"""Solver steps that take minutes."""
+
+
+def measure_for_minutes(at: int, waited: list[float]):
+    """`measure`, whose evaluation at step `at` takes minutes, and half a second of it later the run is asked to stop;
+    `waited` is given the seconds from there to the end of the evaluation."""
+    asked: list[float] = []
+
+    def stop(number: int, frame) -> None:
+        asked.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def evaluate(run) -> dict[str, float]:
+        if run.module.position.step != at:
+            return measure(run)
+        evaluation = replace(run.experiment.evaluation, solver_steps=MANY)
+        long = replace(run.loaded, experiment=replace(run.experiment, evaluation=evaluation))
+        before = signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        try:
+            return measure(replace(run, loaded=long))
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+            waited.append(time.monotonic() - asked[0])
+
+    return evaluate
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(0, marks=pytest.mark.slow, id="before the first step"),
+        pytest.param(1, id="without a checkpoint of that step"),
+        pytest.param(2, marks=pytest.mark.slow, id="with one"),
+        pytest.param(3, marks=pytest.mark.slow, id="after the last step"),
+    ],
+)
+def test_an_evaluation_is_left_at_a_signal_and_made_by_the_run_that_goes_on(project, step):
+    few = ("evaluation.heldout_samples=1", "evaluation.action_samples=1")
+    brief = ("training.steps=3", "training.evaluate_every_n_steps=1", *few)
+    whole, left = (load(project, f"name={name}_{step}", *brief) for name in ("measured", "left"))
+    waited: list[float] = []
+    assert train(left, evaluate=measure_for_minutes(step, waited)) == "interrupted"
+    assert len(waited) == 1 and waited[0] < 15
+    assert status(left.run_folder) == {"state": "interrupted", "step": step, "steps": 3}
+    assert not [row for row in rows(left.run_folder) if row[0] == str(step) and row[1].startswith(("heldout", "eval"))]
+    saved = [path.name for path in list_checkpoints(left.run_folder / "checkpoints")]
+    assert saved[-1:] == [f"step_{step:06d}"] * (step > 0)
+    assert train(left, evaluate=measure) == train(whole, evaluate=measure) == "finished"
+    assert rows(left.run_folder) == rows(whole.run_folder)
+    assert_same(tensors(left.run_folder, 3), tensors(whole.run_folder, 3))
 
 
 def test_resuming_from_any_checkpoint_gives_the_same_end(project):

@@ -110,6 +110,8 @@ def test_a_slow_loader_shows_in_the_log(project, tmp_path, seconds, low, high):
         found = {name: float(value) for step, name, value in csv.reader(file) if step == "3"}
     assert low <= found["data_wait_share"] <= high
     assert len(seen) == 3
+    assert found["reading_seconds"] == pytest.approx(sum(time.reading for time in seen) / 3)
+    assert seconds <= found["reading_seconds"] <= found["data_wait_share"] * found["step_seconds"]
     assert found["step_seconds"] == pytest.approx(sum(time.seconds for time in seen) / 3)
     assert found["samples_per_second"] == pytest.approx(4 / found["step_seconds"])
     assert found["tokens_per_second"] == pytest.approx(seen[0].tokens / found["step_seconds"])
@@ -144,12 +146,23 @@ def test_gpus_have_keys_of_their_own():
 
 
 def test_the_slowest_rank_is_named_where_it_holds_the_others_up():
-    ranks = [[1.0, 30.5], [1.1, 31.0], [2.0, 0.0], [1.05, 29.0]]
+    ranks = [[1.0, 0.02, 30.5], [1.1, 0.01, 31.0], [2.0, 0.0, 0.0], [1.05, 0.0, 29.0]]
     assert spread(ranks) == {
-        "slowest_rank": 2.0, "slowest_rank_own_seconds": 2.0, "largest_peak_memory_gib": 31.0
+        "slowest_rank": 2.0, "slowest_rank_own_seconds": 2.0,
+        "slowest_reader": 0.0, "slowest_reader_seconds": 0.02, "largest_peak_memory_gib": 31.0,
     }  # fmt: skip
-    assert lagging(ranks) == (
-        2, "rank 2 is the slowest: its passes of a step take 2 s, the middle rank's 1.05 s"
-    )  # fmt: skip
-    assert lagging([[1.0, 0.0], [1.1, 0.0]]) is None
-    assert "largest_peak_memory_gib" not in spread([[1.0, 0.0], [1.1, 0.0]]), "on CPUs there is none"
+    assert lagging(ranks) == {
+        ("passes", 2): "rank 2 is the slowest: its passes of a step take 2 s, the middle rank's 1.05 s"
+    }
+    assert lagging([[1.0, 0.0, 0.0], [1.1, 0.0, 0.0]]) == {}
+    assert "largest_peak_memory_gib" not in spread([[1.0, 0.0, 0.0], [1.1, 0.0, 0.0]]), "on CPUs there is none"
+
+
+def test_the_rank_whose_data_come_late_is_named_where_the_others_wait_for_them():
+    late = [[1.0, 0.01, 0.0], [1.0, 0.4, 0.0], [1.0, 0.01, 0.0]]
+    assert lagging(late) == {
+        ("reading", 1): "rank 1 waits longest for its data: 0.4 s a step, the middle rank 0.01 s"
+    }  # fmt: skip
+    assert lagging([[10.0, 0.01, 0.0], [10.0, 0.4, 0.0]]) == {}, "little beside the step"
+    assert lagging([[1.0, 0.8, 0.0], [1.0, 0.9, 0.0]]) == {}, "all read as slowly: data_wait_share tells"
+    assert list(lagging([[1.0, 0.0, 0.0], [2.0, 0.4, 0.0]])) == [("passes", 1), ("reading", 1)]
