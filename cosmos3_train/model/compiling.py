@@ -67,6 +67,9 @@ def compiled(function: Callable[P, R], compiler: Compiler | None) -> Callable[P,
 def _compiled(function: Callable[..., Any], compiler: Compiler) -> Callable[..., Any]:
     # Dynamo's own limit is 8, and past it a function silently runs as written for the rest of the process.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
+    # Else each float of a layer's modules, a norm's epsilon or LoRA's scale, is handed in as a tensor that every call
+    # makes anew: of Nano a thousand a pass, which is host time that a fast GPU waits for.
+    torch._dynamo.config.specialize_float = True
     # It warns that a region that is checkpointed must not work in place, which those of `model.keeping` do not.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     return torch.compile(function, dynamic=True, backend=_Counting(function.__name__, compiler))

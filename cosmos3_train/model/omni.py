@@ -157,13 +157,13 @@ class PackedDecoderLayer(Cosmos3VLTextMoTDecoderLayer):
             k, v, *seen_apart = to_heads(exchange, k, v, *apart)
             seen = seen_apart[0] if seen_apart else k
             out = to_tokens(exchange, attend(q, k, v, queries, keys, causal=True, backend=backend))
-            return compiled(_understanding_after, compiler)(self, hidden, out, lean), (seen, v)
+            return compiled(_understanding_after, compiler)(self, hidden, out.flatten(-2), lean), (seen, v)
         assert understood is not None and joint is not None
         q, k, v = compiled(_generation_before, compiler)(self, hidden, rotary, lean)
         q, k, v = to_heads(exchange, q, k, v)
         k, v = (_Joint.apply(text, own, *joint) for text, own in zip(understood, (k, v), strict=True))
         out = to_tokens(exchange, attend(q, k, v, queries, keys, causal=False, backend=backend))
-        return compiled(_generation_after, compiler)(self, hidden, out, lean), None
+        return compiled(_generation_after, compiler)(self, hidden, out.flatten(-2), lean), None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedDecoderLayer:
         super()._apply(fn, recurse)
@@ -474,7 +474,7 @@ def _understanding_before(
 
 
 def _understanding_after(layer: PackedDecoderLayer, hidden: Tensor, attended: Tensor, lean: bool) -> Tensor:
-    hidden = hidden + layer.self_attn.to_out(attended.flatten(-2))
+    hidden = hidden + layer.self_attn.to_out(attended)
     return hidden + _normed(_mlp, layer.post_attention_layernorm, layer.mlp, hidden, lean)
 
 
@@ -490,7 +490,7 @@ def _generation_before(
 
 
 def _generation_after(layer: PackedDecoderLayer, hidden: Tensor, attended: Tensor, lean: bool) -> Tensor:
-    hidden = hidden + layer.self_attn.to_add_out(attended.flatten(-2))
+    hidden = hidden + layer.self_attn.to_add_out(attended)
     return hidden + _normed(_mlp, layer.post_attention_layernorm_moe_gen, layer.mlp_moe_gen, hidden, lean)
 
 
