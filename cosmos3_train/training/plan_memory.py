@@ -246,7 +246,9 @@ def predict_memory(
         root = sum(w.numbers for w in weights if w.large and not w.layer)
         backward.append(Item("layers gathered from other GPUs", (GATHERED_LAYERS * layers + root) * itemsize))
         whole = sum(w.numbers for w in weights if w.large and w.trains)
-        if whole and not pack.alone:  # gradients of all but a step's last micro-batch are not summed yet
+        if whole and not pack.alone:
+            # Of all but a step's last micro-batch. Its rows take their place layer by layer, when activations go too.
+            backward[0] = Item("gradients", gradients - whole * MASTER / shards)
             backward.append(Item("gradients not summed over GPUs yet", whole * MASTER))
     if pack.labelled:
         chunk = min(pack.labelled, experiment.objective.logits_chunk)
