@@ -63,6 +63,7 @@ SIZES = {
 NANO_WIDE = (
     f"moves {STEPS} strategy.accelerator=gpu model.path={PICO} model.dtype=bfloat16 tuning.method=tower "
     "tuning.towers=[generation] optimizer.learning_rate=0.0001 model.checkpoint_activations=true "
+    "training.checkpoint_every_n_steps=0 "
     f"data.datasets.moves.prepared=prepared/nano_wide {' '.join(f'model.random.{k}={v}' for k, v in SIZES.items())}"
 )
 
