@@ -220,6 +220,8 @@ def test_a_rank_that_cannot_write_its_rows_leaves_the_folder_to_the_others(tmp_p
 
 def test_a_folder_that_goes_away_while_the_first_rank_waits_for_the_others_is_told(tmp_path):
     saving = Saving(tmp_path / "checkpoints", sharded(2), keep=1)
+    while not (tmp_path / "checkpoints" / ".step_000002.partial" / "files_00000.json").is_file():
+        time.sleep(0.001)
     (tmp_path / "checkpoints").rename(tmp_path / "away")
     with pytest.raises(UserError, match=r"checkpoints/step_000002: .* \(No such file or directory\); bring the folder"):
         saving.finish()
