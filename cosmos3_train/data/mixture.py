@@ -120,11 +120,13 @@ class Mixture:
         )
 
 
-def refuse_few_samples(samples_per_step: int, ranks: int) -> None:
-    """Raise `UserError` where a step has fewer samples than there are ranks that draw their own."""
+def refuse_few_samples(samples_per_step: int, ranks: int, rank: str = "rank") -> None:
+    """Raise `UserError` where a step has fewer samples than there are ranks that draw their own; `rank` is what the
+    user calls one."""
     if samples_per_step < ranks:
         raise UserError(
-            f"training.samples_per_step is {samples_per_step}, fewer than the {ranks} ranks; every rank needs a sample"
+            f"training.samples_per_step is {samples_per_step}, fewer than the {ranks} {rank}s; every {rank} needs a "
+            "sample"
         )
 
 

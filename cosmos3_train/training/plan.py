@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from cosmos3_train.config import Experiment, UserError, fail
+from cosmos3_train.data.mixture import refuse_few_samples
 from cosmos3_train.model.attention import BACKENDS, Backend, obstacle_on, repeats_heads
 from cosmos3_train.training.gpus import Gpu
 from cosmos3_train.training.plan_memory import MASTER, Architecture, Memory, Pack, predict_memory
@@ -95,11 +96,7 @@ def predict(workload: Workload, repeated: bool | None = None) -> Plan:
     """
     experiment, gpu, ranks = workload.experiment, workload.gpu, workload.gpus
     training, model = experiment.training, experiment.model
-    if training.samples_per_step < ranks:
-        raise UserError(
-            f"training.samples_per_step is {training.samples_per_step}, fewer than the {ranks} GPUs; every GPU needs a "
-            "sample"
-        )
+    refuse_few_samples(training.samples_per_step, ranks, "GPU")
     if model.base_precision == "fp8" and gpu.fp8 is None:
         raise UserError(f"model.base_precision is 'fp8', but {gpu.key} has no FP8; use 'dtype'")
     shards = _shards(experiment, ranks)

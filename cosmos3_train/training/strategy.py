@@ -343,9 +343,9 @@ def _roll() -> dist.Store:
     return dist.PrefixStore("roll call", world.get_group_store())
 
 
-def _all_reduce(values: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
+def _all_reduce(values: Tensor, operation: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None = None) -> None:
     with peers("a sum over ranks" if operation == dist.ReduceOp.SUM else "a comparison of ranks"):
-        dist.all_reduce(values, op=operation)
+        dist.all_reduce(values, op=operation, group=group)
 
 
 def summed(values: Tensor) -> Tensor:
@@ -435,7 +435,6 @@ def assert_same_on_all_ranks(tensors: Iterable[Tensor], what: str) -> None:
 
 def _assert_same(sums: Tensor, what: str, group: dist.ProcessGroup | None) -> None:
     low, high = sums.clone(), sums.clone()
-    with peers(f"a comparison of {what}"):
-        dist.all_reduce(low, dist.ReduceOp.MIN, group=group)
-        dist.all_reduce(high, dist.ReduceOp.MAX, group=group)
+    _all_reduce(low, dist.ReduceOp.MIN, group)
+    _all_reduce(high, dist.ReduceOp.MAX, group)
     assert bool((low == high).all()), f"{what} differ between ranks"
