@@ -280,6 +280,10 @@ class PackedSequence:
         """The same pack on a device. Only moves: no dtype ever changes here."""
         return _changed(self, lambda tensor: tensor.to(device, non_blocking=True))
 
+    def copied(self) -> PackedSequence:
+        """The same pack in memory of its own."""
+        return _changed(self, Tensor.clone)
+
     def pinned(self) -> PackedSequence:
         """The same pack in page-locked memory."""
         return _changed(self, Tensor.pin_memory)

@@ -110,6 +110,7 @@ def _folder(loaded: Loaded, output: Path | None) -> Path:
 def about(result: Result) -> list[str]:
     """What was measured, on what, in words."""
     compiled = f"compiled by {result.compiler}" if result.compiler else "not compiled"
+    compiled += ", passes launched as one" if result.launched_as_one else ""
     found = [
         f"{result.workload}: {result.gpu}, torch {result.torch}{_capped(result)}",
         f"a step: {result.samples} samples, {result.generation_tokens:,} generation and {result.text_tokens:,} text "

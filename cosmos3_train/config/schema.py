@@ -344,6 +344,9 @@ class Model:
     attention:              auto picks the fastest that works here and says which
     compile:                generate kernels for the layers (torch.compile): the first steps wait a minute for it,
                             then every step is faster; auto does on a GPU, not on a CPU
+    cuda_graphs:            record passes whose shapes come again and launch each as one, where the GPU would wait for a
+                            host that launches them kernel by kernel: auto does on a GPU for compiled layers and packs
+                            of up to 16,384 tokens, where weights are not sharded; true for packs of every size
     checkpoint_activations: what of the layers is computed again in backward, to save memory: true all of it (a third
                             slower); but_attention all but that (Nano: 0.3 MB a generation token), whose cost grows with
                             the square of a clip's length; but_products norms and gates alone (a hundredth slower);
@@ -362,6 +365,7 @@ class Model:
     vae_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     attention: Literal["auto", "flash4", "flash3", "flash2", "sdpa"] = "auto"
     compile: Literal["auto", True, False] = "auto"
+    cuda_graphs: Literal["auto", True, False] = "auto"
     checkpoint_activations: Literal["auto", True, False, "but_attention", "but_products"] = "auto"
 
     def __post_init__(self) -> None:

@@ -73,6 +73,12 @@ class Understood:
     text_hidden: Tensor
     joint_order: Tensor | None = None
 
+    def copied(self) -> Understood:
+        """The same in memory of its own."""
+        pairs = [(keys.clone(), values.clone()) for keys, values in self.keys_values]
+        order = None if self.joint_order is None else self.joint_order.clone()
+        return Understood(pairs, self.text_hidden.clone(), order)
+
 
 Recall = Callable[[PackedSequence], Understood]
 """Remembers what the understanding tower left behind of a pack's text; stands for a tower that is not loaded."""
@@ -262,8 +268,9 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
 
         Where `recall` is set, it is asked instead.
         """
-        if self.recall is not None:
-            return self._own_heads(self.recall(pack), pack)
+        recalled = self.recalled(pack)
+        if recalled is not None:
+            return recalled
         exchange, _ = self._exchanges(pack)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.understanding_trains):
             hidden, rotary, deep = self._text_in(pack)
@@ -274,6 +281,10 @@ class Cosmos3PackedTransformer(Cosmos3OmniTransformer):
                 hidden = _deepened(hidden, pack, deep, place)
                 kept.append(keys_values)
             return Understood(keys_values=kept, text_hidden=self._text_out(hidden, pack))
+
+    def recalled(self, pack: PackedSequence) -> Understood | None:
+        """What `recall` remembers of these samples' text, None where it is not set."""
+        return None if self.recall is None else self._own_heads(self.recall(pack), pack)
 
     def generate(self, pack: PackedSequence, understood: Understood) -> tuple[Tensor, Tensor, Tensor]:
         """Run the generation tower: velocities of video [n, P], sound [n, 64] and action [n, A] tokens."""

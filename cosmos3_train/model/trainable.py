@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from diffusers.models.normalization import RMSNorm
 from peft import LoraConfig, TaskType  # noqa: F401  TaskType keeps peft's registry imported
 from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
@@ -221,6 +222,7 @@ def _start_rows(backbone: Cosmos3PackedTransformer, embodiments: Sequence[Embodi
     for head in ACTION_HEADS:
         for part in ("fc", "bias"):
             wrapper = cast(TrainableTokensWrapper, backbone.get_submodule(f"{head}.{part}"))
+            wrapper.token_adapter.__class__ = HeadRows
             delta = wrapper.token_adapter.trainable_tokens_delta[ADAPTER]
             weight = cast(Tensor, wrapper.original_module.weight)
             for place, domain in enumerate(rows):
@@ -235,6 +237,21 @@ def _start_rows(backbone: Cosmos3PackedTransformer, embodiments: Sequence[Embodi
                     fresh = torch.empty(delta.shape[1])
                     nn.init.trunc_normal_(fresh, std=HEAD_INITIAL_STD, a=-2 * HEAD_INITIAL_STD, b=2 * HEAD_INITIAL_STD)
                     delta.data[place] = fresh.to(delta)
+
+
+class HeadRows(TrainableTokensLayer):
+    """PEFT's rows that train, whose numbers lie on the device: PEFT brings them there in every pass, which a pass that
+    is recorded must not."""
+
+    _places: Tensor | None = None
+
+    def get_merged_weights(self, active_adapters: Sequence[str]) -> Tensor:
+        if tuple(active_adapters) != (ADAPTER,):
+            return super().get_merged_weights(active_adapters)
+        weight = cast(Tensor, self.base_layer.weight)
+        if self._places is None or self._places.device != weight.device:
+            self._places = torch.tensor(self.token_indices[ADAPTER], device=weight.device)
+        return weight.index_copy(0, self._places, self.trainable_tokens_delta[ADAPTER].to(weight))
 
 
 # ------------------------------------------------------------------------------------------------ whole weights

@@ -80,6 +80,7 @@ class Result:
     done_flops: of these, what the run does: less where the understanding tower's keys and values are cached
     reasoner_cached: whether they are
     attention, compiler, recomputed: how the run was carried out;  frozen: in what its frozen weights were
+    launched_as_one: whether its passes were, as CUDA graphs
     memory_gib: the cap that was set on what the process may allocate; None: the whole GPU
     stock_tried: samples a second of every setting of stock, by a few samples
     """
@@ -96,6 +97,7 @@ class Result:
     attention: str
     compiler: str | None
     recomputed: str
+    launched_as_one: bool
     frozen: str
     memory_gib: float | None
     rates: list[Rate]
@@ -116,7 +118,7 @@ class _Watcher:
         self.done_flops = 0
         self.reasoner_cached = False
         self.samples: list[TokenSample] = []
-        self.how: tuple[str, str | None, str] = ("", None, "")
+        self.how: tuple[str, str | None, str, bool] = ("", None, "", False)
 
     def __call__(self, run: Run, step: StepTime) -> None:
         self.times.append(step)
@@ -124,7 +126,8 @@ class _Watcher:
             return
         self.run_peak = _peak(run.device)
         backbone = run.backbone
-        self.how = (backbone.attention_backend, backbone.compiler, describe_recomputed(backbone))
+        as_one = bool(run.module.captured)
+        self.how = (backbone.attention_backend, backbone.compiler, describe_recomputed(backbone), as_one)
         steps = _steps(run)
         self.samples = run.encoder.encode(steps[0].samples)
         self.bare = time_bare_step(run, steps)
@@ -207,7 +210,7 @@ def measure(loaded: Loaded, against: Literal["stock"] | None = None, memory_gib:
         theirs = shape.rate(f"diffusers + PEFT: {stock.way}", stock.steps, stock.seconds, stock.peak_bytes)
         rates.append(theirs)
         tried = stock.tried
-    attention, compiler, recomputed = watcher.how
+    attention, compiler, recomputed, as_one = watcher.how
     model = experiment.model
     return Result(
         workload=experiment.name,
@@ -222,6 +225,7 @@ def measure(loaded: Loaded, against: Literal["stock"] | None = None, memory_gib:
         attention=attention,
         compiler=compiler,
         recomputed=recomputed,
+        launched_as_one=as_one,
         frozen=describe_fp8(model.fp8_copies) if model.base_precision == "fp8" else model.dtype,
         memory_gib=memory_gib,
         rates=_compared(rates, bare, theirs),

@@ -219,6 +219,8 @@ class RunLoop(lightning.Callback):
     def _measure_together(self, step: int) -> None:
         module = self.module
         module.backbone.eval()
+        if module.captured is not None:
+            module.captured.clear()  # an evaluation needs the memory, and to record a pass anew takes a second
         with nullcontext() if module.average is None else module.average.in_place_of(module.trainables.parameters):
             if isinstance(module.backbone, FSDPModule):
                 lend(module.backbone, self._measure)

@@ -24,11 +24,12 @@ from torch.distributed.tensor import DTensor
 
 from cosmos3_train.config import Experiment
 from cosmos3_train.model.attention import repeats_heads
-from cosmos3_train.model.omni import Cosmos3PackedTransformer
+from cosmos3_train.model.omni import Cosmos3PackedTransformer, Understood
 from cosmos3_train.model.trainable import Trainables
 from cosmos3_train.objectives import flow_matching, next_token
 from cosmos3_train.runtime import fold, garbage_later, rank
 from cosmos3_train.training.batching import LOSSES, TEXT, PackedStep, Packer
+from cosmos3_train.training.captured import captures
 from cosmos3_train.training.checkpoints import Position
 from cosmos3_train.training.ema import Average
 from cosmos3_train.training.optimizer import clip_gradients, make_optimizer, set_learning_rate
@@ -145,6 +146,7 @@ class PostTraining(lightning.LightningModule):
         self._compared_ranks = False
         self._unsettled = experiment.model.checkpoint_activations == "auto"
         self._left_out: frozenset[Reach] = frozenset()
+        self.captured = captures(experiment, backbone, list(trainables.parameters.values()), self._forward)
 
     # -------------------------------------------------------------------------------------------- the step
 
@@ -220,7 +222,7 @@ class PostTraining(lightning.LightningModule):
             settle(
                 self.backbone,
                 self.device,
-                lambda packs, passes: self.accumulate(packs, counts, passes),
+                lambda packs, passes: self.accumulate(packs, counts, passes, as_written=True),
                 step.packs,
                 passes,
                 self.experiment.training.tokens_per_micro_batch,
@@ -250,18 +252,20 @@ class PostTraining(lightning.LightningModule):
                 return self.accumulate(step.packs, counts, passes)
             except torch.OutOfMemoryError:  # where ranks wait for each other in a step, one cannot begin it again
                 chooses = self.experiment.model.checkpoint_activations == "auto" and not self._in_step
-                if not (chooses and recompute_more(self.backbone)):
+                gave_back = self.captured is not None and self.captured.give_back()
+                if not (gave_back or (chooses and recompute_more(self.backbone))):
                     raise
             self.optimizer.zero_grad(set_to_none=True)
 
     def accumulate(
-        self, packs: Sequence[PackedSequence], counts: Tensor, passes: int | None = None
+        self, packs: Sequence[PackedSequence], counts: Tensor, passes: int | None = None, *, as_written: bool = False
     ) -> dict[str, Tensor]:
         """Forward and backward of packs, one after the other; gradients add up. Returns the summed losses by modality.
 
         Args:
             counts: `step_counts` of the whole step.
             passes: how many forwards to make where that is more than there are packs: the last one counts once.
+            as_written: none of them by a graph.
         """
         passes = passes or len(packs)
         sums = dict.fromkeys(LOSSES, torch.zeros((), device=self.device))
@@ -269,13 +273,24 @@ class PostTraining(lightning.LightningModule):
             counted = number < len(packs)
             last = number == passes - 1
             with garbage_later(), nullcontext() if self.zero is None else self.zero.one_pass(last):
-                losses = self.pack_losses(packs[min(number, len(packs) - 1)].to(self.device))
-                total = self.weighted(losses, counts)
-                reduce_after_this_pack(self.backbone, last)
-                self.manual_backward(total if counted else 0 * total)
+                pack = packs[min(number, len(packs) - 1)].to(self.device)
+                understood = self.backbone.recalled(pack)
+                captured = None if as_written else self.captured
+                losses = captured(pack, understood, counts) if captured is not None else None
+                if losses is None:
+                    losses, total = self._forward(pack, understood, counts)
+                    reduce_after_this_pack(self.backbone, last)
+                    self.manual_backward(total if counted else 0 * total)
             if counted:
                 sums = {name: sums[name] + losses[name].detach() if name in losses else sums[name] for name in LOSSES}
         return sums
+
+    def _forward(
+        self, pack: PackedSequence, understood: Understood | None, counts: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """A pack's summed losses by modality, and what it adds to the loss that is descended."""
+        losses = self.losses_of(self.backbone(pack, understood), pack)
+        return losses, self.weighted(losses, counts)
 
     def _passes(self, step: PackedStep) -> int:
         """Forwards that every rank makes in this step: under sharding as many as the one with the most packs."""
@@ -297,9 +312,10 @@ class PostTraining(lightning.LightningModule):
         """The denominators of the whole step in the order of LOSSES: samples of each modality and labelled tokens, over
         all ranks. Never read on the host within the step, which would wait for all work queued on the device."""
         counts = torch.tensor([step.counts[name] for name in LOSSES], dtype=torch.float32)
+        counts = counts.to(self.device, non_blocking=True)
         if not dist.is_initialized():
             return counts
-        return summed(counts.to(self.device, non_blocking=True)) / self.sharing  # those that share packs say the same
+        return summed(counts) / self.sharing  # those that share packs say the same
 
     def pack_losses(self, pack: PackedSequence) -> dict[str, Tensor]:
         """Summed losses of a pack by modality, float32 scalars with gradient."""
@@ -393,6 +409,10 @@ class PostTraining(lightning.LightningModule):
     def _in_step(self) -> bool:
         """Whether ranks exchange something between a step's beginning and its gradients."""
         return self.sharded or self.sharing > 1
+
+    def on_train_end(self) -> None:
+        """What follows needs the memory."""
+        self.captured = None
 
     def configure_model(self) -> None:
         """Lightning's door to shard the model, which is asked for; `run.build` has done it."""

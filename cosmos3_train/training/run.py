@@ -109,6 +109,7 @@ FREE = (
     "data.datasets.*.cache_reasoner",
     "model.attention",
     "model.compile",
+    "model.cuda_graphs",
     "model.fp8_copies",
     "model.checkpoint_activations",
     "training.tokens_per_micro_batch",

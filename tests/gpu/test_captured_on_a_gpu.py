@@ -1,0 +1,100 @@
+"""On a CUDA device: passes that are launched as one give the losses and gradients of those whose kernels are launched
+one by one, and a run says so and ends as it would."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cosmos3_train.data.mixture import Mixture, StepDataset
+from cosmos3_train.evaluation.pictures import read_metrics
+from cosmos3_train.training.run import build, train
+from tests.gpu.test_reasoner_cache_on_a_gpu import SIZES
+from tests.training.project import PICO, experiment, load, write, write_project
+from tests.training.steps import difference
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+
+WAYS = {
+    "lora, cached": "tuning.method=tower tuning.towers=[generation] data.datasets.moves.cache_reasoner=true",
+    "hybrid, both towers, recomputed": "model.checkpoint_activations=but_attention",
+    "hybrid, fp8, lean": "model.base_precision=fp8 tuning.towers=[generation] "
+    "model.checkpoint_activations=but_products",
+}
+COMMON = (
+    f"model.path={PICO} model.dtype=bfloat16 {' '.join(f'model.random.{k}={v}' for k, v in SIZES.items())} "
+    "strategy.accelerator=gpu model.compile=true training.samples_per_step=4 training.tokens_per_micro_batch=220 "
+    "training.evaluate_every_n_steps=0 evaluation.before=false training.checkpoint_every_n_steps=0 training.steps=30"
+)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    root = write_project(tmp_path_factory.mktemp("captured") / "root")
+    alone = experiment(root)
+    del alone["data"]["datasets"]["talk"]
+    alone["data"]["datasets"]["moves"]["tasks"] = {"policy": 1}
+    write(root / "experiments" / "small.yaml", alone)
+    return root
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_are_those_of_passes_as_written(root, way):
+    run = build(load(root, *COMMON.split(), *WAYS[way].split(), f"name=grad_{list(WAYS).index(way)}"))
+    module, device = run.module, run.device
+    shares = StepDataset(Mixture(run.opened, 0), 4, 0, 1, 40)
+    parameters = run.trainables.parameters
+    for name, parameter in parameters.items():
+        if "lora_B" in name:  # it begins at 0, where A has no gradient
+            torch.nn.init.normal_(parameter, std=0.02)
+
+    def gradients(*parts) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+        """Of a step made in parts: (packs, counts, as written) each."""
+        sums: dict[str, float] = {}
+        for packs, counts, as_written in parts:
+            for name, value in module.accumulate(packs, counts, as_written=as_written).items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        found = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+        module.optimizer.zero_grad(set_to_none=True)
+        return sums, found
+
+    def step(number: int):
+        packed = module.packer(shares[number])
+        assert len(packed.packs) > 1
+        return packed.packs, module.step_counts(packed)
+
+    for number in range(10):
+        gradients((*step(number), False))
+    assert module.captured is not None and 0 < len(module.captured) <= 4
+    for number in range(10, 16):
+        with torch.no_grad():  # a graph reads the weights as they are now
+            for parameter in parameters.values():
+                parameter.add_(torch.randn_like(parameter) * 1e-2 * parameter.std())
+        packs, counts = step(number)
+        expected_losses, expected = gradients((packs, counts, True))
+        halves = (packs[:1], counts, True), (packs[1:], counts, False)
+        for losses, found in (gradients((packs, counts, False)), gradients(*halves)):
+            assert losses == pytest.approx(expected_losses, rel=1e-3)
+            assert found.keys() == expected.keys()
+            wrong = {name: difference(found[name], value) for name, value in expected.items()}
+            assert max(wrong.values()) < 1e-2, max(wrong.items(), key=lambda pair: pair[1])
+    before = torch.cuda.memory_reserved(device)
+    module.captured.clear()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved(device) < before
+    gradients((*step(16), False))
+    assert len(module.captured) > 0, "a known shape is recorded anew"
+
+
+def test_a_run_by_graphs_makes_the_curve_of_one_without(root, caplog):
+    caplog.set_level("INFO")
+    curves = {}
+    for graphs in ("false", "auto"):
+        loaded = load(root, *COMMON.split(), f"name=run_{graphs}", f"model.cuda_graphs={graphs}")
+        train(loaded)
+        curves[graphs] = read_metrics(loaded.run_folder / "metrics.csv")["loss"][1]
+        assert ("launched as one" in caplog.text) == (graphs == "auto")
+    assert len(curves["auto"]) == 30
+    assert curves["auto"] == pytest.approx(curves["false"], rel=0.03)
