@@ -142,6 +142,8 @@ class _Watcher:
         """The bare step once more with the understanding tower instead of its cache, where the device holds it."""
         backbone, recall = run.backbone, run.backbone.recall
         try:
+            if run.module.captured is not None:
+                run.module.captured.clear()
             read_understanding(backbone, run.loaded.model, run.device)
             backbone.recall = None
             self.whole = time_bare_step(run, steps)
