@@ -37,7 +37,10 @@ class Gathering(DeepSpeedZeRoOffload):
         # Small, many, and float32: gathered with each layer they would cost the host more than the rest of it.
         self.adapters = [parameter for name, parameter in self.module.named_parameters() if is_adapter(name)]
         for parameter in self.adapters:
-            cast(Any, parameter).ds_persist = True
+            each = cast(Any, parameter)
+            # Until it knows the order of units, DeepSpeed lets go of what persists too after a unit's backward, which
+            # a rank sees where the unit's input has a gradient. No unit lets go of what another one owns.
+            each.ds_persist = each.is_external_param = True
         return []  # those that DeepSpeed gathers after a step, one by one
 
     def pre_sub_module_forward_function(self, sub_module: nn.Module) -> None:
