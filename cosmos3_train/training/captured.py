@@ -8,6 +8,7 @@ parameters.
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections import Counter
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from cosmos3_train.config import Experiment, UserError, first_line
 from cosmos3_train.model.omni import Cosmos3PackedTransformer, Understood
+from cosmos3_train.training.recompute import MARGIN, room_on
 from cosmos3_train.training.strategy import is_sharded
 from cosmos3_train.types import PackedSequence, Spans
 
@@ -33,8 +35,7 @@ MOST_SHAPES = 1000
 """Shapes that are counted at a time; where packs have more, hardly one comes again."""
 
 LARGEST = 16_384
-"""Tokens of a pack above which the GPU is the limit and not the host, so `auto` records none: what is recorded has
-memory of its own, which packs of other shapes cannot use."""
+"""Tokens of a pack above which the GPU is the limit and not the host, so `auto` records none."""
 
 APART = ("prompts", "generation_lengths")
 """Of a pack, what no kernel is told."""
@@ -73,15 +74,22 @@ class CapturedPasses:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def __call__(self, pack: PackedSequence, understood: Understood | None, counts: Tensor) -> dict[str, Tensor] | None:
+    def __call__(
+        self, pack: PackedSequence, understood: Understood | None, counts: Tensor, may_record: bool
+    ) -> dict[str, Tensor] | None:
         """A pass of a pack on the device: its losses, once its gradients are added to the parameters'; they are
-        overwritten by the next pass of that shape. None where it has to be made as written."""
+        overwritten by the next pass of that shape. None where it has to be made as written.
+
+        Args:
+            may_record: no pass of this step was made as written. While autograd's nodes of one live, those of the
+                parameters are its own, on another stream, which a pass that is recorded must not wait for.
+        """
         if not self._may_be_recorded(pack):
             return None
         shape = shape_of((pack, understood, counts))
         graph = self._graphs.get(shape)
         if graph is None:
-            graph = self._record_in_time(shape, pack, understood, counts)
+            graph = self._recorded(shape, pack, understood, counts) if self._in_time(shape) and may_record else None
             if graph is None:
                 return None
         else:
@@ -108,25 +116,31 @@ class CapturedPasses:
         generates = pack.pictures is None and not pack.labels.numel()
         return generates and not self._gave_up and (self._largest is None or pack.tokens <= self._largest)
 
-    def _record_in_time(
-        self, shape: Hashable, pack: PackedSequence, understood: Understood | None, counts: Tensor
-    ) -> _Graph | None:
-        """Record a pass of a shape that has been made a few times."""
-        if len(self._graphs) == MOST_GRAPHS:
-            return None
+    def _in_time(self, shape: Hashable) -> bool:
+        """Whether passes of a shape have been made a few times, and one more graph may be kept."""
         if len(self._seen) > MOST_SHAPES:
             self._seen.clear()
         self._seen[shape] += 1
-        if self._seen[shape] <= AS_WRITTEN:
+        return self._seen[shape] > AS_WRITTEN and len(self._graphs) < MOST_GRAPHS
+
+    def _recorded(
+        self, shape: Hashable, pack: PackedSequence, understood: Understood | None, counts: Tensor
+    ) -> _Graph | None:
+        """The graph of a pack's pass, None where it cannot be recorded; then none is any more."""
+        began, graph = time.monotonic(), None
+        if self._largest is not None and not self._graphs and not _fits_twice(pack.text_ids.device):
+            logger.info("passes are not launched as one: memory is short (model.cuda_graphs=true does it all the same)")
+            self._gave_up = True
             return None
-        began = time.monotonic()
         try:
             graph = self._graphs[shape] = self._record(pack, understood, counts)
         except RuntimeError as error:  # memory that runs out too
-            self.clear()
-            self._gave_up = True
             cause = first_line(error.__context__ or error)  # the first of what went wrong while it was recorded
             logger.warning("a pass could not be recorded (model.cuda_graphs), so none is: %s", cause)
+            self._gave_up = True
+        if graph is None:  # now that the error, which held on to all that the pass had made, is gone
+            self.clear()
+            gc.collect()
             torch.cuda.empty_cache()
             return None
         words = "passes of %d samples and %d tokens are launched as one from here on; recording took %.1f s"
@@ -165,6 +179,12 @@ class CapturedPasses:
             parameter.grad = own
         if fresh:
             torch._foreach_zero_(fresh)
+
+
+def _fits_twice(device: torch.device) -> bool:
+    """Whether a GPU holds what a pass takes once more beside a pass: what is recorded has memory of its own."""
+    stays = torch.cuda.memory_allocated(device)
+    return stays + 2 * (torch.cuda.max_memory_allocated(device) - stays) <= room_on(device, MARGIN)
 
 
 def captures(

@@ -269,6 +269,7 @@ class PostTraining(lightning.LightningModule):
         """
         passes = passes or len(packs)
         sums = dict.fromkeys(LOSSES, torch.zeros((), device=self.device))
+        written = as_written
         for number in range(passes):
             counted = number < len(packs)
             last = number == passes - 1
@@ -276,8 +277,9 @@ class PostTraining(lightning.LightningModule):
                 pack = packs[min(number, len(packs) - 1)].to(self.device)
                 understood = self.backbone.recalled(pack)
                 captured = None if as_written else self.captured
-                losses = captured(pack, understood, counts) if captured is not None else None
+                losses = None if captured is None else captured(pack, understood, counts, may_record=not written)
                 if losses is None:
+                    written = True
                     losses, total = self._forward(pack, understood, counts)
                     reduce_after_this_pack(self.backbone, last)
                     self.manual_backward(total if counted else 0 * total)

@@ -85,7 +85,7 @@ def settle(
     if together is not None:  # a run that cannot give way later counts with a micro-batch of generation tokens alone
         fullest = max((pack.generation_spans.total for pack in packs if pack.generation_spans.total), default=fullest)
     layers, fuller = len(backbone.layers), max(1.0, budget / fullest)
-    room, largest_layer = _room(device, MARGIN if together is None else MARGIN_TOGETHER), None
+    room, largest_layer = room_on(device, MARGIN if together is None else MARGIN_TOGETHER), None
     for backbone.lean in (False, True):
         if together is not None:
             largest_layer = int(DOUBT * max(together(pack, backbone.lean) for pack in packs))
@@ -160,7 +160,7 @@ def describe_recomputed(backbone: Cosmos3PackedTransformer) -> str:
     return "; ".join(those) or "activations kept"
 
 
-def _room(device: torch.device, margin: float) -> int:
+def room_on(device: torch.device, margin: float) -> int:
     """Bytes that this process may allocate on a GPU, but for a margin: what is free and what it holds, or the cap that
     was set on it."""
     place = torch.cuda.current_device() if device.index is None else device.index
