@@ -63,7 +63,8 @@ def kill_again_and_again(root: Path, strategy: str, kills: int, seed: int) -> li
             os.kill(pid, signal.SIGKILL)
         process.communicate(timeout=100)
         found = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
-        print(f"kill {number + 1} of {kills}: {'starting' if starting else f'at step {target}'}, {found}", flush=True)
+        moment = "starting" if starting else f"after step {steps_made(folder)}"
+        print(f"kill {number + 1} of {kills}: {moment}, {found}", flush=True)
         assert not (folder / "status.json").is_file() or status(folder)["state"] == "running", "it had ended"
     _finish(start(root, ranks, killed))
     return _differences(root / "runs" / f"{strategy}_whole", folder, steps)
