@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from cosmos3_train.commands.console import INTERRUPTED, QUIET, USER_ERROR, first_tells, say_error
 from cosmos3_train.config import Loaded, UserError, load_experiment
@@ -26,9 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `cosmos3`."""
     set_up_logging()
     offline_hub()
-    options = parse(arguments)
     try:
         with interruptible():
+            with first_tells():
+                options = parse(arguments)
             code = options.command(options)
         sys.stdout.flush()
     except UserError as error:
@@ -53,8 +55,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that tells a wrong line as every other mistake is told."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help says what there is")
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options of a line; key=value pairs may stand before and after flags. Exits with 2 where the line is wrong."""
+    """The options of a line; key=value pairs may stand before and after flags.
+
+    Raises:
+        UserError: the line is wrong.
+    """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     strays = [word for word in rest if word.startswith("-") or "=" not in word]
@@ -183,7 +196,7 @@ def _load(options: argparse.Namespace) -> Loaded:
 
 def _parser() -> argparse.ArgumentParser:
     words = "Post-train Cosmos 3 for one robot; deploy it in diffusers."
-    parser = argparse.ArgumentParser(prog="cosmos3", description=words)
+    parser = _Parser(prog="cosmos3", description=words)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_experiments(commands)
     _add_results(commands)

@@ -17,13 +17,13 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from cosmos3_train import config
@@ -187,11 +187,19 @@ def connect(strategy: config.Strategy, device: torch.device) -> None:
             atexit.register(_leave)
     _open_meetings(patience)
     if strategy_name(strategy) in ("fsdp2", "hsdp") and _mesh is None:
-        shards = _shards(strategy)
-        if shards == world_size():
-            _mesh = init_device_mesh(device.type, (shards,), mesh_dim_names=("shards",))
-        else:
-            _mesh = init_device_mesh(device.type, (world_size() // shards, shards), mesh_dim_names=("copies", "shards"))
+        _mesh = _make_mesh(_shards(strategy), device, patience)
+
+
+def _make_mesh(shards: int, device: torch.device, patience: timedelta) -> DeviceMesh:
+    """Of groups whose ranks wait as long as the run says: those that torch makes for a mesh wait half an hour."""
+    if shards == world_size():
+        assert dist.group.WORLD is not None
+        return DeviceMesh.from_group(dist.group.WORLD, device.type, mesh_dim_names=("shards",))
+    ranks = torch.arange(world_size()).view(-1, shards)
+    groups = [dist.new_subgroups_by_enumeration(lines.tolist(), timeout=patience)[0] for lines in (ranks.T, ranks)]
+    return DeviceMesh.from_group(
+        cast(list[dist.ProcessGroup], groups), device.type, ranks, mesh_dim_names=("copies", "shards")
+    )
 
 
 def data_rank(strategy: config.Strategy) -> tuple[int, int]:

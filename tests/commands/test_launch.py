@@ -29,6 +29,7 @@ def launch(project: Path, *arguments: str) -> subprocess.CompletedProcess:
     ("mistake", "told"),
     [
         ("optimizer.learning_rat=1", MISTAKE),
+        ("--frehs", "error: unrecognized arguments: --frehs; cosmos3 --help says what there is"),
         ("strategy.context_parallel=4", "error: strategy.context_parallel is 4, which does not divide the 2 processes"),
     ],
 )

@@ -33,8 +33,9 @@ START_SECONDS = 12.0
 
 
 def job(strategy: str, name: str, steps: int) -> str:
+    copies = " strategy.shards=1" if strategy == "hsdp" else ""
     return (
-        f"small name={name} strategy.name={strategy} tuning.method=full training.steps={steps} "
+        f"small name={name} strategy.name={strategy}{copies} tuning.method=full training.steps={steps} "
         "training.samples_per_step=3 training.tokens_per_micro_batch=100 training.checkpoint_every_n_steps=2 "
         "training.keep_checkpoints=2 training.evaluate_every_n_steps=0 evaluation.before=false "
         "evaluation.heldout_samples=0 evaluation.action_samples=0"
@@ -62,7 +63,8 @@ def kill_again_and_again(root: Path, strategy: str, kills: int, seed: int) -> li
             os.kill(pid, signal.SIGKILL)
         process.communicate(timeout=100)
         found = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
-        print(f"kill {number + 1} of {kills}: {'starting' if starting else f'at step {target}'}, {found}", flush=True)
+        moment = "starting" if starting else f"after step {steps_made(folder)}"
+        print(f"kill {number + 1} of {kills}: {moment}, {found}", flush=True)
         assert not (folder / "status.json").is_file() or status(folder)["state"] == "running", "it had ended"
     _finish(start(root, ranks, killed))
     return _differences(root / "runs" / f"{strategy}_whole", folder, steps)
@@ -101,7 +103,7 @@ def _differences(whole: Path, killed: Path, steps: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("strategy", choices=("single", "ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"))
+    parser.add_argument("strategy", choices=("single", "ddp", "fsdp2", "hsdp", "deepspeed_zero2", "deepspeed_zero3"))
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

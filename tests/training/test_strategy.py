@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from cosmos3_train.config import Strategy, UserError, load_experiment
-from cosmos3_train.training.strategy import data_rank, device_for, is_sharded, shards_weights, strategy_name, zero_stage
+from cosmos3_train.training.strategy import (
+    connect,
+    data_rank,
+    device_for,
+    device_mesh,
+    is_sharded,
+    shards_weights,
+    strategy_name,
+    zero_stage,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ZERO = ("deepspeed_zero2", "deepspeed_zero3")
@@ -97,3 +111,32 @@ def test_what_cannot_be_is_said_in_one_line(started, strategy, processes, told):
     with pytest.raises(UserError, match=told) as caught:
         device_for(strategy)
     assert "\n" not in str(caught.value)
+
+
+def wait_in_vain(place: int, folder: Path, told: multiprocessing.Queue) -> None:
+    """The last of four ranks stands still: the second waits for it among the copies, the third among the shards."""
+    torch.set_num_threads(1)  # a forked process must not use its parent's
+    os.environ |= {"RANK": str(place), "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=place, world_size=4)
+    connect(Strategy(name="hsdp", devices=4, shards=2, collective_timeout_seconds=3), torch.device("cpu"))
+    groups = {1: "copies", 2: "shards"}
+    if place in groups:
+        try:
+            dist.all_reduce(torch.zeros(1), group=device_mesh().get_group(groups[place]))
+        except RuntimeError as error:
+            told.put((groups[place], "Timed out waiting 3000ms" in str(error)))
+    time.sleep(60)
+
+
+def test_the_groups_of_hsdp_wait_as_long_as_the_run_says(tmp_path):
+    forked = multiprocessing.get_context("fork")  # which imports nothing anew
+    told = forked.Queue()
+    processes = [forked.Process(target=wait_in_vain, args=(place, tmp_path, told)) for place in range(4)]
+    for process in processes:
+        process.start()
+    try:
+        assert {told.get(timeout=30) for _ in range(2)} == {("copies", True), ("shards", True)}
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
