@@ -36,6 +36,11 @@ SHARING = (
 """Layers of a decoder layer that share an input."""
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of that name is an adapter's."""
+    return ".lora_" in name
+
+
 class FusedLora(lora.Linear):
     """PEFT's LoRA layer with our arithmetic; with adapters switched off, merged or several, PEFT's own.
 

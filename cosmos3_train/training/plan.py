@@ -18,6 +18,7 @@ from cosmos3_train.training.gpus import Gpu
 from cosmos3_train.training.plan_memory import MASTER, Architecture, Memory, Pack, predict_memory
 from cosmos3_train.training.plan_time import Kind, Seconds, predict_seconds
 from cosmos3_train.training.recompute import MARGIN
+from cosmos3_train.training.strategy import refuse_remainders
 from cosmos3_train.training.throughput import Arithmetic
 
 GIB = 2**30
@@ -202,8 +203,7 @@ def _shards(experiment: Experiment, gpus: int) -> int:
         raise UserError(f"strategy.name is 'single', but the plan is for {gpus} GPUs; use strategy.name=ddp")
     if strategy.name == "hsdp":
         shards = strategy.shards or gpus
-        if gpus % shards:
-            raise UserError(f"strategy.shards is {shards}, which does not divide the {gpus} GPUs of the plan")
+        refuse_remainders(strategy, gpus, shards)
         return shards
     return gpus if strategy.name == "fsdp2" else 1
 

@@ -18,6 +18,7 @@ from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import nn
 
+from cosmos3_train.model.projections import is_adapter
 from cosmos3_train.training.frozen import settle_frozen
 
 ALL = 10**15
@@ -105,10 +106,6 @@ class Stage3(DeepSpeedZeroOptimizer_Stage3):
         for parameter in (each for group in self.fp16_groups for each in group):
             del parameter.ds_z3_leaf_module
         super().create_reduce_and_remove_grad_hooks()
-
-
-def is_adapter(name: str) -> bool:
-    return ".lora_" in name
 
 
 def numbers_of(unit: nn.Module) -> int:

@@ -166,7 +166,7 @@ def refuse_remainders(strategy: config.Strategy, processes: int, shards: int) ->
             "of it (launch/local.sh, launch/slurm.sbatch)"
         )
     if strategy.name == "hsdp" and processes % shards:
-        raise UserError(f"strategy.shards is {shards}, which does not divide {of}; start a multiple of it")
+        raise UserError(f"strategy.shards is {shards}, which does not divide {of}; take a multiple of it")
 
 
 def make_strategy(strategy: config.Strategy, device: torch.device) -> Strategy:

@@ -14,7 +14,8 @@ in `sharding`, for a rank's samples may not use them.
 Both stages sum gradients over ranks as backward makes them, in buckets filled in that order. So all ranks run the same
 passes, which reach the same weights in the same order, by the means of `sharding`: a last pack that is run again, and
 padding. (Autograd takes what is ready by the order of the forward, which within the layers is every rank's; only heads
-differ.) No pass accumulates without communication: to do so it would hold whole gradients.
+differ.) To accumulate without communication is to hold whole gradients until the last pass, as `sharding` does. Those
+of adapters are small, and are held; whole weights' are what ZeRO is there to part, so they are summed in every pass.
 
 DeepSpeed is imported where a run asks for it: that takes seconds.
 """
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from cosmos3_train.config import Model, Optimizer, Strategy
 from cosmos3_train.model.loading import LARGE, read_weights
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
+from cosmos3_train.model.projections import is_adapter
 from cosmos3_train.model.trainable import Trainables, restart_magnitudes
 from cosmos3_train.runtime import choose_accelerator, is_first_rank, rank, world_size
 from cosmos3_train.training.frozen import lay_frozen, settle_frozen
@@ -90,6 +92,7 @@ class Zero:
         self.stage, self.offload, self.device = zero_stage(strategy), strategy.offload, device
         names = {parameter: name for name, parameter in trainables.parameters.items() if name.startswith(LARGE)}
         groups = _groups(trainables, names, optimizer, backbone)
+        self.holds_gradients = all(is_adapter(name) for name in names.values())
         self.backbone = backbone
         self.base = FlatAdamW(groups, betas=optimizer.betas, eps=optimizer.eps, fused=True)
         self.base.scale = torch.ones((), device=device)
@@ -100,10 +103,13 @@ class Zero:
 
     @contextmanager
     def one_pass(self, last: bool) -> Iterator[None]:
-        """Around the forward and backward of a pack: gradients are summed and parted on the way.
+        """Around the forward and backward of a pack: gradients are summed and parted on the way, those that are held on
+        the last pack's.
 
         last: of the step, whose gradients are complete after it.
         """
+        held = self.holds_gradients and not last
+        self.optimizer._coalesce_grad_reduction = held  # DeepSpeed's hooks then leave a gradient where it is
         self.optimizer.clear_backward_seen_flag()
         if self.stage == 3:
             self.optimizer.parameter_offload.get_param_coordinator().reset_step()
@@ -111,7 +117,8 @@ class Zero:
         self.optimizer.backward_prologue()
         self.optimizer.enter_backward()
         yield
-        self.optimizer.overlapping_partition_gradients_reduce_epilogue()
+        if not held:
+            self.optimizer.overlapping_partition_gradients_reduce_epilogue()
         self.optimizer.backward_epilogue()
         self.optimizer.exit_backward()
 

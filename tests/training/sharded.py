@@ -1,11 +1,13 @@
 """Runs of the small project on several processes, one after the other, for a process costs seconds to start.
 
 python -m torch.distributed.run --nproc-per-node N -m tests.training.sharded ROOT JOB...   where a JOB is
-"EXPERIMENT key=value ..." or "EXPERIMENT <RUN/STEP key=value ...", which goes on from the checkpoint of another run.
+"EXPERIMENT key=value ...", also with the words <RUN/STEP, to go on from the checkpoint of another run, and heard, for
+what ranks exchange to be written into its folder (`listening`).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -14,11 +16,13 @@ import time
 from pathlib import Path
 
 from cosmos3_train.config import Loaded, load_experiment
-from cosmos3_train.runtime import is_first_rank, world_size
+from cosmos3_train.runtime import is_first_rank, rank, world_size
 from cosmos3_train.training.measures import measure
 from cosmos3_train.training.run import quieten_lightning, train
+from tests.training.listening import exchanged, listening
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+HEARD = "heard"
 PYTHONPATH = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
 
 
@@ -42,14 +46,19 @@ def launch(count: int, module: str, *arguments: str) -> subprocess.Popen:
 
 def carry_out(root: Path, job: str) -> None:
     experiment, *words = job.split()
-    overrides = [word for word in words if not word.startswith("<")]
+    overrides = [word for word in words if "=" in word]
     if world_size() > 1:
         overrides.append(f"strategy.devices={world_size()}")
     loaded = load_experiment(root / "experiments" / f"{experiment}.yaml", overrides)
     for word in words:
         if word.startswith("<"):
             go_on_from(loaded, word.removeprefix("<"))
-    train(loaded, evaluate=measure)
+    if HEARD not in words:
+        train(loaded, evaluate=measure)
+        return
+    with listening() as listener:
+        train(loaded, evaluate=measure)
+    exchanged(loaded.run_folder, rank()).write_text(json.dumps(listener.steps))
 
 
 def go_on_from(loaded: Loaded, checkpoint: str) -> None:

@@ -196,7 +196,7 @@ def test_shards_hold_their_part_and_gather_the_rest():
     [
         ((), "h100-80g", 17, "training.samples_per_step is 16, fewer than the 17 GPUs"),
         (("strategy.name=single",), "h100-80g", 2, "strategy.name is 'single', but the plan is for 2 GPUs"),
-        (("strategy.name=hsdp", "strategy.shards=3"), "h100-80g", 4, "strategy.shards is 3, which does not divide"),
+        (("strategy.name=hsdp", "strategy.shards=3"), "h100-80g", 4, "shards is 3, which does not divide the 4 proc"),
         (
             ("strategy.name=deepspeed_zero3",),
             "h100-80g",

@@ -18,6 +18,7 @@ from cosmos3_train.training.datamodule import StepData
 from cosmos3_train.training.run import build
 from cosmos3_train.training.skipped import list_skipped, read_shares
 from tests.training.kills import kill_again_and_again
+from tests.training.listening import heard, sums
 from tests.training.project import experiment, load, write, write_project
 from tests.training.sharded import carry_out, launch, start
 from tests.training.steps import difference
@@ -73,9 +74,9 @@ def root(curves) -> Path:
     on_processes(
         root,
         2,
-        *(job(tuning, f"name={tuning}_fsdp2 strategy.name=fsdp2") for tuning in TUNINGS),
+        *(job(tuning, f"heard name={tuning}_fsdp2 strategy.name=fsdp2") for tuning in TUNINGS),
         job("full", "name=single_to_fsdp2 strategy.name=fsdp2 <full/10"),
-        job("full", "name=fsdp2_to_ddp strategy.name=ddp <full_fsdp2/10"),
+        job("full", "heard name=fsdp2_to_ddp strategy.name=ddp <full_fsdp2/10"),
     )
     carry_out(root, job("full", "name=fsdp2_to_single <full_fsdp2/10"))
     return root
@@ -111,6 +112,16 @@ def test_two_processes_that_share_the_weights_make_the_curve_of_one(root, tuning
 @pytest.mark.parametrize("run", ["single_to_fsdp2", "fsdp2_to_ddp", "fsdp2_to_single"])
 def test_a_run_goes_on_under_another_strategy(root, run):
     assert_same_curve(root, "full", run, first_step=11)
+
+
+def test_gradients_are_summed_in_the_last_pass_of_a_step_alone(root):
+    before, last = heard(root / "runs" / "fsdp2_to_ddp")
+    assert not before and sums(last)
+    for tuning in TUNINGS:
+        before, last = heard(root / "runs" / f"{tuning}_fsdp2")
+        assert before and not sums(before), "weights are gathered in every pass"
+        whole = tuning in ("full", "cached")
+        assert ("_reduce_scatter_base_" in last) == whole, "adapters' are summed as under ddp"
 
 
 def test_the_shares_of_those_steps_differ_in_every_way(root):
@@ -152,9 +163,11 @@ def test_two_copies_of_two_shards_make_the_curve_of_one(root):
     for tuning in tunings:
         carry_out(root, job(tuning, f"name=five_{tuning}", five))
     hsdp = "strategy.name=hsdp strategy.shards=2"
-    on_processes(root, 4, *(job(tuning, f"name=five_{tuning}_hsdp {hsdp}", five) for tuning in tunings))
+    on_processes(root, 4, *(job(tuning, f"heard name=five_{tuning}_hsdp {hsdp}", five) for tuning in tunings))
     for tuning in tunings:
         assert_same_curve(root, f"five_{tuning}", f"five_{tuning}_hsdp")
+        before, last = heard(root / "runs" / f"five_{tuning}_hsdp", ranks=4)
+        assert before and not sums(before) and sums(last)
 
 
 @pytest.mark.long

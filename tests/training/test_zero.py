@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.training.listening import heard, sums
 from tests.training.test_faults import local
 from tests.training.test_processes import LONG, ended, wait_for_step
 from tests.training.test_run import rows, status
@@ -22,13 +23,14 @@ HOWS = {
     "zero3_often": "strategy.name=deepspeed_zero3 training.evaluate_every_n_steps=1",
     "zero3_compiled": "strategy.name=deepspeed_zero3 model.compile=true",
 }
-RUNS = [("full", "zero2"), ("full", "zero3"), ("hybrid", "zero2_offload"), ("hybrid", "zero3_often")]
-"""Evaluated after every step: after each, stage 3 has to learn anew what follows what, also with ranks of no robot."""
+RUNS = [("full", "zero2"), ("full", "zero3"), ("hybrid", "zero2_offload"), ("lora", "zero3_often")]
+"""Evaluated often: after each time stage 3 has to learn anew what follows what, also with a rank of no robot."""
 MORE = [
     ("lora", "zero3"),
     ("lora", "zero2"),
     ("hybrid", "zero2"),
     ("hybrid", "zero3"),
+    ("hybrid", "zero3_often"),
     ("full", "zero2_offload"),
     ("lora", "zero3_offload"),
     ("full", "zero3_offload"),
@@ -47,11 +49,15 @@ MORE_RESUMED = {
 }
 
 
+def listened(how: str) -> str:
+    return "" if "compiled" in how else "heard"
+
+
 @pytest.fixture(scope="module")
 def root(curves, long_too) -> Path:
     """The project of one process's runs, in which two have made them under ZeRO."""
     runs, resumed = RUNS + MORE * long_too, RESUMED | (MORE_RESUMED if long_too else {})
-    made = [job(tuning, f"name={tuning}_{how} {HOWS[how]}") for tuning, how in runs]
+    made = [job(tuning, f"{listened(how)} name={tuning}_{how} {HOWS[how]}") for tuning, how in runs]
     on_processes(curves, 2, *made, *(job(tuning, f"name={name} {words}") for name, (tuning, words) in resumed.items()))
     return curves
 
@@ -59,6 +65,17 @@ def root(curves, long_too) -> Path:
 @pytest.mark.parametrize(("tuning", "how"), [*RUNS, *(pytest.param(*run, marks=pytest.mark.long) for run in MORE)])
 def test_two_processes_make_the_curve_of_one(root, tuning, how):
     assert_same_curve(root, tuning, f"{tuning}_{how}")
+
+
+@pytest.mark.parametrize(
+    ("tuning", "how"),
+    [*RUNS, *(pytest.param(*run, marks=pytest.mark.long) for run in MORE if listened(run[1]))],
+)
+def test_gradients_of_adapters_are_summed_in_the_last_pass_of_a_step_alone_and_whole_weights_in_every_one(
+    root, tuning, how
+):
+    before, last = heard(root / "runs" / f"{tuning}_{how}")
+    assert sums(last) and bool(sums(before)) == (tuning in ("full", "cached"))
 
 
 @pytest.mark.parametrize("run", [*RESUMED, *(pytest.param(run, marks=pytest.mark.long) for run in MORE_RESUMED)])
