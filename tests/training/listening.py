@@ -68,12 +68,11 @@ def exchanged(run: Path, rank: int) -> Path:
 
 def heard(run: Path, ranks: int = 2) -> tuple[set[str], set[str]]:
     """What the ranks of a run exchanged in steps of several passes: before the last one, and in it."""
-    before, last = set(), set()
-    for rank in range(ranks):
-        several = [step for step in json.loads(exchanged(run, rank).read_text()) if len(step) > 1]
-        assert several, "no step has several packs"
-        before |= {name for step in several for names in step[:-1] for name in names}
-        last |= {name for step in several for name in step[-1]}
+    steps = [step for rank in range(ranks) for step in json.loads(exchanged(run, rank).read_text())]
+    several = [step for step in steps if len(step) > 1]
+    assert several, "no step has several packs"
+    before = {name for step in several for names in step[:-1] for name in names}
+    last = {name for step in several for name in step[-1]}
     return before, last
 
 
