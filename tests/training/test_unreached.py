@@ -31,7 +31,8 @@ STRATEGIES = {
     "zero2": "strategy.name=deepspeed_zero2",
     "zero3": "strategy.name=deepspeed_zero3",
 }
-RUNS = [*(("full", how) for how in STRATEGIES), ("hybrid", "single"), ("hybrid", "zero3")]
+RUNS = [("full", "single"), ("full", "fsdp2"), ("full", "zero3"), ("hybrid", "zero3")]
+MORE = [("full", "ddp"), ("full", "hsdp"), ("full", "zero2"), ("hybrid", "single")]
 
 
 def write_videos(root: Path) -> Path:
@@ -46,11 +47,11 @@ def write_videos(root: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
+def root(tmp_path_factory, long_too) -> Path:
     """A project with an undisturbed run of each, and one that goes on from its checkpoint."""
     root = write_videos(write_project(tmp_path_factory.mktemp("unreached") / "root"))
     on_several = []
-    for tuning, how in RUNS:
+    for tuning, how in RUNS + MORE * long_too:
         words = f"tuning.method={tuning} {STRATEGIES[how]}"
         whole = f"videos name={tuning}_{how} {words}"
         resumed = f"videos name={tuning}_{how}_resumed {words} <{tuning}_{how}/{HALF}"
@@ -71,7 +72,7 @@ def losses(root: Path, run: str) -> list[tuple[str, ...]]:
     return [row for row in rows(root / "runs" / run) if row[1].startswith("loss") and int(row[0]) > HALF]
 
 
-@pytest.mark.parametrize(("tuning", "how"), RUNS)
+@pytest.mark.parametrize(("tuning", "how"), [*RUNS, *(pytest.param(*run, marks=pytest.mark.long) for run in MORE)])
 def test_a_run_with_such_parts_goes_on_as_if_undisturbed(root, tuning, how):
     run = f"{tuning}_{how}"
     assert len(losses(root, run)) >= STEPS - HALF and losses(root, run) == losses(root, f"{run}_resumed")
@@ -83,11 +84,11 @@ def test_a_run_with_such_parts_goes_on_as_if_undisturbed(root, tuning, how):
 
 
 @pytest.mark.parametrize("tuning", UNREACHED)
-def test_their_weights_average_and_moments_are_as_they_were(root, tuning):
+def test_their_weights_average_and_moments_are_as_they_were(root, tuning, long_too):
     fresh = build(load(root, f"name=fresh_{tuning}", f"tuning.method={tuning}")).trainables.parameters
     unreached = {name for name in fresh if name.startswith(UNREACHED[tuning])}
     assert all(any(name.startswith(part) for name in unreached) for part in UNREACHED[tuning])
-    for how in (how for method, how in RUNS if method == tuning):
+    for how in (how for method, how in RUNS + MORE * long_too if method == tuning):
         end = end_of(root, f"{tuning}_{how}_resumed")
         for name, value in fresh.items():
             moments = [end.optimizer[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")]
