@@ -340,7 +340,8 @@ class Model:
                             reasoner are not rounded; those of a tower that runs are
     fp8_copies:             of the generation tower's rounded matrices: 1, turned at every backward, where memory
                             binds; 2, one in each layout, which is faster and gives the same numbers
-    vae_dtype:              of the video and the sound tokenizer: trained and served in bf16, faster on a CPU too
+    vae_dtype:              of the video and the sound tokenizer: trained and served in bf16, faster on a CPU that has
+                            it too; on one that has not, weights so rounded run in float32
     attention:              auto picks the fastest that works here and says which
     compile:                generate kernels for the layers (torch.compile): the first steps wait a minute for it,
                             then every step is faster; auto does on a GPU, not on a CPU

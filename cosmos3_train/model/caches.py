@@ -30,6 +30,7 @@ from cosmos3_train.config import Augment, UserError
 from cosmos3_train.data.augment import augmented
 from cosmos3_train.data.reader import SOUND_LATENTS, LatentCache, PreparedDataset, latents_place
 from cosmos3_train.model.encoders import Encoder
+from cosmos3_train.model.loading import latents_dtype
 from cosmos3_train.runtime import fold, ignore_sigterm, is_first_rank
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ UNCHANGED = Augment()
 def latent_fingerprint(vae: AutoencoderKLWan, dataset: PreparedDataset, variant: int, augment: Augment) -> str:
     """Of everything that a latent depends on: weights, dtype, normalisation, the prepared rows, and their changes."""
     config = cast(Any, vae.config)
-    settings = [str(vae.dtype), config.latents_mean, config.latents_std]
+    settings = [str(latents_dtype(vae)), config.latents_mean, config.latents_std]
     if variant:
         settings += [variant, asdict(augment) | {"variants": None}]  # how many there are changes none of them
     return _fingerprint(dataset, settings, vae)
@@ -55,7 +56,7 @@ def latent_fingerprint(vae: AutoencoderKLWan, dataset: PreparedDataset, variant:
 
 def sound_fingerprint(tokenizer: Cosmos3AVAEAudioTokenizer, dataset: PreparedDataset) -> str:
     """The same of the latent of a sound: the encoder's weights, the configuration, and the prepared rows."""
-    settings = [str(tokenizer.dtype), {key: value for key, value in tokenizer.config.items() if key[0] != "_"}]
+    settings = [str(latents_dtype(tokenizer)), {key: value for key, value in tokenizer.config.items() if key[0] != "_"}]
     return _fingerprint(dataset, settings, cast(nn.Module, tokenizer.encoder))
 
 
@@ -149,7 +150,7 @@ def _of_frames(dataset: PreparedDataset, encoder: Encoder, variant: int, augment
         what=f"latents (variant {variant})" if variant else "latents",
         source="video tokenizer, another augmentation" if variant else "video tokenizer",
         fingerprint=latent_fingerprint(vae, dataset, variant, augment),
-        dtype=vae.dtype,
+        dtype=latents_dtype(vae),
         on_cpu=vae.device.type == "cpu",
         rows=range(dataset.rows),
         read=read,
@@ -166,7 +167,7 @@ def _of_sound(dataset: PreparedDataset, encoder: Encoder) -> _Kind:
         what="latents (sound)",
         source="sound tokenizer",
         fingerprint=sound_fingerprint(tokenizer, dataset),
-        dtype=tokenizer.dtype,
+        dtype=latents_dtype(tokenizer),
         on_cpu=tokenizer.device.type == "cpu",
         rows=[row for row in range(dataset.rows) if dataset.has_sound(row)],
         read=lambda row: dataset.waveform(dataset.row(row)),

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from cosmos3_train.config import Model, UserError, first_line
 from cosmos3_train.data.sound import SoundForm
 from cosmos3_train.model.base_identity import check_shards
-from cosmos3_train.model.loading import DTYPES, SOUND, make_backbone, model_folder, tensor_files
+from cosmos3_train.model.loading import DTYPES, SOUND, make_backbone, model_folder, place_tokenizer, tensor_files
 
 
 def check_sound(folder: Path, model: Model, task: str) -> SoundForm:
@@ -94,4 +94,5 @@ def add_sound_tokenizer(parts: Cosmos3OmniPipeline, model: Model, device: torch.
         reason = first_line(error)
         raise UserError(f"{folder / SOUND}: the sound tokenizer cannot be read ({reason}); fetch it again") from error
     tokenizer.decoder = None
-    parts.register_modules(sound_tokenizer=tokenizer.requires_grad_(False).to(device).eval())
+    place_tokenizer(tokenizer, device)
+    parts.register_modules(sound_tokenizer=tokenizer)

@@ -118,7 +118,7 @@ def make_case(name: str) -> tuple[Cosmos3PackedTransformer, PackedSequence]:
 
 
 def share(place: int, folder: str, results: multiprocessing.Queue) -> None:
-    torch.set_num_threads(1)  # a forked process must not use its parent's
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=place, world_size=2)
     for name in CASES:
         if place == 0:
@@ -135,13 +135,15 @@ def share(place: int, folder: str, results: multiprocessing.Queue) -> None:
 def shared(tmp_path_factory) -> Path:
     """A folder with what was found of each case, and what each of two processes found of its half."""
     folder = tmp_path_factory.mktemp("shared")
-    forked = multiprocessing.get_context("fork")  # which imports nothing anew
-    results = forked.Queue()
-    processes = [forked.Process(target=share, args=(place, str(folder), results)) for place in (0, 1)]
+    # From a server that has imported this file: of a worker that has compiled a backward no fork may make another.
+    served = multiprocessing.get_context("forkserver")
+    served.set_forkserver_preload([__name__])
+    results = served.Queue()
+    processes = [served.Process(target=share, args=(place, str(folder), results)) for place in (0, 1)]
     for process in processes:
         process.start()
     try:
-        assert {results.get(timeout=60) for _ in processes} == {0, 1}
+        assert {results.get(timeout=120) for _ in processes} == {0, 1}
     except queue.Empty:
         pytest.fail("a process has died or hangs")
     finally:
