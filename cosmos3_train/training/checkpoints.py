@@ -1,10 +1,14 @@
 """Checkpoints of a run: trainables, their average, the optimizer and the run's position, whole or not at all.
 
-A checkpoint is a folder `step_000200/`, of one form for every strategy. `trainables.safetensors` (and `average`,
-`optimizer`) holds what every rank has whole, `trainables.shard_00003.safetensors` the rows that rank 3 has of what is
-sharded (under ZeRO elements, flat), `files_00003.json` the hashes of what rank 3 wrote, `state.json` the position. Rows
-are read as they are wanted, so a run goes on from it on any number of ranks and under any strategy, and one process
-exports it.
+A checkpoint is a folder `step_000200/`, of one form for every strategy. In it `trainables/` (and `average/`,
+`optimizer/`) is a torch distributed checkpoint in safetensors, which `torch.distributed.checkpoint` loads into any
+sharding by its `HuggingFaceStorageReader`: `whole.safetensors` holds what every rank has whole, `shard_00003` the rows
+that rank 3 has of what is sharded (under ZeRO elements, flat). `files_00003.json` has the hashes of what rank 3 wrote,
+`state.json` the position. Rows are read as they are wanted, so a run goes on from it on any number of ranks and under
+any strategy, and one process exports it.
+
+Written and read by ourselves, for torch's own writer gathers a plan of all ranks at every save, hashes nothing, and has
+no form for ZeRO's elements; its other format is a pickle.
 
 It is written beside its name and renamed into place, so a kill at any moment leaves the last whole one. No random state
 is kept: every draw of a run is a function of the seed and the place where it is made.
@@ -25,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,6 +44,9 @@ from cosmos3_train.training.strategy import meet
 
 STATE = "state.json"
 PARTS = ("trainables", "average", "optimizer")
+WHOLE = "whole.safetensors"
+OURS, TORCHS = "rows", "DCP_SHARDING_INFO"
+"""Keys of a shard's header: `Rows` by name, and where they begin as torch's reader looks it up."""
 UNREADABLE = (OSError, SafetensorError, json.JSONDecodeError, TypeError, ValueError)
 GLANCE_SECONDS = 0.02
 """Between two looks of the first rank's thread at what the others have written."""
@@ -185,8 +193,8 @@ class Saving:
         while sum(path.match("files_*.json") for path in self._partial.iterdir()) < writers:  # raises if it is gone
             time.sleep(GLANCE_SECONDS)
         (self._partial / STATE).write_bytes(self._state)
-        _flush(self._partial / STATE)
-        _flush(self._partial)
+        for path in (*self._partial.iterdir(), self._partial):
+            _flush(path)
         self._partial.replace(self.target)
         _flush(self.folder)
         for old in list_checkpoints(self.folder)[: -self.keep]:
@@ -242,21 +250,23 @@ def _write_parts(folder: Path, checkpoint: Checkpoint) -> None:
         sharded = {name: own for name, own in rows.items() if own is not None}
         whole = {name: value for name, value in tensors.items() if name not in sharded}
         if whole and is_first_rank():
-            hashes |= _write(folder / f"{part}.safetensors", whole, {})
+            hashes |= _write(folder, f"{part}/{WHOLE}", whole, {})
         if sharded:
-            places = {name: json.dumps(asdict(own)) for name, own in sharded.items()}
-            hashes |= _write(
-                folder / f"{part}.shard_{rank():05d}.safetensors", {name: tensors[name] for name in sharded}, places
-            )
+            # Torch finds a piece by where it begins: one of no rows would hide the next one.
+            own = {name: tensors[name] for name in sharded if tensors[name].numel()}
+            begins = {name: {"saved_offsets": [sharded[name].first] + [0] * (own[name].dim() - 1)} for name in own}
+            places = {OURS: {name: asdict(sharded[name]) for name in own}, TORCHS: begins}
+            hashes |= _write(folder, f"{part}/shard_{rank():05d}.safetensors", own, places)
     if hashes:
         # Whole or not at all, for the first rank waits for it.
         write_whole(folder / f"files_{rank():05d}.json", (json.dumps(hashes, indent=2) + "\n").encode())
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> dict[str, str]:
-    save_file(dict(tensors), path, metadata)
-    _flush(path)
-    return {path.name: _hash(path)}
+def _write(folder: Path, name: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> dict[str, str]:
+    (folder / name).parent.mkdir(exist_ok=True)
+    save_file(dict(tensors), folder / name, {key: json.dumps(value) for key, value in header.items()})
+    _flush(folder / name)
+    return {name: _hash(folder / name)}
 
 
 def _hash(path: Path) -> str:
@@ -321,7 +331,7 @@ def _check_hashes(path: Path, parts: Sequence[str], reader: int = 0, readers: in
     files: dict[str, str] = {}
     for told in sorted(path.glob("files_*.json")):
         files |= json.loads(told.read_text(encoding="utf-8"))
-    wanted = sorted(name for name in files if name.partition(".")[0] in parts)
+    wanted = sorted(name for name in files if name.partition("/")[0] in parts)
     for name in wanted[reader::readers]:
         if _hash(path / name) != files[name]:
             raise ValueError(f"{name} has changed since it was written")
@@ -348,17 +358,15 @@ class _Piece:
 
 def _read_part(path: Path, part: str, wanted: Mapping[str, Rows]) -> Iterator[tuple[str, Tensor]]:
     pieces: dict[str, list[_Piece]] = {}
-    for file in (path / f"{part}.safetensors", *sorted(path.glob(f"{part}.shard_*.safetensors"))):
-        if not file.is_file():
-            continue
+    for file in sorted((path / part).glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
-            places = opened.metadata() or {}
+            places = json.loads((opened.metadata() or {}).get(OURS, "{}"))
             for name in opened.keys():  # noqa: SIM118  it is no mapping
                 shape = opened.get_slice(name).get_shape()
                 if not shape:
                     yield name, opened.get_tensor(name)
                     continue
-                held = Rows(**json.loads(places[name])) if name in places else Rows(0, shape[0], shape[0])
+                held = Rows(**places[name]) if name in places else Rows(0, shape[0], shape[0])
                 pieces.setdefault(name, []).append(_piece(file, held, shape[1:]))
     for name, found in pieces.items():
         total = math.prod(found[0].shape)

@@ -293,7 +293,7 @@ def test_a_base_other_than_the_run_s(finished, tmp_path, root, refused, monkeypa
         shard.write_bytes(whole)
 
 
-@pytest.mark.parametrize("name", ["state.json", "average.safetensors"])
+@pytest.mark.parametrize("name", ["state.json", "average/whole.safetensors"])
 def test_a_run_s_checkpoint_that_is_damaged(finished, refused, monkeypatch, name):
     monkeypatch.chdir(finished)
     path = finished / "runs" / "small" / "checkpoints" / "step_000002" / name

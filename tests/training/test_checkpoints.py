@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from cosmos3_train.config import UserError
 from cosmos3_train.training.checkpoints import (
@@ -103,12 +105,15 @@ def write_in_shards(folder: Path, shards: int, monkeypatch, flat: bool = False) 
             partial = folder / ".step_000003.partial"
             partial.mkdir(parents=True, exist_ok=True)
             _write_parts(partial, _copied(part))
-            for file in list(partial.iterdir()):  # the first rank would begin with an empty folder
-                file.replace(folder / file.name)
+            for file in partial.rglob("*_0000*"):  # the first rank would begin with an empty folder
+                aside = folder / file.relative_to(partial)
+                aside.parent.mkdir(exist_ok=True)
+                file.replace(aside)
         else:
             path = save_checkpoint(folder, part, keep=2)
-    for file in folder.glob("*_0000[1-9]*"):
-        file.replace(path / file.name)
+    for file in folder.rglob("*_0000[1-9]*"):
+        if path not in file.parents:
+            file.replace(path / file.relative_to(folder))
     return path
 
 
@@ -135,12 +140,22 @@ def test_shards_are_read_whole_and_in_any_rows(tmp_path, monkeypatch, shards, fl
         assert torch.equal(some.optimizer["b.exp_avg"], some.trainables["b"] / 2)
 
 
+@pytest.mark.parametrize("shards", [1, 2, 3, 5])
+def test_torch_reads_each_part_as_a_distributed_checkpoint(tmp_path, monkeypatch, shards):
+    path, saved = write_in_shards(tmp_path, shards, monkeypatch, flat=False), checkpoint(3)
+    for part in ("trainables", "optimizer"):
+        wanted: dict[str, torch.Tensor] = getattr(saved, part)
+        found = {name: torch.full_like(value, torch.nan) for name, value in wanted.items()}
+        dcp.load(found, storage_reader=HuggingFaceStorageReader(str(path / part)), no_dist=True)
+        assert found and all(torch.equal(value, wanted[name]) for name, value in found.items())
+
+
 def test_a_lost_shard_and_a_changed_byte_are_damage(tmp_path, monkeypatch):
     path = write_in_shards(tmp_path, 2, monkeypatch)
-    file = path / "trainables.shard_00001.safetensors"
+    file = path / "trainables/shard_00001.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(UserError, match=r"damaged checkpoint \(trainables.shard_00001.safetensors has changed since"):
+    with pytest.raises(UserError, match=r"damaged checkpoint \(trainables/shard_00001.safetensors has changed since"):
         load_checkpoint(path)
     file.unlink()
     (path / "files_00001.json").unlink()
@@ -148,7 +163,7 @@ def test_a_lost_shard_and_a_changed_byte_are_damage(tmp_path, monkeypatch):
         load_checkpoint(path)
 
 
-@pytest.mark.parametrize("name", ["state.json", "trainables.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("name", ["state.json", "trainables/whole.safetensors", "optimizer/whole.safetensors"])
 def test_a_damaged_checkpoint_says_what_to_do(tmp_path, name):
     path = save_checkpoint(tmp_path, checkpoint(1), keep=2)
     (path / name).write_bytes((path / name).read_bytes()[:20])
@@ -156,11 +171,11 @@ def test_a_damaged_checkpoint_says_what_to_do(tmp_path, name):
         load_checkpoint(path)
 
 
-@pytest.mark.parametrize("name", ["state.json", "average.safetensors", "trainables.safetensors"])
+@pytest.mark.parametrize("name", ["state.json", "average/whole.safetensors", "trainables/whole.safetensors"])
 def test_what_is_exported_is_not_read_from_a_damaged_checkpoint(tmp_path, name):
     whole = checkpoint(1)
     path = save_checkpoint(tmp_path, replace(whole, average=whole.trainables), keep=2)
-    averaged = name != "trainables.safetensors"
+    averaged = name != "trainables/whole.safetensors"
     assert load_result(path, averaged=averaged)[0].step == 1
     (path / name).write_bytes((path / name).read_bytes()[:20])
     with pytest.raises(UserError, match=r"step_000001: damaged checkpoint .*remove the folder to go on from the one"):
