@@ -786,6 +786,9 @@ class Experiment:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             fail(f"name is {self.name!r}; it is a folder under runs/: letters, digits, '.', '_' and '-', no path")
+        obstacle = self.pass_is_not_one()
+        if self.model.cuda_graphs is True and obstacle:
+            fail(f"model.cuda_graphs is true, but {obstacle}; use auto")
         if self.model.base_precision == "fp8":
             if self.tuning.method in ("tower", "full"):
                 fail(
@@ -807,3 +810,14 @@ class Experiment:
                     f"model.base_precision is 'fp8', but strategy.name {self.strategy.name!r} spreads weights over "
                     "processes in their own dtype; use ddp, where each holds all of them, or base_precision=dtype"
                 )
+
+    def pass_is_not_one(self) -> str | None:
+        """Why a pass of such a run cannot be one launch, as far as its settings tell, or None."""
+        strategy = self.strategy
+        if strategy.context_parallel > 1:
+            return f"under strategy.context_parallel={strategy.context_parallel} ranks exchange something within a pass"
+        if strategy.name not in ("auto", "single", "ddp"):
+            return f"under strategy.name={strategy.name} ranks exchange something within a pass"
+        if self.model.compile is False:
+            return "model.compile is false"
+        return "tuning.dropout draws in every pass" if self.tuning.dropout else None

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from cosmos3_train.config import Experiment, UserError, first_line
 from cosmos3_train.model.omni import Cosmos3PackedTransformer, Understood
 from cosmos3_train.training.recompute import MARGIN, room_on
-from cosmos3_train.training.strategy import is_sharded
 from cosmos3_train.types import PackedSequence, Spans
 
 logger = logging.getLogger(__name__)
@@ -208,13 +207,11 @@ def _obstacle(experiment: Experiment, backbone: Cosmos3PackedTransformer) -> str
     """Why passes of a run cannot be recorded, or None."""
     if backbone.device.type != "cuda":
         return f"this is {backbone.device.type}"
-    if is_sharded(experiment.strategy) or experiment.strategy.context_parallel > 1:
-        return f"under strategy.name={experiment.strategy.name} ranks exchange something within a pass"
     if backbone.compiler is None:
         return "the layers are not compiled"
     if backbone.attention_backend == "sdpa":
         return "sdpa attends sample by sample (model.attention)"
-    return "tuning.dropout draws in every pass" if backbone.draws else None
+    return experiment.pass_is_not_one()
 
 
 def shape_of(value: Any) -> Hashable:

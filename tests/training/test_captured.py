@@ -58,6 +58,22 @@ def test_every_tensor_is_copied_in_one_order():
     assert named and all(id(getattr(one, name)) in found for name in named)
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("strategy.name=fsdp2", "under strategy.name=fsdp2 ranks exchange"),
+        ("strategy.context_parallel=2", "under strategy.context_parallel=2 ranks exchange"),
+        ("model.compile=false", "model.compile is false"),
+        ("tuning.dropout=0.1", "tuning.dropout draws in every pass"),
+    ],
+)
+def test_settings_that_rule_it_out_are_refused_before_a_run(project, change, told):
+    load(project, "name=unasked", change)
+    with pytest.raises(UserError, match=f"model.cuda_graphs is true, but {told}.*; use auto") as caught:
+        load(project, "name=asked", "model.cuda_graphs=true", change)
+    assert "\n" not in str(caught.value)
+
+
 def test_what_cannot_be_recorded_is_refused_where_it_is_asked_for(project):
     assert build(load(project, "name=on_a_cpu")).module.captured is None
     with pytest.raises(UserError, match=r"model\.cuda_graphs is true, but this is cpu"):
