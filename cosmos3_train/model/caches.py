@@ -30,7 +30,7 @@ from cosmos3_train.config import Augment, UserError
 from cosmos3_train.data.augment import augmented
 from cosmos3_train.data.reader import SOUND_LATENTS, LatentCache, PreparedDataset, latents_place
 from cosmos3_train.model.encoders import Encoder
-from cosmos3_train.model.loading import latents_dtype
+from cosmos3_train.model.tokenizers import latents_dtype
 from cosmos3_train.runtime import fold, ignore_sigterm, is_first_rank
 
 logger = logging.getLogger(__name__)
@@ -38,12 +38,9 @@ logger = logging.getLogger(__name__)
 SHARD = 256
 """Windows a file: a policy window at the 256 tier is about 0.25 MB in bf16."""
 
-BATCH, BATCH_ON_CPU = 64, 4
-"""Windows at a time. For a GPU they are read, and it encodes as many of them at once as it holds. On a CPU each of the
-loader's workers reads and encodes its own; not one by one, for which torch has a convolution seven times as slow."""
-
-CLIPS, CLIPS_ON_CPU = 4, 1
-"""The same of sound, and of video without a robot, whose windows are hundreds of megabytes each."""
+BATCH = 64
+"""Windows read at a time for a GPU, which encodes as many of them at once as it holds. On a CPU the loader's workers
+encode one each: a core a clip, no waiting."""
 
 UNCHANGED = Augment()
 
@@ -73,6 +70,10 @@ def _fingerprint(dataset: PreparedDataset, settings: Sequence[Any], weights: nn.
     return digest.hexdigest()
 
 
+CLIPS = 4
+"""The same of video without a robot, whose windows are hundreds of megabytes each."""
+
+
 @dataclass(frozen=True)
 class _Kind:
     """What one cache is made of.
@@ -80,7 +81,7 @@ class _Kind:
     place:  in the prepared folder;  what: for messages and the bar;  source: what made it
     rows:   that have it, rising
     read:   of a row, what is encoded;  encode: several of these, in their order
-    batch:  rows at a time
+    batch:  rows at a time on a GPU
     """
 
     place: Path
@@ -104,9 +105,9 @@ class _Rows(Dataset[Tensor]):
     def __len__(self) -> int:
         return self.count
 
-    def __getitems__(self, rows: Sequence[int]) -> list[Tensor]:
-        read = [self.kind.read(row) for row in rows]
-        return self.kind.encode(read) if self.encodes else read
+    def __getitem__(self, row: int) -> Tensor:
+        read = self.kind.read(row)
+        return self.kind.encode([read])[0] if self.encodes else read
 
 
 def ensure_latents(
@@ -139,8 +140,6 @@ def ensure_latents(
 def _of_frames(dataset: PreparedDataset, encoder: Encoder, variant: int, augment: Augment) -> _Kind:
     """Variant 0 is a window as it is; another one is changed by `augment`, alike for every run that caches it."""
     vae = encoder.parts.vae
-    on_cpu = vae.device.type == "cpu"
-    robots, clips = (BATCH_ON_CPU, CLIPS_ON_CPU) if on_cpu else (BATCH, CLIPS)
 
     def read(row: int) -> Tensor:
         change = partial(augmented, settings=augment, key=fold(0, "variant", variant, row)) if variant else None
@@ -152,29 +151,28 @@ def _of_frames(dataset: PreparedDataset, encoder: Encoder, variant: int, augment
         source="video tokenizer, another augmentation" if variant else "video tokenizer",
         fingerprint=latent_fingerprint(vae, dataset, variant, augment),
         dtype=latents_dtype(vae),
-        on_cpu=on_cpu,
+        on_cpu=vae.device.type == "cpu",
         rows=range(dataset.rows),
         read=read,
         encode=lambda clips: _encode_by_size(encoder, clips, dataset),
-        batch=robots if dataset.has_robot else clips,
+        batch=BATCH if dataset.has_robot else CLIPS,
     )
 
 
 def _of_sound(dataset: PreparedDataset, encoder: Encoder) -> _Kind:
     tokenizer = encoder.parts.sound_tokenizer
     assert tokenizer is not None, "the parts have no sound tokenizer"
-    on_cpu = tokenizer.device.type == "cpu"
     return _Kind(
         place=SOUND_LATENTS,
         what="latents (sound)",
         source="sound tokenizer",
         fingerprint=sound_fingerprint(tokenizer, dataset),
         dtype=latents_dtype(tokenizer),
-        on_cpu=on_cpu,
+        on_cpu=tokenizer.device.type == "cpu",
         rows=[row for row in range(dataset.rows) if dataset.has_sound(row)],
         read=lambda row: dataset.waveform(dataset.row(row)),
         encode=lambda waveforms: [encoder.encode_sound(waveform) for waveform in waveforms],
-        batch=CLIPS_ON_CPU if on_cpu else CLIPS,
+        batch=CLIPS,
     )
 
 
@@ -203,6 +201,7 @@ def _ensure(dataset: PreparedDataset, kind: _Kind, workers: int, progress: bool)
 
 
 def _write_shards(dataset: PreparedDataset, kind: _Kind, folder: Path, workers: int, progress: bool) -> None:
+    batch = 1 if kind.on_cpu else kind.batch
     shards: dict[int, list[int]] = {}
     for row in kind.rows:
         shards.setdefault(row // SHARD, []).append(row)
@@ -212,7 +211,7 @@ def _write_shards(dataset: PreparedDataset, kind: _Kind, folder: Path, workers: 
             if LatentCache.shard_file(folder, shard).is_file():
                 bar.update(len(rows))
             else:
-                missing += [rows[place : place + kind.batch] for place in range(0, len(rows), kind.batch)]
+                missing += [rows[place : place + batch] for place in range(0, len(rows), batch)]
         loader = DataLoader(
             _Rows(kind, dataset.rows, encodes=kind.on_cpu),
             batch_sampler=missing,

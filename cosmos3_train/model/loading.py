@@ -29,6 +29,7 @@ from cosmos3_train.model.base_identity import read_index, shard_files
 from cosmos3_train.model.compiling import choose_compiler
 from cosmos3_train.model.fp8 import Fp8Linear, describe_fp8, require_fp8, use_fp8
 from cosmos3_train.model.omni import Cosmos3PackedTransformer, is_understanding
+from cosmos3_train.model.tokenizers import place_tokenizer
 from cosmos3_train.runtime import fold
 
 logger = logging.getLogger(__name__)
@@ -253,29 +254,6 @@ def load_parts(model: Model, device: torch.device, *, vae_weights: bool = True) 
         enable_safety_checker=False,
         **{switch: index[switch] for switch in SWITCHES if switch in index},
     )
-
-
-def place_tokenizer(tokenizer: Any, device: torch.device) -> None:
-    """Put a frozen video or sound tokenizer on its device, its weights in `vae_dtype` as they were read.
-
-    A CPU without bfloat16 (AVX2 and no more) takes up to hundreds of times as long for a convolution in it: there these
-    same weights run in float32. Latents are kept in `latents_dtype` all the same and differ by their rounding alone, as
-    those of two devices do, so a cache made on one is the other's too.
-    """
-    tokenizer.requires_grad_(False).to(device).eval()
-    if tokenizer.dtype == torch.bfloat16 and device.type == "cpu" and not cpu_has_bfloat16():
-        tokenizer.float().kept_dtype = torch.bfloat16
-        logger.info("%s: this CPU has no bfloat16, its bfloat16 weights run in float32", type(tokenizer).__name__)
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies in bfloat16 at all."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def latents_dtype(tokenizer: Any) -> torch.dtype:
-    """What latents of a placed tokenizer are kept in, and what it is known by: `vae_dtype`."""
-    return getattr(tokenizer, "kept_dtype", tokenizer.dtype)
 
 
 def make_backbone(folder: Path, model: Model) -> Cosmos3PackedTransformer:

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from cosmos3_train.config import Model, UserError, first_line
 from cosmos3_train.data.sound import SoundForm
 from cosmos3_train.model.base_identity import check_shards
-from cosmos3_train.model.loading import DTYPES, SOUND, make_backbone, model_folder, place_tokenizer, tensor_files
+from cosmos3_train.model.loading import DTYPES, SOUND, make_backbone, model_folder, tensor_files
+from cosmos3_train.model.tokenizers import place_tokenizer
 
 
 def check_sound(folder: Path, model: Model, task: str) -> SoundForm:

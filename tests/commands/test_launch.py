@@ -30,7 +30,11 @@ def launch(project: Path, *arguments: str) -> subprocess.CompletedProcess:
     [
         ("optimizer.learning_rat=1", MISTAKE),
         ("--frehs", "error: unrecognized arguments: --frehs; cosmos3 --help says what there is"),
-        ("strategy.context_parallel=4", "error: strategy.context_parallel is 4, which does not divide the 2 processes"),
+        pytest.param(
+            "strategy.context_parallel=4",
+            "error: strategy.context_parallel is 4, which does not divide the 2 processes",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_a_mistake_that_both_processes_find_is_told_once(project, mistake, told):

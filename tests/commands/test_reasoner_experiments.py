@@ -43,7 +43,7 @@ def test_two_steps_on_a_tiny_model(name, cosmos3, project, seeing, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", [pytest.param("llava_onevision", marks=pytest.mark.long), "videophy2"])
 def test_every_command_takes_such_a_set(name, cosmos3, project, seeing, capsys):
     card, experiment = f"data/published/{name}.yaml", f"experiments/nano_reasoner_{name}.yaml"
     SETS[name](project / "downloads" / name)

@@ -15,7 +15,7 @@ from diffusers.pipelines.cosmos.pipeline_cosmos3_omni import CosmosActionConditi
 from PIL import Image
 from transformers import AutoTokenizer
 
-from cosmos3_train.model.loading import cpu_has_bfloat16
+from cosmos3_train.model.tokenizers import cpu_has_bfloat16
 
 FOLDER = Path(__file__).parents[2] / "data" / "cosmos3_pico"
 INSTRUCTION = "Push the T-shaped block onto the T-shaped target."

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from cosmos3_train.config import Model, UserError
 from cosmos3_train.evaluation.sampling import solver_schedule
 from cosmos3_train.model import loading
-from cosmos3_train.model.loading import latents_dtype, load_backbone, load_parts
+from cosmos3_train.model.loading import load_backbone, load_parts
 from cosmos3_train.model.prompts import robot_prompt, video_prompt
 from tests.training.project import robot, write_model
 
@@ -180,20 +180,3 @@ def test_a_download_that_was_cut_off_is_not_there_yet(folder, tmp_path, monkeypa
     (copy / "model_index.json").write_text(index)
     next((copy / "transformer").glob("*.safetensors")).unlink()
     assert loading.fetched_folder(hub) is None
-
-
-@pytest.mark.parametrize("has_bfloat16", [True, False])
-def test_a_cpu_without_bfloat16_runs_its_weights_in_float32_and_its_latents_are_known_by_bfloat16(
-    folder, monkeypatch, has_bfloat16
-):
-    monkeypatch.setattr(loading, "cpu_has_bfloat16", lambda: has_bfloat16)  # in place of another machine
-    vae = load_parts(model(folder), CPU).vae
-    assert vae.dtype == (torch.bfloat16 if has_bfloat16 else torch.float32)
-    assert latents_dtype(vae) == torch.bfloat16
-    assert all(torch.equal(weight, weight.bfloat16().to(weight.dtype)) for weight in vae.state_dict().values())
-
-
-def test_a_tokenizer_in_float32_keeps_every_bit(folder):
-    vae = load_parts(model(folder, vae_dtype="float32"), CPU).vae
-    assert vae.dtype == latents_dtype(vae) == torch.float32
-    assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in vae.state_dict().values())

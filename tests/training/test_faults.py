@@ -94,15 +94,16 @@ def test_a_rank_that_stands_still_is_named(project):
     assert "rank      : 0 " in root_cause(output) and "Traceback" not in output.partition(told)[0], output
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("strategy", "on"),
     [
         ("fsdp2", 1),
-        pytest.param("fsdp2", 0, marks=pytest.mark.long),
-        pytest.param("ddp", 1, marks=pytest.mark.long),
-        pytest.param("ddp strategy.context_parallel=2", 1, marks=pytest.mark.long),
-        pytest.param("hsdp strategy.shards=1", 1, marks=pytest.mark.long),
-        pytest.param("deepspeed_zero3", 1, marks=pytest.mark.long),
+        ("fsdp2", 0),
+        ("ddp", 1),
+        ("ddp strategy.context_parallel=2", 1),
+        ("hsdp strategy.shards=1", 1),
+        ("deepspeed_zero3", 1),
     ],
 )
 def test_a_rank_that_stands_still_within_a_step_is_named(project, strategy, on):
@@ -115,6 +116,7 @@ def test_a_rank_that_stands_still_within_a_step_is_named(project, strategy, on):
     assert re.search(f"error: .*: {told}", report), output
 
 
+@pytest.mark.long
 def test_a_disk_that_is_full_for_one_rank_alone_is_its_own_error_and_costs_no_checkpoint(project):
     """Rank 1 writes its rows of the second checkpoint, the first rank waits for them."""
     folder = project / "runs" / "one_full"
@@ -147,7 +149,8 @@ def test_a_rank_whose_data_come_late_is_named(project, strategy):
     assert times["slowest_reader"] == 1 and times["slowest_reader_seconds"] >= LATE_SECONDS > times["reading_seconds"]
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("deepspeed_zero3", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["fsdp2", "deepspeed_zero3"])
 def test_sigterm_during_an_evaluation_leaves_it_on_all_ranks(project, strategy):
     """The first rank measures, the other lends it its parts; the run that goes on makes what was left."""
     brief = (

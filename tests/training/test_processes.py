@@ -91,7 +91,7 @@ def test_signal_full_disk_and_the_end_with_their_exit_codes(project, undisturbed
 
 def test_killed_at_any_moment_it_ends_with_the_same_weights(project, undisturbed):
     folder, chance = project / "runs" / "killed", random.Random(7)
-    kills = [chance.uniform(5, 40), chance.uniform(45, 75), chance.uniform(80, 110)]
+    kills = [chance.uniform(5, 50), chance.uniform(60, 110)]
     for step in kills:
         process = start(project, "name=killed", *LONG, "data.workers=1")
         wait_for_step(process, folder, int(step))
