@@ -695,6 +695,11 @@ class Strategy:
                 "use ddp or fsdp2"
             )
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether no process holds all of a run: of its weights, or of what ZeRO keeps for them."""
+        return self.name not in ("auto", "single", "ddp")
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -816,7 +821,7 @@ class Experiment:
         strategy = self.strategy
         if strategy.context_parallel > 1:
             return f"under strategy.context_parallel={strategy.context_parallel} ranks exchange something within a pass"
-        if strategy.name not in ("auto", "single", "ddp"):
+        if strategy.is_sharded:
             return f"under strategy.name={strategy.name} ranks exchange something within a pass"
         if self.model.compile is False:
             return "model.compile is false"

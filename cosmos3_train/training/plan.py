@@ -305,7 +305,7 @@ def _takes_fp8(w: Workload) -> bool:
     """Whether the schema lets the run round its frozen weights, and the GPU multiplies such."""
     tuning = w.experiment.tuning
     lora = tuning.method in ("lora", "hybrid") and not tuning.dora
-    return lora and w.gpu.fp8 is not None and w.experiment.strategy.name in ("auto", "single", "ddp")
+    return lora and w.gpu.fp8 is not None and not w.experiment.strategy.is_sharded
 
 
 def _spread(w: Workload, gpus: int) -> Workload | None:

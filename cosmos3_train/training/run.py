@@ -78,7 +78,6 @@ from cosmos3_train.training.strategy import (
     data_rank,
     device_for,
     device_mesh,
-    is_sharded,
     make_strategy,
     shards_weights,
     zero_stage,
@@ -246,7 +245,7 @@ def _memory_named(experiment: Experiment, when: Callable[[], str]) -> Iterator[N
         helps = [f"a smaller training.tokens_per_micro_batch (now {budget})"]
         if model.base_precision != "fp8" or model.fp8_copies > 1:
             helps.append("model.base_precision=fp8 with model.fp8_copies=1")
-        exchanges = is_sharded(experiment.strategy) or experiment.strategy.context_parallel > 1
+        exchanges = experiment.strategy.is_sharded or experiment.strategy.context_parallel > 1
         if exchanges and model.checkpoint_activations is not True:  # there auto cannot give way within a step
             helps.append("model.checkpoint_activations=true")
         elif model.checkpoint_activations not in (True, "auto"):
@@ -283,7 +282,7 @@ def build(loaded: Loaded, purpose: Purpose = "train") -> Run:
     device = device_for(experiment.strategy)
     if purpose == "train":
         refuse_few_samples(experiment.training.samples_per_step, data_rank(experiment.strategy)[1])
-    sharded = is_sharded(experiment.strategy) and purpose == "train"
+    sharded = experiment.strategy.is_sharded and purpose == "train"
     shares = experiment.strategy.context_parallel if purpose == "train" else 1
     if sharded or shares > 1:
         connect(experiment.strategy, device)

@@ -110,14 +110,9 @@ def strategy_name(strategy: config.Strategy) -> Name:
     return strategy.name
 
 
-def is_sharded(strategy: config.Strategy) -> bool:
-    """Whether no process holds all of a run: of its weights, or of what ZeRO keeps for them."""
-    return strategy_name(strategy) not in ("single", "ddp")
-
-
 def shards_weights(strategy: config.Strategy) -> bool:
     """Whether no process holds the whole model."""
-    return is_sharded(strategy) and strategy.name != "deepspeed_zero2"
+    return strategy.is_sharded and strategy.name != "deepspeed_zero2"
 
 
 def zero_stage(strategy: config.Strategy) -> int:
@@ -147,7 +142,7 @@ def device_for(strategy: config.Strategy) -> torch.device:
                 f"strategy.devices is {strategy.devices}, but {world_size()} processes were started on "
                 f"{node_count()} machines; give strategy.devices={world_size() // node_count()}"
             )
-    if is_sharded(strategy) and not launched():
+    if strategy.is_sharded and not launched():
         raise UserError(f"strategy.name is {name!r}, but one process was started; use launch/local.sh EXPERIMENT")
     refuse_remainders(strategy, world_size(), _shards(strategy))
     if strategy.accelerator != "cpu" and torch.cuda.is_available():
@@ -173,7 +168,7 @@ def make_strategy(strategy: config.Strategy, device: torch.device) -> Strategy:
     """Lightning's strategy for the run."""
     if strategy_name(strategy) == "single":
         return SingleDeviceStrategy(device=device)
-    kind = ShardedWeights if is_sharded(strategy) and not zero_stage(strategy) else SummedGradients
+    kind = ShardedWeights if strategy.is_sharded and not zero_stage(strategy) else SummedGradients
     return kind(process_group_backend=_backend(device), timeout=timedelta(seconds=strategy.collective_timeout_seconds))
 
 

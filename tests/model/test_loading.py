@@ -16,17 +16,10 @@ from cosmos3_train.evaluation.sampling import solver_schedule
 from cosmos3_train.model import loading
 from cosmos3_train.model.loading import load_backbone, load_parts
 from cosmos3_train.model.prompts import robot_prompt, video_prompt
-from tests.training.project import robot, write_model
+from tests.training.project import robot
 
 CPU = torch.device("cpu")
 SYSTEM, NATIVE = "default_use_system_prompt", "use_native_flow_schedule"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("model") / "small"
-    root.mkdir()
-    return write_model(root)
 
 
 def model(folder, dtype="bfloat16", **changes) -> Model:

@@ -28,19 +28,12 @@ from cosmos3_train.training.batching import PackedStep, Packer
 from cosmos3_train.training.module import PostTraining
 from cosmos3_train.types import Sample, StepBatch
 from tests.parity.upstream import EDGE, randomise
-from tests.training.project import robot, write_model
+from tests.training.project import robot
 from tests.training.steps import make_module, parts, perturb
 
 CPU = torch.device("cpu")
 LORA = Tuning(method="hybrid", rank=4)
 WORDS = ("push", "push the block to the left edge of the table and wait", "turn it")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("model") / "small"
-    root.mkdir()
-    return write_model(root)
 
 
 @pytest.fixture(scope="module")

@@ -11,16 +11,8 @@ from cosmos3_train.config import Model
 from cosmos3_train.model import tokenizers
 from cosmos3_train.model.loading import load_parts
 from cosmos3_train.model.tokenizers import latents_dtype
-from tests.training.project import write_model
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("model") / "small"
-    root.mkdir()
-    return write_model(root)
 
 
 def video_tokenizer(folder, dtype: str) -> AutoencoderKLWan:

@@ -17,7 +17,6 @@ from cosmos3_train.training.strategy import (
     data_rank,
     device_for,
     device_mesh,
-    is_sharded,
     shards_weights,
     strategy_name,
     zero_stage,
@@ -63,7 +62,7 @@ def test_every_strategy_is_a_part(part):
     loaded = load_experiment(REPOSITORY / "experiments" / "nano_policy_lora.yaml", ["parts.strategy=" + part])
     strategy, name = loaded.experiment.strategy, part.removesuffix("_offload")
     assert strategy.name == name and strategy.offload == part.endswith("_offload")
-    assert is_sharded(strategy) == (name in ("fsdp2", "hsdp", *ZERO))
+    assert strategy.is_sharded == (name in ("fsdp2", "hsdp", *ZERO))
     assert shards_weights(strategy) == (name in ("fsdp2", "hsdp", "deepspeed_zero3"))
     assert zero_stage(strategy) == {"deepspeed_zero2": 2, "deepspeed_zero3": 3}.get(name, 0)
 
