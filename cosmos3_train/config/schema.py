@@ -347,8 +347,9 @@ class Model:
                             then every step is faster; auto does on a GPU, not on a CPU
     cuda_graphs:            record passes whose shapes come again and launch each as one, where the GPU would wait for a
                             host that launches them kernel by kernel: auto does on a GPU for compiled layers and packs
-                            of up to 16,384 tokens, where weights are not sharded and memory holds a pass twice, for
-                            what is recorded has its own; true for packs of every size, whatever memory there is
+                            of up to 16,384 tokens, where weights are not sharded and, for what is recorded has memory
+                            of its own, a pass fits twice or all are alike; true for packs of every size, whatever
+                            memory there is
     checkpoint_activations: what of the layers is computed again in backward, to save memory: true all of it (a third
                             slower); but_attention all but that (Nano: 0.3 MB a generation token), whose cost grows with
                             the square of a clip's length; but_products norms and gates alone (a hundredth slower);

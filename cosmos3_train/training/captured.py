@@ -84,6 +84,7 @@ class CapturedPasses:
                 parameters are its own, on another stream, which a pass that is recorded must not wait for.
         """
         if not self._may_be_recorded(pack):
+            self._seen[None] += 1
             return None
         shape = shape_of((pack, understood, counts))
         graph = self._graphs.get(shape)
@@ -122,13 +123,19 @@ class CapturedPasses:
         self._seen[shape] += 1
         return self._seen[shape] > AS_WRITTEN and len(self._graphs) < MOST_GRAPHS
 
+    def _has_room(self, device: torch.device) -> bool:
+        """Whether a GPU holds what is recorded, which has memory of its own, and a pass as written beside it. Where all
+        passes so far are alike there will hardly be one: the first that memory has no room for gives the graph back."""
+        return len(self._seen) == 1 or _fits_twice(device)
+
     def _recorded(
         self, shape: Hashable, pack: PackedSequence, understood: Understood | None, counts: Tensor
     ) -> _Graph | None:
         """The graph of a pack's pass, None where it cannot be recorded; then none is any more."""
         began, graph = time.monotonic(), None
-        if self._largest is not None and not self._graphs and not _fits_twice(pack.text_ids.device):
-            logger.info("passes are not launched as one: memory is short (model.cuda_graphs=true does it all the same)")
+        if self._largest is not None and not self._graphs and not self._has_room(pack.text_ids.device):
+            words = "passes are not launched as one: they differ in shape and memory is short"
+            logger.info(f"{words} (model.cuda_graphs=true does it all the same)")
             self._gave_up = True
             return None
         try:
@@ -181,7 +188,7 @@ class CapturedPasses:
 
 
 def _fits_twice(device: torch.device) -> bool:
-    """Whether a GPU holds what a pass takes once more beside a pass: what is recorded has memory of its own."""
+    """Whether a GPU holds what a pass takes once more beside a pass."""
     stays = torch.cuda.memory_allocated(device)
     return stays + 2 * (torch.cuda.max_memory_allocated(device) - stays) <= room_on(device, MARGIN)
 

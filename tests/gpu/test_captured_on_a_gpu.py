@@ -3,6 +3,7 @@ one by one, and a run says so and ends as it would."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 
 from cosmos3_train.data.mixture import Mixture, StepDataset
 from cosmos3_train.evaluation.pictures import read_metrics
+from cosmos3_train.training.captured import AS_WRITTEN, LARGEST, CapturedPasses
 from cosmos3_train.training.run import build, train
 from tests.gpu.test_reasoner_cache_on_a_gpu import SIZES
 from tests.training.project import PICO, experiment, load, write, write_project
 from tests.training.steps import difference
+from tests.training.test_captured import packed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
@@ -99,3 +102,47 @@ def test_a_run_by_graphs_makes_the_curve_of_one_without(root, caplog):
         assert ("launched as one" in caplog.text) == (graphs == "auto")
     assert len(curves["auto"]) == 30
     assert curves["auto"] == pytest.approx(curves["false"], rel=0.03)
+
+
+@pytest.fixture
+def capped() -> Iterator[None]:
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.parametrize("alike", [True, False], ids=["alike", "not alike"])
+def test_where_memory_does_not_hold_a_pass_twice_those_that_are_alike_are_recorded(capped, alike):
+    device = torch.device("cuda", torch.cuda.current_device())
+    weight = torch.nn.Parameter(torch.rand(2**27, device=device))  # 0.5 GiB, as is each step of the chain below
+
+    def work(pack, understood, counts):
+        value = weight
+        for _ in range(4):
+            value = value.exp().log1p()
+        return {"video": value.mean().detach()}, value.mean() * counts.sum()
+
+    passes = CapturedPasses([weight], work, LARGEST)
+    counts = torch.ones(1, device=device)
+    ours, theirs = packed(5, 9).to(device), packed(5, 10).to(device)
+
+    def make(pack) -> torch.Tensor:
+        if passes(pack, None, counts, may_record=True) is None:
+            work(pack, None, counts)[1].backward()
+        assert weight.grad is not None
+        gradient, weight.grad = weight.grad.cpu(), None
+        return gradient
+
+    torch.cuda.reset_peak_memory_stats(device)
+    expected = make(ours if alike else theirs)
+    stays, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction((stays + 1.6 * (peak - stays)) / total)
+    for _ in range(AS_WRITTEN + 1):
+        torch.testing.assert_close(make(ours), expected)
+    assert len(passes) == alike
+    if alike:  # one that is not has no room beside it
+        with pytest.raises(torch.OutOfMemoryError):
+            make(theirs)
+        assert passes.give_back()
+        torch.testing.assert_close(make(theirs), expected)

@@ -61,8 +61,8 @@ SIZES = {
     "action_dim": 64,
 }
 NANO_WIDE = (
-    f"moves {STEPS} strategy.accelerator=gpu model.path={PICO} model.dtype=bfloat16 tuning.method=tower "
-    "tuning.towers=[generation] optimizer.learning_rate=0.0001 model.checkpoint_activations=true "
+    f"moves {STEPS} training.samples_per_step=5 strategy.accelerator=gpu model.path={PICO} model.dtype=bfloat16 "
+    "tuning.method=tower tuning.towers=[generation] optimizer.learning_rate=0.00001 model.checkpoint_activations=true "
     "training.checkpoint_every_n_steps=0 "
     f"data.datasets.moves.prepared=prepared/nano_wide {' '.join(f'model.random.{k}={v}' for k, v in SIZES.items())}"
 )
