@@ -28,8 +28,11 @@ TUNINGS = {
     "cached": f"moves {GPU} tuning.method=tower tuning.towers=[generation]",
 }
 FAMILIES = {
-    "own": {"ddp": "strategy.name=ddp", "fsdp2": "strategy.name=fsdp2"}
-    | ({"hsdp": "strategy.name=hsdp strategy.shards=2"} if COUNT == 4 else {}),
+    "own": {
+        "ddp": "strategy.name=ddp",
+        "fsdp2": "strategy.name=fsdp2",
+        "hsdp": f"strategy.name=hsdp strategy.shards={COUNT // 2}",
+    },
     "zero": {"zero2": "strategy.name=deepspeed_zero2", "zero3": "strategy.name=deepspeed_zero3"},
     "offload": {
         "zero2_offload": "strategy.name=deepspeed_zero2 strategy.offload=true",

@@ -60,7 +60,7 @@ def on_processes(root: Path, count: int, *jobs: str) -> None:
     """Carry out jobs on so many processes."""
     process = start(root, count, *jobs)
     try:
-        output, _ = process.communicate(timeout=120 + 30 * len(jobs))
+        output, _ = process.communicate(timeout=120 + 60 * len(jobs))
     except subprocess.TimeoutExpired:
         process.terminate()  # torchrun ends its ranks
         raise AssertionError(process.communicate()[0]) from None

@@ -13,7 +13,7 @@ from tests.training.test_processes import LONG, ended, wait_for_step
 from tests.training.test_run import rows, status
 from tests.training.test_sharding import assert_same_curve, job, on_processes
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the first one makes the runs of all
 
 HOWS = {
     "zero2": "strategy.name=deepspeed_zero2",
