@@ -66,8 +66,7 @@ class RunLoop(lightning.Callback):
     # -------------------------------------------------------------------------------------------- hooks
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        # After Lightning has set its own handlers, so that ours is the one that counts. It only raises a flag: a
-        # collective or a file written inside a handler could meet one that is half done.
+        # It only raises a flag: a collective or a file written inside a handler could meet one that is half done.
         self._previous_handler = signal.signal(signal.SIGTERM, self._on_signal)
         step = self.module.position.step
         if is_first_rank():
@@ -161,7 +160,7 @@ class RunLoop(lightning.Callback):
             self._saving.wait_alone()
         if isinstance(exception, PeerLost):
             exception.asked_to_stop = self._asked_to_stop
-            # Until its teardown is over Lightning answers SIGTERM with a broadcast, which the lost rank cannot hear.
+            # What Lightning tears down now is not to be cut short, and the error not to be hidden by another.
             signal.signal(signal.SIGTERM, lambda number, frame: setattr(exception, "asked_to_stop", True))
 
     # -------------------------------------------------------------------------------------------- details

@@ -498,7 +498,7 @@ def make_trainer(experiment: Experiment, device: torch.device, loop: RunLoop) ->
     precision stays "32-true": the backbone has its own dtypes, and 'bf16-true' would cast rotary frequencies and the
     timestep embedder, while 'bf16-mixed' refuses a fused optimizer with clipping.
     """
-    return lightning.Trainer(
+    trainer = lightning.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=experiment.strategy.devices if world_size() > 1 else 1,
         num_nodes=node_count(),
@@ -514,3 +514,12 @@ def make_trainer(experiment: Experiment, device: torch.device, loop: RunLoop) ->
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
     )
+    # Before every step all ranks would tell each other of SIGTERM and the host wait for the device, which `runs_ahead`
+    # is there to spare, and its handler would wait for the other ranks wherever a signal finds it. `RunLoop` does both.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing
+    trainer._signal_connector.register_signal_handlers = _nothing
+    return trainer
+
+
+def _nothing() -> None:
+    pass

@@ -22,16 +22,18 @@ class Listener(TorchDispatchMode):
 
     steps: their names by step and pass, from the pass's forward to the next one's, of the last one to the optimizer's
         step
+    between: their names from there to the next step's first forward
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.steps: list[list[list[str]]] = []
+        self.between: set[str] = set()
         self._passes: list[list[str]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d" and self._passes:
-            self._passes[-1].append(func.overloadpacket.__name__)
+        if func.namespace == "c10d" and (self._passes or self.steps):
+            (self._passes[-1].append if self._passes else self.between.add)(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
 
     def begin_pass(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -68,12 +70,20 @@ def exchanged(run: Path, rank: int) -> Path:
 
 def heard(run: Path, ranks: int = 2) -> tuple[set[str], set[str]]:
     """What the ranks of a run exchanged in steps of several passes: before the last one, and in it."""
-    steps = [step for rank in range(ranks) for step in json.loads(exchanged(run, rank).read_text())]
+    steps = [step for rank in range(ranks) for step in _of(run, rank)["steps"]]
     several = [step for step in steps if len(step) > 1]
     assert several, "no step has several packs"
     before = {name for step in several for names in step[:-1] for name in names}
     last = {name for step in several for name in step[-1]}
     return before, last
+
+
+def heard_between_steps(run: Path, ranks: int = 2) -> set[str]:
+    return {name for rank in range(ranks) for name in _of(run, rank)["between"]}
+
+
+def _of(run: Path, rank: int) -> dict[str, Any]:
+    return json.loads(exchanged(run, rank).read_text())
 
 
 def sums(names: set[str]) -> set[str]:

@@ -58,7 +58,8 @@ def carry_out(root: Path, job: str) -> None:
         return
     with listening() as listener:
         train(loaded, evaluate=measure)
-    exchanged(loaded.run_folder, rank()).write_text(json.dumps(listener.steps))
+    told = {"steps": listener.steps, "between": sorted(listener.between)}
+    exchanged(loaded.run_folder, rank()).write_text(json.dumps(told))
 
 
 def go_on_from(loaded: Loaded, checkpoint: str) -> None:

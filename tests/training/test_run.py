@@ -24,9 +24,10 @@ from cosmos3_train.model.packing import Layout
 from cosmos3_train.training.budget import refuse_over_budget
 from cosmos3_train.training.checkpoints import list_checkpoints
 from cosmos3_train.training.datamodule import StepData
+from cosmos3_train.training.loop import RunLoop
 from cosmos3_train.training.measures import measure
 from cosmos3_train.training.module import TrainingFailed
-from cosmos3_train.training.run import _memory_named, _refuse_changes, build, claim_folder, train
+from cosmos3_train.training.run import _memory_named, _refuse_changes, build, claim_folder, make_trainer, train
 from cosmos3_train.training.throughput import RATES
 from tests.data.logs import CAMERA, make_log
 from tests.training.project import FRESH, load, write_project
@@ -587,3 +588,14 @@ def test_a_rounded_base_s_reasoner_cache_may_not_be_given_up(tmp_path):
     without = load_experiment(path, [rounded, "data.datasets.moves.cache_reasoner=false"]).experiment
     with pytest.raises(UserError, match=r"data\.datasets\.moves\.cache_reasoner is False, but the run there"):
         _refuse_changes(before, without, tmp_path)
+
+
+def test_what_is_turned_off_of_lightning_is_there(project, tmp_path):
+    """Else a later version, which calls it by another name, would exchange before every step again."""
+    run = build(load(project, "name=signals"))
+    trainer = make_trainer(run.experiment, run.device, RunLoop(run.module, tmp_path))
+    for part, name in (
+        (trainer._signal_connector, "register_signal_handlers"),
+        (trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor"),
+    ):
+        assert callable(getattr(type(part), name)) and name in vars(part)

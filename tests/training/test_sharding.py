@@ -18,7 +18,7 @@ from cosmos3_train.training.datamodule import StepData
 from cosmos3_train.training.run import build
 from cosmos3_train.training.skipped import list_skipped, read_shares
 from tests.training.kills import kill_again_and_again
-from tests.training.listening import heard, sums
+from tests.training.listening import heard, heard_between_steps, sums
 from tests.training.project import experiment, load, write, write_project
 from tests.training.sharded import carry_out, launch, start
 from tests.training.steps import difference
@@ -122,6 +122,10 @@ def test_gradients_are_summed_in_the_last_pass_of_a_step_alone(root):
         assert before and not sums(before), "weights are gathered in every pass"
         whole = tuning in ("full", "cached")
         assert ("_reduce_scatter_base_" in last) == whole, "adapters' are summed as under ddp"
+
+
+def test_between_steps_lightning_tells_the_ranks_nothing_that_a_device_waits_for(root):
+    assert "broadcast_" not in heard_between_steps(root / "runs" / "fsdp2_to_ddp")
 
 
 def test_the_shares_of_those_steps_differ_in_every_way(root):
