@@ -6,6 +6,7 @@ so that a sample's noise does not depend on the rank, the worker or the micro-ba
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import hashlib
 import json
@@ -13,6 +14,8 @@ import logging
 import os
 import random
 import signal
+import socket
+import struct
 import sys
 import threading
 import time
@@ -57,6 +60,34 @@ def node_count() -> int:
 
 def is_first_rank() -> bool:
     return rank() == 0
+
+
+def listen_to_other_machines() -> None:
+    """Let gloo listen where the other machines of the run reach this one, unless GLOO_SOCKET_IFNAME says where: at the
+    interface by which it reaches the first of them. By itself gloo takes what the machine's own name stands for, and in
+    Debian's /etc/hosts that is 127.0.1.1."""
+    if node_count() == 1 or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    name = interface_towards(os.environ.get("MASTER_ADDR", ""))
+    if name is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def interface_towards(host: str) -> str | None:
+    """The network interface by which an IPv4 host is reached, or which has its address. None where that is this machine
+    alone, or not known."""
+    get_address = 0x8915  # SIOCGIFADDR, netdevice(7)
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # which sends nothing
+        own = probe.getsockname()[0]
+        if own.startswith("127."):
+            return None
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):
+                answer = fcntl.ioctl(probe, get_address, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(answer[20:24]) == own:
+                    return name
+    return None
 
 
 def launched() -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,3 +108,23 @@ def test_a_second_sigterm_does_not_cut_what_the_first_one_tidies_up():
             signal.raise_signal(signal.SIGTERM)
             tidied = True
     assert tidied
+
+
+def test_gloo_listens_where_the_first_machine_is_reached(monkeypatch):
+    routes = [line.split() for line in Path("/proc/net/route").read_text().splitlines()[1:]]
+    default = next((name for name, destination, *_ in routes if destination == "00000000"), None)
+    if default is None:
+        pytest.skip("no way out of this machine")
+    for name, value in (("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "2"), ("MASTER_ADDR", "192.0.2.1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "the user's")
+    runtime.listen_to_other_machines()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "the user's"
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    runtime.listen_to_other_machines()
+    assert os.environ.pop("GLOO_SOCKET_IFNAME") == default
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    runtime.listen_to_other_machines()
+    assert "GLOO_SOCKET_IFNAME" not in os.environ, "one machine's processes meet on the loopback interface"
+    for nowhere in ("127.0.0.1", "no.such.host.invalid", ""):
+        assert runtime.interface_towards(nowhere) is None

@@ -317,7 +317,10 @@ class CachedPrompts:
                 f"a prompt of {length} tokens is in no reasoner cache ({folders}), and "
                 "the understanding tower is not loaded; set cache_reasoner to false for every dataset"
             )
-        entry = self._kept[key, device] = cache.read(key).to(device)
+        entry = cache.read(key)
+        if device.type == "cuda":  # from pageable memory it would be waited for, and all that is queued before it
+            entry = entry.pin_memory().to(device, non_blocking=True)
+        self._kept[key, device] = entry
         total = sum(kept.nbytes for kept in self._kept.values())
         while total > self.device_bytes:
             total -= self._kept.popitem(last=False)[1].nbytes

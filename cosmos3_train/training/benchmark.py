@@ -143,7 +143,7 @@ class _Watcher:
         backbone, recall = run.backbone, run.backbone.recall
         try:
             if run.module.captured is not None:
-                run.module.captured.clear()
+                run.module.captured.begin_anew()
             read_understanding(backbone, run.loaded.model, run.device)
             backbone.recall = None
             self.whole = time_bare_step(run, steps)

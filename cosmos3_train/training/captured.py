@@ -59,16 +59,17 @@ class CapturedPasses:
     Args:
         parameters: that train.
         work: forward of a pack up to its loss.
-        largest: tokens of a pack that may be recorded; None: any.
+        largest: tokens of a pack that may be recorded, where memory has room for it; None: any, whatever the room.
+        alone: nothing else of a step takes the device's memory for a while, as encoding its windows would.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], work: Work, largest: int | None) -> None:
-        self._parameters, self._work, self._largest = list(parameters), work, largest
+    def __init__(self, parameters: Sequence[nn.Parameter], work: Work, largest: int | None, alone: bool) -> None:
+        self._parameters, self._work, self._largest, self._alone = list(parameters), work, largest, alone
         self._graphs: dict[Hashable, _Graph] = {}
         self._seen: Counter[Hashable] = Counter()
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._pool: Any = None
-        self._gave_up = False
+        self._gave_up = self._differ = False
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -84,7 +85,7 @@ class CapturedPasses:
                 parameters are its own, on another stream, which a pass that is recorded must not wait for.
         """
         if not self._may_be_recorded(pack):
-            self._seen[None] += 1
+            self._differ = True
             return None
         shape = shape_of((pack, understood, counts))
         graph = self._graphs.get(shape)
@@ -101,6 +102,12 @@ class CapturedPasses:
     def clear(self) -> None:
         """Give the memory of all graphs back, between steps; a pass of a known shape is recorded anew."""
         self._graphs, self._gradients, self._pool = {}, {}, None
+
+    def begin_anew(self) -> None:
+        """Clear, and forget what was seen: from here on passes are made of other things."""
+        self.clear()
+        self._seen.clear()
+        self._gave_up = self._differ = False
 
     def give_back(self) -> bool:
         """After memory ran out: clear, and record no more. False where nothing was recorded."""
@@ -121,12 +128,18 @@ class CapturedPasses:
         if len(self._seen) > MOST_SHAPES:
             self._seen.clear()
         self._seen[shape] += 1
+        self._differ |= len(self._seen) > 1
         return self._seen[shape] > AS_WRITTEN and len(self._graphs) < MOST_GRAPHS
 
     def _has_room(self, device: torch.device) -> bool:
         """Whether a GPU holds what is recorded, which has memory of its own, and a pass as written beside it. Where all
-        passes so far are alike there will hardly be one: the first that memory has no room for gives the graph back."""
-        return len(self._seen) == 1 or _fits_twice(device)
+        passes so far are alike there will hardly be one, and the first that has no room gives the graph back; then it
+        is enough that what trains has room for gradients of its own, and once more where ranks sum them."""
+        stays = torch.cuda.memory_allocated(device)
+        a_pass = torch.cuda.max_memory_allocated(device) - stays
+        gradients = 2 * sum(parameter.nbytes for parameter in self._parameters)
+        beside = gradients if self._alone and not self._differ else a_pass
+        return stays + a_pass + beside <= room_on(device, MARGIN)
 
     def _recorded(
         self, shape: Hashable, pack: PackedSequence, understood: Understood | None, counts: Tensor
@@ -134,8 +147,7 @@ class CapturedPasses:
         """The graph of a pack's pass, None where it cannot be recorded; then none is any more."""
         began, graph = time.monotonic(), None
         if self._largest is not None and not self._graphs and not self._has_room(pack.text_ids.device):
-            words = "passes are not launched as one: they differ in shape and memory is short"
-            logger.info(f"{words} (model.cuda_graphs=true does it all the same)")
+            logger.info("passes are not launched as one: memory is short (model.cuda_graphs=true does it all the same)")
             self._gave_up = True
             return None
         try:
@@ -187,12 +199,6 @@ class CapturedPasses:
             torch._foreach_zero_(fresh)
 
 
-def _fits_twice(device: torch.device) -> bool:
-    """Whether a GPU holds what a pass takes once more beside a pass."""
-    stays = torch.cuda.memory_allocated(device)
-    return stays + 2 * (torch.cuda.max_memory_allocated(device) - stays) <= room_on(device, MARGIN)
-
-
 def captures(
     experiment: Experiment, backbone: Cosmos3PackedTransformer, parameters: Sequence[nn.Parameter], work: Work
 ) -> CapturedPasses | None:
@@ -207,7 +213,8 @@ def captures(
         raise UserError(f"model.cuda_graphs is true, but {obstacle}; use 'auto'")
     if wanted is False or obstacle:
         return None
-    return CapturedPasses(parameters, work, LARGEST if wanted == "auto" else None)
+    encoded = all(dataset.cache_latents for dataset in experiment.data.datasets.values())
+    return CapturedPasses(parameters, work, LARGEST if wanted == "auto" else None, alone=encoded)
 
 
 def _obstacle(experiment: Experiment, backbone: Cosmos3PackedTransformer) -> str | None:

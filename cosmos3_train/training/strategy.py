@@ -29,7 +29,16 @@ from torch.distributed.tensor import DTensor
 from cosmos3_train import config
 from cosmos3_train.config import UserError, first_line
 from cosmos3_train.model.context import ContextGroup
-from cosmos3_train.runtime import is_first_rank, launched, local_rank, local_world_size, node_count, rank, world_size
+from cosmos3_train.runtime import (
+    is_first_rank,
+    launched,
+    listen_to_other_machines,
+    local_rank,
+    local_world_size,
+    node_count,
+    rank,
+    world_size,
+)
 
 AS_LONG_AS_IT_TAKES = timedelta(days=7)
 GRACE = timedelta(seconds=15)
@@ -121,7 +130,7 @@ def zero_stage(strategy: config.Strategy) -> int:
 
 
 def device_for(strategy: config.Strategy) -> torch.device:
-    """This process's device.
+    """This process's device, before the others are met.
 
     Raises:
         UserError: a GPU is asked for and there is none, or torchrun started another number of processes.
@@ -145,6 +154,7 @@ def device_for(strategy: config.Strategy) -> torch.device:
     if strategy.is_sharded and not launched():
         raise UserError(f"strategy.name is {name!r}, but one process was started; use launch/local.sh EXPERIMENT")
     refuse_remainders(strategy, world_size(), _shards(strategy))
+    listen_to_other_machines()
     if strategy.accelerator != "cpu" and torch.cuda.is_available():
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)

@@ -121,7 +121,7 @@ def test_where_memory_does_not_hold_a_pass_twice_those_that_are_alike_are_record
             value = value.exp().log1p()
         return {"video": value.mean().detach()}, value.mean() * counts.sum()
 
-    passes = CapturedPasses([weight], work, LARGEST)
+    passes = CapturedPasses([weight], work, LARGEST, alone=True)
     counts = torch.ones(1, device=device)
     ours, theirs = packed(5, 9).to(device), packed(5, 10).to(device)
 
