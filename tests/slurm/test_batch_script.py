@@ -16,7 +16,7 @@ SLURM = {
     "scancel": "",
     "scontrol": 'case $1 in requeue) touch requeued ;; *) echo "JobState=RUNNING" ;; esac',
 }
-WARNING = "kill -USR1 $PPID; "
+WARNING, REPORTED = "kill -USR1 $PPID; ", "touch runs/short/report.html; "
 
 
 class Job:
@@ -65,7 +65,10 @@ def job(tmp_path) -> Job:
 @pytest.mark.parametrize(
     ("step", "state", "code", "requeued"),
     [
-        ("exit 0", "finished", 0, False),
+        (REPORTED, "finished", 0, False),
+        ("exit 1", "finished", 1, False),  # its export is not what was trained
+        pytest.param(WARNING, "finished", 0, True, id="it was exporting"),
+        pytest.param(WARNING + REPORTED, "finished", 0, False, id="it could end"),
         ("exit 3", "failed", 3, False),
         (WARNING, "interrupted", 0, True),
         (WARNING, "", 0, True),  # it was loading
