@@ -89,7 +89,8 @@ class Job:
 def cluster(tmp_path_factory) -> Iterator[Path]:
     """The folder of a Slurm that is up."""
     folder = tmp_path_factory.mktemp("slurm") / "cluster"
-    up = subprocess.run([CLUSTER, "up", folder], capture_output=True, text=True, timeout=280, check=False)
+    # A site's WaitTime, shorter than a node looks for what the first one has written.
+    up = subprocess.run([CLUSTER, "up", folder, "WaitTime=2"], capture_output=True, text=True, timeout=280, check=False)
     if up.returncode == CANNOT_BE_INSTALLED:
         pytest.skip(up.stderr.strip().splitlines()[-1])
     try:
