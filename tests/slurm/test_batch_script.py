@@ -16,7 +16,7 @@ SLURM = {
     "scancel": "",
     "scontrol": 'case $1 in requeue) touch requeued ;; *) echo "JobState=RUNNING" ;; esac',
 }
-WARNING, REPORTED = "kill -USR1 $PPID; ", "touch runs/short/report.html; "
+WARNING, REPORTED = "kill -USR1 $PPID; sleep 0.1; ", "touch runs/short/report.html; "
 
 
 class Job:
@@ -81,3 +81,24 @@ def job(tmp_path) -> Job:
 def test_what_was_interrupted_is_requeued_and_what_failed_is_not(job, step, state, code, requeued):
     found = job.start(step, state=state)
     assert found[:2] == (code, requeued), found[2]
+
+
+def test_a_job_that_is_warned_at_the_same_step_again_and_again_is_not_requeued(job):
+    """The first start has come somewhere; the second and the third have not, and say why there is no fourth."""
+    told = "error: job 7: two starts in a row were warned before the run came past step {}, so it is not requeued; "
+    for state, at, goes_on in (("interrupted", 5, True), ("", 0, True), ("interrupted", 5, False)):
+        code, requeued, output = job.start(WARNING, state=state, at=at)
+        assert (code, requeued) == (0 if goes_on else 1, goes_on), output
+        assert output.count(told.format(5)) == (not goes_on) == output.count("error"), output
+
+
+def test_what_advances_is_requeued_as_often_as_it_takes(job):
+    """Also where it was stuck once in between, and where a start that Slurm ended by itself comes between."""
+    for state, at in (("", 0), ("interrupted", 3), ("interrupted", 3), ("interrupted", 4), ("", 0)):
+        assert job.start(WARNING, state=state, at=at)[:2] == (0, True)
+    assert job.start("exit 1", state="running", at=4)[:2] == (1, False)
+    assert job.start(WARNING, state="interrupted", at=5)[:2] == (0, True)
+
+
+def test_loading_that_takes_longer_than_a_start_ends_the_job(job):
+    assert [job.start(WARNING)[:2] for _ in range(2)] == [(0, True), (1, False)]
