@@ -17,7 +17,8 @@ if ! python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("lightning
 fi
 processes=${PROCESSES:-$("${python[@]}" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 
-# After TERM, torchrun gives its processes 120 s for the step that they are in and its checkpoint, where it would give 30.
-# (When one of them is dead it gives the others 30 s, whatever is said here.)
+# After TERM, torchrun gives its processes 120 s, where it would give 30: for the step that they are in, its checkpoint,
+# and the one before it, which may be on its way. (When one of them is dead it gives the others 30 s, whatever is said
+# here.)
 exec "${python[@]}" -m torch.distributed.run --standalone --nproc-per-node "$processes" --shutdown-timeout 120 \
     -m cosmos3_train.cli train "$experiment" "strategy.devices=$processes" "$@"

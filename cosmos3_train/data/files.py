@@ -52,7 +52,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     """One process of this machine prepares a folder at a time; the others wait, and find it done.
 
     Raises:
-        UserError: it has no name of its own, as "." has none, or the lock beside it cannot be made.
+        UserError: it has no name of its own, as "." has none, or the lock beside it cannot be made or taken.
     """
     if folder.name in ("", ".."):
         raise UserError(f"{folder}: no name for a prepared folder; give one of its own, such as prepared/NAME")
@@ -62,7 +62,13 @@ def exclusive(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another prepared folder") from None
     with opened as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:  # a network's, such as Lustre unless it is mounted with -o flock
+            raise UserError(
+                f"{folder}: cannot be locked ({error.strerror}); have its file system mounted with locks (flock), or "
+                "choose a prepared folder on another one"
+            ) from None
         try:
             yield
         finally:

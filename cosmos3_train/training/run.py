@@ -14,7 +14,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -73,6 +73,7 @@ from cosmos3_train.training.progress import read_status, write_status
 from cosmos3_train.training.room import with_room
 from cosmos3_train.training.sharding import own_part, own_rows, shard, write_own_parts
 from cosmos3_train.training.strategy import (
+    PeerLost,
     connect,
     context_group,
     data_rank,
@@ -228,9 +229,13 @@ def _fit(run: Run, evaluate: Evaluate | None, watch: Watch | None) -> bool:
     try:
         with _memory_named(run.experiment, lambda: f"in step {run.module.coming + 1}"):
             trainer.fit(run.module, datamodule=data)
-    except TrainingFailed as error:
+    except PeerLost:
+        raise  # why, the rank that went away knows
+    except Exception as error:
         if is_first_rank():
-            write_status(run.folder, "failed", run.module.position.step, run.experiment.training.steps, str(error))
+            with suppress(UserError):  # of a disk or a folder that may be what the error is about
+                reason = first_line(error)
+                write_status(run.folder, "failed", run.module.position.step, run.experiment.training.steps, reason)
         raise
     return not loop.interrupted
 

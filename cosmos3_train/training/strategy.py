@@ -133,7 +133,8 @@ def device_for(strategy: config.Strategy) -> torch.device:
     """This process's device, before the others are met.
 
     Raises:
-        UserError: a GPU is asked for and there is none, or torchrun started another number of processes.
+        UserError: a GPU is asked for and there is none, or torchrun started another number of processes, or more of
+            them on this machine than it has GPUs.
     """
     if strategy.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("strategy.accelerator is 'gpu', but torch sees no GPU here; use 'auto' or 'cpu'")
@@ -156,6 +157,12 @@ def device_for(strategy: config.Strategy) -> torch.device:
     refuse_remainders(strategy, world_size(), _shards(strategy))
     listen_to_other_machines()
     if strategy.accelerator != "cpu" and torch.cuda.is_available():
+        processes, gpus = local_world_size(), torch.cuda.device_count()
+        if processes > gpus:
+            raise UserError(
+                f"{processes} processes were started on this machine, each for a GPU of its own, but torch sees {gpus} "
+                f"there; use PROCESSES={gpus} (by hand, torchrun's --nproc-per-node {gpus})"
+            )
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
         return device

@@ -1,5 +1,7 @@
 """Preparing: windows, splits, what is dropped, what is refused; killed, resumed and in parallel."""
 
+import errno
+import fcntl
 import json
 import resource
 import signal
@@ -280,6 +282,18 @@ def test_outputs_that_can_be_no_prepared_folder(log, tmp_path, monkeypatch):
             prepared(log, output, fresh=True)
     assert json.loads(Path("cards", "card.json").read_text()) == {"mine": 1}
     assert Path("cards", "conversations.parquet").read_text() == "mine" and Path("file").read_text() == "mine"
+
+
+def test_a_file_system_without_locks_is_refused_in_one_line(tmp_path, monkeypatch):
+    def flock(*_) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with (
+        pytest.raises(UserError, match=r"^.*/out: cannot be locked \(Function not implemented\); .*another one$"),
+        exclusive(tmp_path / "out"),
+    ):
+        pytest.fail("went on without a lock")
 
 
 def test_a_link_leads_to_the_folder_that_is_made(log, tmp_path):

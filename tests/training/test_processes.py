@@ -81,6 +81,7 @@ def test_signal_full_disk_and_the_end_with_their_exit_codes(project, undisturbed
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "could not be written" in errors[0] and "Traceback" not in output
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == kept
+    assert status(folder)["state"] == "failed" and errors[0].endswith(status(folder)["reason"])
 
     code, output = ended(start(project, "name=signalled", *LONG))
     assert code == 0, output

@@ -28,6 +28,7 @@ from cosmos3_train.training.loop import RunLoop
 from cosmos3_train.training.measures import measure
 from cosmos3_train.training.module import TrainingFailed
 from cosmos3_train.training.run import _memory_named, _refuse_changes, build, claim_folder, make_trainer, train
+from cosmos3_train.training.strategy import PeerLost
 from cosmos3_train.training.throughput import RATES
 from tests.data.logs import CAMERA, make_log
 from tests.training.project import FRESH, load, write_project
@@ -517,6 +518,26 @@ def test_a_run_of_bad_gradients_ends_the_run_with_its_reason(tmp_path):
     assert "3 steps in a row" in status(loaded.run_folder)["reason"]
     assert not list_checkpoints(loaded.run_folder / "checkpoints")
     assert start.keys() == build(loaded).trainables.parameters.keys()
+
+
+def test_any_error_of_the_first_rank_is_told_as_failed_and_a_lost_peer_is_not(project):
+    """A batch system starts again what was interrupted, not what fails every time."""
+    loaded = load(project, "name=erring", *MOVES_ONLY)
+
+    def raising(error: Exception):
+        def watch(*_) -> None:
+            raise error
+
+        return watch
+
+    for error in (UserError("step_000001: the disk is full; free some space"), ValueError("broken\nat line 3")):
+        with pytest.raises(type(error)):
+            train(loaded, watch=raising(error))
+        reason = str(error).splitlines()[0]
+        assert status(loaded.run_folder) == {"state": "failed", "step": 1, "steps": 4, "reason": reason}
+    with pytest.raises(PeerLost):
+        train(loaded, watch=raising(PeerLost("rank 1 has gone")))
+    assert status(loaded.run_folder)["state"] == "running"
 
 
 def test_patience_counts_on_over_interruptions(tmp_path):

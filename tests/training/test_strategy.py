@@ -112,6 +112,21 @@ def test_what_cannot_be_is_said_in_one_line(started, strategy, processes, told):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("local_rank", ["0", "5"])
+def test_more_processes_than_gpus_are_refused_by_each(started, monkeypatch, local_rank):
+    """Also by those that have one: the first of a machine tells what all of them find."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    started(16, machines=2)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    with pytest.raises(UserError, match=r"^8 processes were .* torch sees 4 there; use PROCESSES=4 .*$"):
+        device_for(Strategy(devices=8))
+    assert device_for(Strategy(devices=8, accelerator="cpu")).type == "cpu"
+    started(8, machines=2)
+    assert device_for(Strategy(devices=4)) == torch.device("cuda", 0)
+
+
 def wait_in_vain(place: int, folder: Path, told: multiprocessing.Queue) -> None:
     """The last of four ranks stands still: the second waits for it among the copies, the third among the shards."""
     torch.set_num_threads(1)  # a forked process must not use its parent's
