@@ -278,7 +278,7 @@ def _changes(workload: Workload) -> Iterator[tuple[str, str, Change]]:
 
 
 def _cache_reasoner(w: Workload) -> Workload | None:
-    return None if w.cached or w.talks or w.arithmetic.understanding_learns else replace(w, cached=True)
+    return None if w.cached or w.talks or w.experiment.tuning.trains_understanding else replace(w, cached=True)
 
 
 def _checkpoint(w: Workload, how: Any) -> Workload | None:
@@ -303,9 +303,7 @@ def _fp8(w: Workload) -> Workload | None:
 
 def _takes_fp8(w: Workload) -> bool:
     """Whether the schema lets the run round its frozen weights, and the GPU multiplies such."""
-    tuning = w.experiment.tuning
-    lora = tuning.method in ("lora", "hybrid") and not tuning.dora
-    return lora and w.gpu.fp8 is not None and not w.experiment.strategy.is_sharded
+    return w.gpu.fp8 is not None and w.experiment.fp8_is_refused() is None
 
 
 def _spread(w: Workload, gpus: int) -> Workload | None:
