@@ -141,5 +141,5 @@ def _notes(gpu: Gpu, gpus: int, several: bool) -> list[str]:
             f"times: rates were measured on {', '.join(measured)}; these are the same shares of {gpu.key}'s peaks"
         )
     if gpus > 1 or several:
-        found.append("times: of several GPUs they are estimates, from five runs of fsdp2 on two and four H200")
+        found.append("times: of several GPUs they are estimates, from four runs of fsdp2 on two and four H200")
     return found

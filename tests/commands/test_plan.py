@@ -31,7 +31,7 @@ def test_a_run_that_does_not_fit_is_told_what_would_make_it_fit(plan, tmp_path):
     assert rows["model.checkpoint_activations=true"][-1] == "yes"
     assert rows["training.tokens_per_micro_batch=516"][-1] == "yes"
     assert "rates were measured on h100-80g, h200-141g; these are the same shares of rtx4090-24g's peaks" in out
-    assert "of several GPUs they are estimates, from five runs of fsdp2" in out
+    assert "of several GPUs they are estimates, from four runs of fsdp2" in out
 
 
 def test_a_robots_log_is_looked_at_and_a_set_that_is_not_here_fills_the_canvas(plan):
