@@ -9,13 +9,22 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from cosmos3_train.commands.console import INTERRUPTED, QUIET, USER_ERROR, first_tells, say_error
+from cosmos3_train.commands.console import (
+    FAILED,
+    FINISHED,
+    INTERRUPTED,
+    QUIET,
+    USER_ERROR,
+    first_tells,
+    say_error,
+)
 from cosmos3_train.config import Loaded, UserError, load_experiment
 from cosmos3_train.runtime import Interrupted, interruptible, offline_hub, record_failure, set_up_logging
 
@@ -30,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with interruptible():
             with first_tells():
-                options = parse(arguments)
+                options = parse(sys.argv[1:] if arguments is None else arguments)
             code = options.command(options)
         sys.stdout.flush()
     except UserError as error:
@@ -62,8 +71,8 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; {self.prog} --help says what there is")
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options of a line; key=value pairs may stand before and after flags.
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of a line, and its `words`; key=value pairs may stand before and after flags.
 
     Raises:
         UserError: the line is wrong.
@@ -75,6 +84,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(strays or rest)}")
     if rest:
         options.overrides = [*options.overrides, *rest]
+    options.words = arguments
     return options
 
 
@@ -123,18 +133,49 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _benchmark(options: argparse.Namespace) -> int:
+    if options.loader and options.against:
+        raise UserError("--loader times no training, so there is nothing to measure it against; leave --against out")
+    if options.loader and options.memory is not None:
+        raise UserError(f"--loader uses no GPU, so it has no use for --memory {options.memory:g}; leave it out")
+    further = _further_experiments(options)
+    if further:
+        return _benchmark_in_turn(options, further)
     loaded = _load(options)
     from cosmos3_train.commands import benchmark
 
     if options.loader:
-        if options.against:
-            raise UserError(
-                "--loader times no training, so there is nothing to measure it against; leave --against out"
-            )
-        if options.memory is not None:
-            raise UserError(f"--loader uses no GPU, so it has no use for --memory {options.memory:g}; leave it out")
         return benchmark.run_loader(loaded, output=options.output)
     return benchmark.run(loaded, against=options.against, output=options.output, memory_gib=options.memory)
+
+
+def _benchmark_in_turn(options: argparse.Namespace, further: Sequence[str]) -> int:
+    """Each in a process of its own, which takes caps on memory, recorded passes and compiled code with it. The exit
+    code is that of the first that fails; the others are measured all the same, unless a signal ended it."""
+    several = (options.experiment, *map(Path, further))
+    command, *words = (word for word in options.words if Path(word) not in several)
+    overrides = [word for word in options.overrides if word not in further]
+    lines: dict[str, list[str]] = {}
+    for path in several:  # a mistake in the last is told before the first is measured
+        name = load_experiment(path, overrides).experiment.name
+        if name in lines:
+            raise UserError(f"{path}: its name is {name!r}, as that of another before it; measure one at a time")
+        lines[name] = [command, str(path), *words]
+        if options.output:
+            lines[name] += ["--output", str(options.output / name)]  # the last one counts
+    failed = FINISHED
+    for path, line in zip(several, lines.values(), strict=True):
+        with subprocess.Popen([sys.executable, "-m", "cosmos3_train.cli", *line]) as process:
+            try:
+                code = process.wait()
+            except BaseException:  # Interrupted, Ctrl-C
+                process.terminate()
+                raise
+        if code in (INTERRUPTED, QUIET):
+            return code
+        if code:
+            say_error(f"{path}: its benchmark ended with {code}")
+            failed = failed or (code if code > 0 else FAILED)
+    return failed
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -188,7 +229,14 @@ def _prepare(options: argparse.Namespace) -> int:
 
 
 def _load(options: argparse.Namespace) -> Loaded:
+    for further in _further_experiments(options):
+        raise UserError(f"{further}: a second experiment, where one is expected; benchmark alone takes several")
     return load_experiment(options.experiment, options.overrides)
+
+
+def _further_experiments(options: argparse.Namespace) -> list[str]:
+    """Those that stand among the overrides, as where the shell has made several files of a pattern."""
+    return [word for word in options.overrides if "=" not in word and word.endswith((".yaml", ".yml"))]
 
 
 # ------------------------------------------------------------------------------------------------ the line
@@ -210,13 +258,17 @@ def _add_experiments(commands: argparse._SubParsersAction) -> None:
         ("train", _train, "carry out an experiment, or go on with it; export and report its result"),
         ("check", _check, "look for mistakes in config, data, model and disk, in seconds and without a GPU"),
         ("show", _show, "print every resolved value and the layer that set it"),
-        ("benchmark", _benchmark, "measure how fast an experiment trains on this machine"),
+        ("benchmark", _benchmark, "measure how fast experiments train on this machine"),
         ("plan", _plan, "predict memory and time on a GPU, in seconds and without one"),
     ):
         command = commands.add_parser(name, help=words, description=words)
         command.add_argument("experiment", type=Path, metavar="EXPERIMENT", help="a file under experiments/")
+        several = "more experiments, each measured in its turn, and " if name == "benchmark" else ""
         command.add_argument(
-            "overrides", nargs="*", metavar="key=value", help="dotted keys, such as training.steps=200"
+            "overrides",
+            nargs="*",
+            metavar="EXPERIMENT|key=value" if several else "key=value",
+            help=f"{several}dotted keys, such as training.steps=200",
         )
         command.set_defaults(command=function)
         if name == "train":
@@ -231,7 +283,9 @@ def _add_experiments(commands: argparse._SubParsersAction) -> None:
                 "--memory", type=float, metavar="GIB", help="let the run allocate so much of the GPU and no more"
             )
             command.add_argument("--loader", action="store_true", help="time reading and packing alone, without a GPU")
-            command.add_argument("--output", type=Path, metavar="DIR", help="folder of the result (runs/NAME)")
+            command.add_argument(
+                "--output", type=Path, metavar="DIR", help="folder of the result (runs/NAME; of several DIR/NAME)"
+            )
         if name == "plan":
             command.add_argument("--gpu", required=True, metavar="NAME", help="its short name, such as h100-80g")
             command.add_argument("--gpus", type=int, metavar="N", help="of one machine (strategy.devices)")

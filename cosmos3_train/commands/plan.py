@@ -15,7 +15,7 @@ from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.loading import DTYPES, config_folder, load_parts
 from cosmos3_train.model.vision import vision_numbers
 from cosmos3_train.training.datamodule import caches_reasoner
-from cosmos3_train.training.gpus import Gpu, gpu_called
+from cosmos3_train.training.gpus import TAKEN_MIB, Gpu, gpu_called
 from cosmos3_train.training.measured import MEASURED
 from cosmos3_train.training.plan import GIB, Plan, Workload, attention_on, predict, remedies
 from cosmos3_train.training.plan_memory import read_architecture
@@ -55,7 +55,7 @@ def run(loaded: Loaded, *, gpu: str, gpus: int | None) -> int:
         memory.append(("before it, the tower that makes the reasoner cache", plan.memory.making))
     say_table([(what, f"{size / GIB:7.2f} GiB") for what, size in memory])
     word = "it fits" if plan.fits else "IT DOES NOT FIT"
-    say(f"{word}: {plan.memory.peak / GIB:.1f} of {workload.gpu.gb * 1e9 / GIB:.1f} GiB")
+    say(f"{word}: {plan.memory.peak / GIB:.1f} of {workload.gpu.bytes / GIB:.1f} GiB")
     say()
     seconds = plan.seconds
     parts = {"products": seconds.linear, "attention": seconds.attention, "element-wise": seconds.elementwise}
@@ -133,12 +133,13 @@ def _others(plan: Plan, others: Mapping[str, Plan]) -> list[tuple[str, ...]]:
 def _notes(gpu: Gpu, gpus: int, several: bool) -> list[str]:
     measured = sorted({row.gpu for row in MEASURED})
     found = [
-        "memory: not counted are the CUDA context, what the allocator keeps beyond that, and measuring between steps"
+        f"memory: {TAKEN_MIB / 1024:g} GiB is left to the driver and the CUDA context; not counted are what the "
+        "allocator keeps beyond what is used, and measuring between steps"
     ]
     if gpu.key not in measured:
         found.append(
             f"times: rates were measured on {', '.join(measured)}; these are the same shares of {gpu.key}'s peaks"
         )
     if gpus > 1 or several:
-        found.append("times: of several GPUs they are estimates, from five runs of fsdp2 on two and four H200")
+        found.append("times: of several GPUs they are estimates, from four runs of fsdp2 on two and four H200")
     return found

@@ -558,6 +558,11 @@ class Tuning:
     dora: bool = False
     learning_rate_multipliers: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def trains_understanding(self) -> bool:
+        """Whether something of the understanding tower trains, so that what it gives changes from step to step."""
+        return self.method == "full" or "understanding" in self.towers
+
     def __post_init__(self) -> None:
         for key, values, known in (
             ("towers", self.towers, ("understanding", "generation")),
@@ -795,27 +800,25 @@ class Experiment:
         obstacle = self.pass_is_not_one()
         if self.model.cuda_graphs is True and obstacle:
             fail(f"model.cuda_graphs is true, but {obstacle}; use auto")
-        if self.model.base_precision == "fp8":
-            if self.tuning.method in ("tower", "full"):
-                fail(
-                    f"model.base_precision is 'fp8', but tuning.method {self.tuning.method!r} trains the weights that "
-                    "it would round; use lora or hybrid, or base_precision=dtype"
-                )
-            if self.tuning.dora:
-                fail(
-                    "model.base_precision is 'fp8', but tuning.dora needs the norms of the exact weights; set one of "
-                    "them back (dtype, false)"
-                )
-            if self.strategy.name == "deepspeed_zero2":
-                fail(
-                    "model.base_precision is 'fp8', with which strategy.name 'deepspeed_zero2' was never run; use ddp, "
-                    "or base_precision=dtype"
-                )
-            if self.strategy.name in ("fsdp2", "hsdp", "deepspeed_zero3"):
-                fail(
-                    f"model.base_precision is 'fp8', but strategy.name {self.strategy.name!r} spreads weights over "
-                    "processes in their own dtype; use ddp, where each holds all of them, or base_precision=dtype"
-                )
+        obstacle = self.fp8_is_refused()
+        if self.model.base_precision == "fp8" and obstacle:
+            fail(f"model.base_precision is 'fp8', but {obstacle}, or base_precision=dtype")
+
+    def fp8_is_refused(self) -> str | None:
+        """Why such a run cannot round its frozen weights (`model.base_precision`), and what could, or None."""
+        method, strategy = self.tuning.method, self.strategy.name
+        if method in ("tower", "full"):
+            return f"tuning.method {method!r} trains the weights that it would round; use lora or hybrid"
+        if self.tuning.dora:
+            return "tuning.dora needs the norms of the exact weights; use dora=false"
+        if strategy == "deepspeed_zero2":
+            return f"with it strategy.name {strategy!r} was never run; use ddp"
+        if self.strategy.is_sharded:
+            return (
+                f"strategy.name {strategy!r} spreads weights over processes in their own dtype; use ddp, where each "
+                "holds all of them"
+            )
+        return None
 
     def pass_is_not_one(self) -> str | None:
         """Why a pass of such a run cannot be one launch, as far as its settings tell, or None."""

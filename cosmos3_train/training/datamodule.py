@@ -99,27 +99,32 @@ def caches_reasoner(loaded: Loaded) -> bool:
     Raises:
         UserError: some datasets ask for it and others need the tower, or the tower trains.
     """
-    experiment = loaded.experiment
-    datasets, tuning = experiment.data.datasets, experiment.tuning
+    datasets = loaded.experiment.data.datasets
     first = next((name for name, entry in datasets.items() if entry.cache_reasoner), None)
     if first is None:
         return False
-    chosen = f"data.datasets.{first}.cache_reasoner is true"
-    if tuning.method == "full" or "understanding" in tuning.towers:
-        what = "tuning.method 'full'" if tuning.method == "full" else "tuning.towers with 'understanding'"
-        raise UserError(f"{chosen}, but {what} trains the tower whose keys would be cached; set it to false")
+    chosen, obstacle = f"data.datasets.{first}.cache_reasoner is true", reasoner_is_needed(loaded)
+    if obstacle:
+        raise UserError(f"{chosen}, but {obstacle}; set it to false for every dataset")
     for name, entry in datasets.items():
-        if entry.card and load_card(loaded.root / entry.card).format == "conversations":
-            raise UserError(
-                f"{chosen}, but {name} holds conversations, which are learnt from the understanding tower itself; set "
-                "it to false for every dataset, or leave the conversations out"
-            )
         if not entry.cache_reasoner:
             raise UserError(
                 f"{chosen}, but that of {name} is false, so the understanding tower would be loaded all the same; set "
                 "it for all datasets or for none"
             )
     return True
+
+
+def reasoner_is_needed(loaded: Loaded) -> str | None:
+    """Why no cache can take the understanding tower's place in such a run, or None."""
+    tuning = loaded.experiment.tuning
+    if tuning.trains_understanding:
+        what = "tuning.method 'full'" if tuning.method == "full" else "tuning.towers with 'understanding'"
+        return f"{what} trains the tower whose keys would be cached"
+    for name, entry in loaded.experiment.data.datasets.items():
+        if entry.card and load_card(loaded.root / entry.card).format == "conversations":
+            return f"{name} holds conversations, which are learnt from the understanding tower itself"
+    return None
 
 
 def without_reasoner_cache(loaded: Loaded) -> Loaded:

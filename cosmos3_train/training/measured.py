@@ -26,8 +26,8 @@ HALF_RATE_TOKENS = 530
 """Generation tokens of a sample at which attention runs at half of its rate."""
 
 LINK = 0.6
-"""Of what a link carries one way, by collectives of many megabytes. With the gathers that they made, three a pass where
-both towers ran, five runs of `fsdp2` on two and four H200 are calculated so to 0.89 to 1.08 of their time."""
+"""Of what a link carries one way, by collectives of many megabytes. So four runs of `fsdp2` on two and four H200 are
+calculated to 0.89 to 1.09 of their time (`tests/training/test_plan.py`)."""
 
 UNCOMPILED = 2.0
 """Times as much element-wise traffic as compiled layers have. Not measured."""

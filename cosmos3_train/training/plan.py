@@ -17,7 +17,7 @@ from cosmos3_train.model.attention import BACKENDS, Backend, obstacle_on, repeat
 from cosmos3_train.training.gpus import Gpu
 from cosmos3_train.training.plan_memory import MASTER, Architecture, Memory, Pack, predict_memory
 from cosmos3_train.training.plan_time import Kind, Seconds, predict_seconds
-from cosmos3_train.training.recompute import MARGIN
+from cosmos3_train.training.recompute import MARGIN, MARGIN_TOGETHER
 from cosmos3_train.training.strategy import refuse_remainders
 from cosmos3_train.training.throughput import Arithmetic
 
@@ -147,7 +147,7 @@ def predict(workload: Workload, repeated: bool | None = None) -> Plan:
     layers, how = workload.arithmetic.layers, model.checkpoint_activations
     kept, lean = layers if how in (False, "but_products") else 0, how == "but_products"
     if how == "auto":  # as `recompute.settle`
-        within = gpu.gb * 1e9 * (1 - MARGIN)
+        within = gpu.bytes * (1 - (MARGIN_TOGETHER if experiment.strategy.is_sharded else MARGIN))
         lean = memory_of(layers, lean=False).peak > within
         kept = next((count for count in range(layers, 0, -1) if memory_of(count, lean).peak <= within), 0)
     memory = memory_of(kept, lean)
@@ -177,7 +177,7 @@ def predict(workload: Workload, repeated: bool | None = None) -> Plan:
         seconds=seconds,
         samples_per_second=training.samples_per_step / seconds.total,
         mfu=must / seconds.total / (gpu.bfloat16 * 1e12),
-        fits=memory.peak <= gpu.gb * 1e9,
+        fits=memory.peak <= gpu.bytes,
     )
 
 
@@ -278,7 +278,7 @@ def _changes(workload: Workload) -> Iterator[tuple[str, str, Change]]:
 
 
 def _cache_reasoner(w: Workload) -> Workload | None:
-    return None if w.cached or w.talks or w.arithmetic.understanding_learns else replace(w, cached=True)
+    return None if w.cached or w.talks or w.experiment.tuning.trains_understanding else replace(w, cached=True)
 
 
 def _checkpoint(w: Workload, how: Any) -> Workload | None:
@@ -303,9 +303,7 @@ def _fp8(w: Workload) -> Workload | None:
 
 def _takes_fp8(w: Workload) -> bool:
     """Whether the schema lets the run round its frozen weights, and the GPU multiplies such."""
-    tuning = w.experiment.tuning
-    lora = tuning.method in ("lora", "hybrid") and not tuning.dora
-    return lora and w.gpu.fp8 is not None and not w.experiment.strategy.is_sharded
+    return w.gpu.fp8 is not None and w.experiment.fp8_is_refused() is None
 
 
 def _spread(w: Workload, gpus: int) -> Workload | None:

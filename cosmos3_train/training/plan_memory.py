@@ -1,9 +1,9 @@
 """How much memory a run takes on each GPU, counted from what the code keeps, without making any of it.
 
 Activations are those that autograd saves for backward in the decoder layers as they are written (`model.omni`), fused
-LoRA and all; `tests/training/test_plan.py` counts them in a real forward. Not counted: the CUDA context, what the
-allocator holds beyond what is used, a sound tokenizer, the video tokenizer's working memory, and what evaluation takes;
-nor what PEFT's own LoRA keeps beyond ours (`tuning.dropout`, `tuning.dora`).
+LoRA and all; `tests/training/test_plan.py` counts them in a real forward. Not counted: the CUDA context, which
+`gpus.TAKEN_MIB` takes off, what the allocator holds beyond what is used, a sound tokenizer, the video tokenizer's
+working memory, and what evaluation takes; nor what PEFT's own LoRA keeps beyond ours (`tuning.dropout`, `tuning.dora`).
 """
 
 from __future__ import annotations

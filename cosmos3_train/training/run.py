@@ -40,7 +40,8 @@ from cosmos3_train.data.mixture import refuse_few_samples
 from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.model.base_identity import identify_base
 from cosmos3_train.model.encoders import Encoder
-from cosmos3_train.model.loading import empty_backbone, load_backbone, load_parts, model_folder
+from cosmos3_train.model.fp8 import require_fp8
+from cosmos3_train.model.loading import DTYPES, empty_backbone, load_backbone, load_parts, model_folder
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
 from cosmos3_train.model.packing import Layout
 from cosmos3_train.model.reasoner_cache import Reasoner, ReasonerCache, remember
@@ -65,6 +66,7 @@ from cosmos3_train.training.datamodule import (
     heard_task,
     open_datasets,
     pictures_in,
+    reasoner_is_needed,
 )
 from cosmos3_train.training.loop import RunLoop
 from cosmos3_train.training.module import PostTraining, TrainingFailed
@@ -191,7 +193,7 @@ def train(
 
 
 def _carry_out(loaded: Loaded, evaluate: Evaluate | None, deliver: Deliver | None, watch: Watch | None) -> Ended:
-    with _memory_named(loaded.experiment, lambda: "while the model was loaded"):
+    with _memory_named(loaded, lambda: "while the model was loaded"):
         run = build(loaded)
     if not _fit(run, evaluate, watch):
         return "interrupted"
@@ -227,7 +229,9 @@ def _fit(run: Run, evaluate: Evaluate | None, watch: Watch | None) -> bool:
     )
     trainer = make_trainer(run.experiment, run.device, loop)
     try:
-        with _memory_named(run.experiment, lambda: f"in step {run.module.coming + 1}"):
+        with _memory_named(
+            run.loaded, lambda: f"in step {run.module.coming + 1}", recorded=lambda: bool(run.module.captured)
+        ):
             trainer.fit(run.module, datamodule=data)
     except PeerLost:
         raise  # why, the rank that went away knows
@@ -241,24 +245,50 @@ def _fit(run: Run, evaluate: Evaluate | None, watch: Watch | None) -> bool:
 
 
 @contextmanager
-def _memory_named(experiment: Experiment, when: Callable[[], str]) -> Iterator[None]:
-    """Make of a GPU whose memory runs out one line with what helps."""
+def _memory_named(
+    loaded: Loaded, when: Callable[[], str], recorded: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
+    """Make of a GPU whose memory runs out one line with what helps.
+
+    Args:
+        recorded: whether passes are, which takes memory of its own.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        model, budget = experiment.model, experiment.training.tokens_per_micro_batch
-        helps = [f"a smaller training.tokens_per_micro_batch (now {budget})"]
-        if model.base_precision != "fp8" or model.fp8_copies > 1:
-            helps.append("model.base_precision=fp8 with model.fp8_copies=1")
-        exchanges = experiment.strategy.is_sharded or experiment.strategy.context_parallel > 1
-        if exchanges and model.checkpoint_activations is not True:  # there auto cannot give way within a step
-            helps.append("model.checkpoint_activations=true")
-        elif model.checkpoint_activations not in (True, "auto"):
-            helps.append("model.checkpoint_activations=auto")
         raise TrainingFailed(
             f"the GPU's memory ran out {when()} ({torch.cuda.max_memory_allocated() / 2**30:.1f} GiB were in use); "
-            f"what helps: {', '.join(helps)}; 'cosmos3 plan' says what fits. {first_line(error)}"
+            f"what helps: {', '.join(_what_saves_memory(loaded, recorded()))}; 'cosmos3 plan' says what fits. "
+            f"{first_line(error)}"
         ) from error
+
+
+def _what_saves_memory(loaded: Loaded, recorded: bool) -> Iterator[str]:
+    """Settings that the run would take, the cheapest first."""
+    experiment = loaded.experiment
+    model, strategy = experiment.model, experiment.strategy
+    if not caches_reasoner(loaded) and reasoner_is_needed(loaded) is None:
+        yield " ".join(f"data.datasets.{name}.cache_reasoner=true" for name in experiment.data.datasets)
+    if recorded:
+        yield "model.cuda_graphs=false"
+    if (model.base_precision != "fp8" or model.fp8_copies > 1) and _takes_fp8(experiment):
+        yield "model.base_precision=fp8 with model.fp8_copies=1"
+    yield f"a smaller training.tokens_per_micro_batch (now {experiment.training.tokens_per_micro_batch})"
+    exchanges = strategy.is_sharded or strategy.context_parallel > 1
+    if exchanges and model.checkpoint_activations is not True:  # there auto cannot give way within a step
+        yield "model.checkpoint_activations=true"
+    elif model.checkpoint_activations not in (True, "auto"):
+        yield "model.checkpoint_activations=auto"
+
+
+def _takes_fp8(experiment: Experiment) -> bool:
+    if experiment.fp8_is_refused() is not None:
+        return False
+    try:
+        require_fp8(torch.device("cuda" if torch.cuda.is_available() else "cpu"), DTYPES[experiment.model.dtype])
+    except UserError:
+        return False
+    return True
 
 
 def _tell_interrupted(loaded: Loaded) -> None:

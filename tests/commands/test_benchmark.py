@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import threading
+import time
 from contextlib import nullcontext
 from dataclasses import fields
 from types import SimpleNamespace
@@ -16,6 +20,7 @@ from cosmos3_train.data.prepare import LAYOUT_VERSION
 from cosmos3_train.training.benchmark import Rate
 from cosmos3_train.training.benchmark_log import _require_own
 from cosmos3_train.training.throughput import Arithmetic
+from tests.commands.tiny import ROOT
 
 TINY = {
     "num_hidden_layers": 2,
@@ -121,6 +126,57 @@ def test_a_cap_on_memory_needs_a_gpu(policy, capsys):
     assert "--memory 23: a cap is set on a GPU's memory, and this run is on the cpu" in capsys.readouterr().err
 
 
+@pytest.fixture
+def in_turn(cosmos3, monkeypatch, tmp_path):
+    def run(*words: str) -> int:
+        monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for their processes
+        return cosmos3("benchmark", *POLICIES, *QUICK, "--loader", "--output", str(tmp_path), *words)
+
+    return run
+
+
+POLICIES = ("experiments/benchmark_policy256.yaml", "experiments/benchmark_policy480.yaml")
+
+
+@pytest.mark.slow
+def test_several_experiments_are_measured_in_turn_whatever_the_first_says(in_turn, tmp_path, capfd):
+    """As the shell gives them for experiments/benchmark_*.yaml."""
+    (tmp_path / "benchmark_policy256").write_text("mine")
+    assert in_turn("benchmark.loader_seconds=0.2") == 2
+    out, err = capfd.readouterr()
+    assert "benchmark_policy256: cannot be made (File exists); choose another folder" in err
+    assert "error: experiments/benchmark_policy256.yaml: its benchmark ended with 2" in err
+    assert json.loads((tmp_path / "benchmark_policy480" / "loader.json").read_text()) and "benchmark_policy480" in out
+
+
+@pytest.mark.slow
+def test_a_signal_ends_the_series(in_turn, tmp_path):
+    def signal_once_the_first_is_at_work() -> None:
+        while not (tmp_path / "benchmark_policy256").is_dir():
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=signal_once_the_first_is_at_work).start()
+    began = time.monotonic()
+    assert in_turn("benchmark.loader_seconds=200") == 75
+    assert time.monotonic() - began < 200 and [path.name for path in tmp_path.iterdir()] == ["benchmark_policy256"]
+
+
+def test_a_series_is_refused_before_its_first_is_measured(cosmos3, tmp_path, capsys):
+    line = ("benchmark", POLICIES[0], *QUICK, "--output", str(tmp_path / "none"))
+    for word, message in (
+        ("experiments/benchmark_policy840.yaml", "benchmark_policy840.yaml: no such file. Did you mean"),
+        (POLICIES[0], "its name is 'benchmark_policy256', as that of another before it"),
+    ):
+        assert cosmos3(*line[:2], word, *line[2:]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("error: ") == 1
+    assert not (tmp_path / "none").exists()
+    for command in (("train",), ("check",), ("show",), ("plan", "--gpu", "h100-80g")):
+        assert cosmos3(command[0], *POLICIES, *command[1:]) == 2
+        assert f"error: {POLICIES[1]}: a second experiment, where one is expected" in capsys.readouterr().err
+
+
 def test_a_second_benchmark_uses_the_log_of_the_first_and_another_geometry_makes_its_own(policy, project):
     assert policy() == 0
     rows = project / "prepared" / "benchmark_policy256" / "card.json"
@@ -165,7 +221,6 @@ def test_the_experiments_are_the_yardsticks_workloads(name, text, grid, action):
     from cosmos3_train.commands.check_data import latent_shape
     from cosmos3_train.config import load_experiment
     from cosmos3_train.flow.tasks import TASKS
-    from tests.commands.tiny import ROOT
 
     experiment = load_experiment(ROOT / "experiments" / f"benchmark_{name}.yaml").experiment
     benchmark, robot = experiment.benchmark, experiment.embodiments[f"benchmark_{name}"]

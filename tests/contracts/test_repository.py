@@ -110,7 +110,7 @@ def test_command_lines_of_the_texts_are_real(text):
                 cli.parse(words[number + 1 :])
         for word in words:
             if word.startswith(("experiments/", "data/", "configs/", "launch/", ".ci/")):
-                assert (ROOT / word).exists(), f"{line}: {word} is not there"
+                assert any(ROOT.glob(word)), f"{line}: {word} is not there"
 
 
 def test_the_readme_has_command_lines_for_every_command():

@@ -20,6 +20,7 @@ from cosmos3_train.training.gpus import gpu_called
 from cosmos3_train.training.measured import MEASURED, NO_CACHE
 from cosmos3_train.training.plan import GIB, Workload, predict, remedies
 from cosmos3_train.training.plan_memory import activation_bytes, read_architecture
+from cosmos3_train.training.recompute import MARGIN, MARGIN_TOGETHER
 from cosmos3_train.training.throughput import Arithmetic
 from tests.parity.upstream import make_sample, noise_it
 from tests.training.project import PICO
@@ -163,12 +164,24 @@ def _frozen(made: Cosmos3PackedTransformer) -> list[torch.Tensor]:
 # ------------------------------------------------------------------------------------------------ what would fit
 
 
+@pytest.mark.parametrize("key, seen", [("h100-80g", 79.1), ("h200-141g", 139.8), ("rtx4090-24g", 23.6)])
+def test_a_gpu_has_what_torch_sees_of_it_but_for_a_context(key, seen):
+    assert seen - 1 < gpu_called(key).bytes / GIB < seen, "GiB of torch.cuda.get_device_properties"
+
+
+@pytest.mark.parametrize("strategy, margin", [("ddp", MARGIN), ("fsdp2", MARGIN_TOGETHER)])
+def test_auto_leaves_the_margin_that_a_run_leaves(strategy, margin):
+    w = workload("benchmark_video720", "training.samples_per_step=2", f"strategy.name={strategy}", gpus=2)
+    share = predict(w).memory.peak / w.gpu.bytes
+    assert 1 - margin - 0.03 < share <= 1 - margin
+
+
 def test_settings_that_make_a_run_fit_are_named():
     kept = workload("benchmark_video720", "model.checkpoint_activations=false")
     assert not predict(kept).fits
     found = {remedy.words: remedy.plan for remedy in remedies(kept)}
     settled = found["model.checkpoint_activations=auto"]
-    assert settled.fits and settled.memory.peak > 0.9 * kept.gpu.gb * 1e9, "no more is recomputed than must be"
+    assert settled.fits and settled.memory.peak > 0.9 * kept.gpu.bytes, "no more is recomputed than must be"
     assert found["model.checkpoint_activations=true"].memory.peak < settled.memory.peak
     assert found["model.checkpoint_activations=true"].samples_per_second < settled.samples_per_second
     assert "data.datasets.made.cache_reasoner=true" not in found, "it is so already"

@@ -31,7 +31,7 @@ from cosmos3_train.training.run import _memory_named, _refuse_changes, build, cl
 from cosmos3_train.training.strategy import PeerLost
 from cosmos3_train.training.throughput import RATES
 from tests.data.logs import CAMERA, make_log
-from tests.training.project import FRESH, load, write_project
+from tests.training.project import FRESH, experiment, load, write, write_project
 
 PARTS = ("trainables", "average", "optimizer")
 
@@ -496,15 +496,36 @@ def test_memory_that_runs_out_is_named_with_its_step_and_what_helps(tmp_path):
     with pytest.raises(TrainingFailed, match=r"memory ran out in step 4 .*checkpoint_activations=auto; .*Tried to"):
         train(loaded, watch=ahead)
     assert status(loaded.run_folder)["state"] == "failed"
-    for line, helps in {
-        "strategy.name=fsdp2 model.checkpoint_activations=auto": "model.checkpoint_activations=true",
-        "strategy.context_parallel=2 model.checkpoint_activations=false": "model.checkpoint_activations=true",
-        "model.checkpoint_activations=auto": "fp8_copies=1",
-    }.items():
-        experiment = load(root, *line.split()).experiment
-        told = pytest.raises(TrainingFailed, match=f"while it was tried .*{helps}; 'cosmos3 plan'")
-        with told, _memory_named(experiment, lambda: "while it was tried"):
-            run_out()
+
+
+CACHED, FP8, GRAPHS = "data.datasets.moves.cache_reasoner=true", "model.base_precision=fp8", "model.cuda_graphs=false"
+ALL, AUTO, GENERATION = "checkpoint_activations=true", "checkpoint_activations=auto", "tuning.towers=[generation]"
+
+
+@pytest.mark.parametrize(
+    ("talks", "line", "helps"),
+    [
+        (False, (GENERATION,), {CACHED, FP8, GRAPHS, AUTO}),
+        (False, (GENERATION, CACHED, FP8, "model.fp8_copies=1", f"model.{AUTO}"), {GRAPHS}),
+        (True, (GENERATION,), {FP8, AUTO}),  # conversations need the other tower
+        (False, (), {FP8, AUTO}),  # which trains
+        (False, (GENERATION, "tuning.method=full"), {AUTO}),
+        (False, (GENERATION, CACHED, "tuning.dora=true"), {AUTO}),
+        (True, ("strategy.name=fsdp2", f"model.{AUTO}"), {ALL}),
+        (True, ("strategy.context_parallel=2",), {FP8, ALL}),
+    ],
+)
+def test_what_is_named_against_memory_that_runs_out_is_what_the_run_would_take(tmp_path, talks, line, helps):
+    root = write_project(tmp_path / "root")
+    if not talks:
+        content = experiment(root)
+        del content["data"]["datasets"]["talk"]
+        write(root / "experiments" / "small.yaml", content)
+    loaded, graphs = load(root, *line), GRAPHS in helps
+    with pytest.raises(TrainingFailed) as told, _memory_named(loaded, lambda: "here", recorded=lambda: graphs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    assert "a smaller training.tokens_per_micro_batch (now " in str(told.value)
+    assert {one for one in (CACHED, FP8, GRAPHS, ALL, AUTO) if one in str(told.value)} == helps
 
 
 def test_a_run_of_bad_gradients_ends_the_run_with_its_reason(tmp_path):
