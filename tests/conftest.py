@@ -23,6 +23,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(MOST_WORKERS if "not slow" in config.option.markexpr else 2, os.cpu_count() or 1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """xdist begins with the files of most tests; of the slow ones that leaves the longest, the quickstart, for last."""
+    if hasattr(config.option, "loadscopereorder") and "not slow" not in config.option.markexpr:
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests that are `long` are slow ones too many for every change: `-m "slow or long"` runs them all."""
     if "long" not in config.option.markexpr:

@@ -139,6 +139,7 @@ POLICIES = ("experiments/benchmark_policy256.yaml", "experiments/benchmark_polic
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_several_experiments_are_measured_in_turn_whatever_the_first_says(in_turn, tmp_path, capfd):
     """As the shell gives them for experiments/benchmark_*.yaml."""
     (tmp_path / "benchmark_policy256").write_text("mine")

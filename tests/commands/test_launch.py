@@ -52,6 +52,7 @@ def test_a_mistake_of_one_process_alone_is_told(cosmos3, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_give_the_loss_of_one(cosmos3, project, tiny_model):
     settings = (
         *QUICK,

@@ -93,7 +93,8 @@ def own_memory() -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("latents", "samples"), [(True, 100_000), pytest.param(False, 10_000, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize(("latents", "samples"), [(True, 100_000), (False, 10_000)])
 def test_memory_is_flat(robot, tmp_path, latents, samples):
     """Over 100 thousand samples from cached latents, and ten thousand that are decoded from two logs in turn."""
     opened = {}

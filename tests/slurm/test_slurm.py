@@ -162,6 +162,7 @@ def test_warned_it_saves_is_requeued_and_ends_with_the_same_weights(submit, undi
     assert rows(job.folder) == rows(undisturbed.folder)
 
 
+@pytest.mark.long
 def test_a_dead_rank_ends_the_job_and_is_named_first(submit):
     job = submit("dead")
     job.wait_for_step(5)

@@ -84,6 +84,7 @@ def test_a_rank_s_own_error_comes_first(project):
     assert steps_made(folder) == 5, "steps are counted from 0 where they are drawn"
 
 
+@pytest.mark.long
 def test_a_rank_that_stands_still_is_named(project):
     began = time.monotonic()
     # torchrun gives the one that stands still half a minute to end.
@@ -134,7 +135,8 @@ def test_a_disk_that_is_full_for_one_rank_alone_is_its_own_error_and_costs_no_ch
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000008", "step_000012"]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_rank_whose_data_come_late_is_named(project, strategy):
     """Also where all are as slow within their passes, as they wait for each other there."""
     folder = project / "runs" / f"late_{strategy}"
