@@ -3,7 +3,6 @@ one by one, and a run says so and ends as it would."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -102,12 +101,6 @@ def test_a_run_by_graphs_makes_the_curve_of_one_without(root, caplog):
         assert ("launched as one" in caplog.text) == (graphs == "auto")
     assert len(curves["auto"]) == 30
     assert curves["auto"] == pytest.approx(curves["false"], rel=0.03)
-
-
-@pytest.fixture
-def capped() -> Iterator[None]:
-    yield
-    torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.mark.parametrize("alike", [True, False], ids=["alike", "not alike"])

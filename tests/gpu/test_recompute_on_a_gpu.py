@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -19,12 +17,6 @@ from tests.training.project import PICO
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
 LAYERS = 12
-
-
-@pytest.fixture
-def capped() -> Iterator[None]:
-    yield
-    torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.mark.parametrize("compile", [False, True], ids=["written", "compiled"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cosmos3_train.evaluation.pictures import read_metrics
-from tests.training.project import PICO, write_project
+from tests.training.project import NANO_WIDE, PICO, write_project
 from tests.training.sharded import carry_out
 from tests.training.test_sharding import STEPS, assert_same_curve, on_processes, told, write_moves
 
@@ -52,18 +52,8 @@ RESUMED = {
     "zero": {"zero3_to_zero2": ("full", "strategy.name=deepspeed_zero2 <full_zero3/10")},
 }
 
-SIZES = {
-    "num_hidden_layers": 2,
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 1152,
-    "action_gen": "true",
-    "action_dim": 64,
-}
-NANO_WIDE = (
+SIZES = {**NANO_WIDE, "num_hidden_layers": 2}
+WIDE = (
     f"moves {STEPS} training.samples_per_step=5 strategy.accelerator=gpu model.path={PICO} model.dtype=bfloat16 "
     "tuning.method=tower tuning.towers=[generation] optimizer.learning_rate=0.00001 model.checkpoint_activations=true "
     "training.checkpoint_every_n_steps=0 "
@@ -100,7 +90,7 @@ def test_every_strategy_makes_the_curve_of_one_gpu_in_float32(root, family):
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "deepspeed_zero3"])
 def test_two_layers_of_nano_s_width_compiled_in_bfloat16(root, strategy):
-    job = f"{NANO_WIDE} model.compile=true"
+    job = f"{WIDE} model.compile=true"
     if not (root / "runs" / "nano_wide").is_dir():
         carry_out(root, f"{job} name=nano_wide")
         torch.cuda.empty_cache()

@@ -14,18 +14,10 @@ import torch
 from diffusers import Cosmos3OmniTransformer
 from safetensors.torch import save_file
 
+from tests.training.project import NANO_WIDE
+
 ROOT = Path(__file__).parents[2]
-NANOS_WIDTH = {
-    "num_hidden_layers": 5,
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 1152,
-    "action_gen": True,
-    "action_dim": 64,
-}
+SIZES = {**NANO_WIDE, "num_hidden_layers": 5}
 LOAD = """
 import json, sys, threading, time
 from pathlib import Path
@@ -68,7 +60,7 @@ def large(tmp_path_factory):
     """A random folder of 4 GB, a shard a layer."""
     root = tmp_path_factory.mktemp("large")
     with torch.device("meta"):
-        empty = Cosmos3OmniTransformer(**NANOS_WIDTH)
+        empty = Cosmos3OmniTransformer(**SIZES)
     empty.save_config(root / "transformer")
     numbers = torch.randn(max(value.numel() for value in empty.state_dict().values())).bfloat16()
     shards: dict[str, dict[str, torch.Size]] = {}

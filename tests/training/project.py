@@ -19,6 +19,17 @@ from tests.data.logs import CAMERA, embodiment, make_log
 from tests.parity.upstream import TINY, randomise
 
 PICO = Path(__file__).resolve().parents[2] / "data" / "cosmos3_pico"
+NANO_WIDE = {
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 1152,
+    "action_gen": True,
+    "action_dim": 64,
+}
+"""Sizes of a transformer as wide as Nano's, with Pico's words; how deep, a test says."""
 FRESH = 24
 """A slot of the action heads that upstream gives no robot."""
 
