@@ -753,6 +753,7 @@ class Benchmark:
     text_tokens:   of every prompt, whose instruction is filled up with words; `cosmos3 plan` takes it for prompts that
                    it cannot count
     windows:       of the log
+    instructions:  distinct ones, at most one a window; of many, each step reads others from the reasoner cache
     loader_seconds: how long each way of reading is measured, with --loader
     """
 
@@ -761,11 +762,15 @@ class Benchmark:
     width: int = 256
     text_tokens: int = 180
     windows: int = 256
+    instructions: int = 1
     loader_seconds: float = 5.0
 
     def __post_init__(self) -> None:
         _require("benchmark", self, "above 0", lambda x: x > 0, "loader_seconds")
         _require("benchmark", self, "at least 1", lambda x: x >= 1, "first_step", "text_tokens", "windows")
+        _require(
+            "benchmark", self, f"from 1 to {self.windows} (windows)", lambda x: 1 <= x <= self.windows, "instructions"
+        )
         _require("benchmark", self, "even and above 0 (video)", lambda x: x > 0 and x % 2 == 0, "height", "width")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,8 @@ from cosmos3_train.model.prompts import canvas, robot_prompt, video_prompt
 
 logger = logging.getLogger(__name__)
 
-WORD = " push"
-"""Fills instructions up: one token of most tokenizers, Pico's among them."""
+WORD, OTHER = " push", " turn"
+"""Fill instructions up: one token of most tokenizers, Pico's among them. By where the other stands they differ."""
 WINDOWS_AN_EPISODE = 32
 CELL = 16
 """Side of the squares of the made-up pictures, pixels: flat enough to encode and decode as fast as real ones."""
@@ -40,9 +40,9 @@ def ensure_benchmark_data(loaded: Loaded) -> None:
     log = prepared.with_name(f"{prepared.name}_log_{_geometry(experiment.benchmark, embodiment)}")
     _require_own(prepared)
     if not log.is_dir():
-        instruction = fill_instruction(loaded, embodiment, only_task(entry))
+        instructions = fill_instructions(loaded, embodiment, only_task(entry))
         logger.info("making %s", log)
-        write_log(log, experiment.benchmark, embodiment, instruction)
+        write_log(log, experiment.benchmark, embodiment, instructions)
     # Prepared rows point at their log: those of a log of another geometry, or of another place, are made anew.
     stale = (prepared / CARD_FILE).is_file() and read_card(prepared)["source"] != str(log.resolve())
     prepare(
@@ -101,10 +101,15 @@ def only_task(entry: Dataset) -> str:
     return tasks[0]
 
 
-def fill_instruction(loaded: Loaded, embodiment: Embodiment, task: str) -> str:
-    """An instruction whose prompt has the benchmark's number of tokens, or those its template needs."""
+def fill_instructions(loaded: Loaded, embodiment: Embodiment, task: str) -> list[str]:
+    """The benchmark's instructions, whose prompts have its number of tokens, or those their template needs.
+
+    Raises:
+        UserError: so many do not differ in so few words.
+    """
     parts = load_parts(loaded.model, torch.device("cpu"), vae_weights=False)
-    size = (loaded.experiment.benchmark.height, loaded.experiment.benchmark.width)
+    benchmark = loaded.experiment.benchmark
+    size = (benchmark.height, benchmark.width)
 
     def tokens(words: int) -> int:
         text = (WORD * words).strip()
@@ -113,7 +118,16 @@ def fill_instruction(loaded: Loaded, embodiment: Embodiment, task: str) -> str:
         place = canvas(size, embodiment.resolution_tier)
         return video_prompt(parts, text, embodiment.frames, place, embodiment.control_hz).numel()
 
-    return (WORD * _words(tokens, loaded.experiment.benchmark.text_tokens)).strip()
+    more = _words(tokens, benchmark.text_tokens) - 1  # the first has no space before it, and stays
+    if benchmark.instructions > 2**more:
+        raise UserError(
+            f"benchmark.instructions is {benchmark.instructions}, but of prompts of {benchmark.text_tokens} tokens "
+            f"(benchmark.text_tokens) {more} are words that may differ; ask for at most {2**more}"
+        )
+    return [
+        "".join((WORD, *(OTHER if number >> place & 1 else WORD for place in range(more)))).strip()
+        for number in range(benchmark.instructions)
+    ]
 
 
 def _words(tokens: Callable[[int], int], wanted: int) -> int:
@@ -126,13 +140,14 @@ def _words(tokens: Callable[[int], int], wanted: int) -> int:
     return words
 
 
-def write_log(folder: Path, benchmark: Benchmark, embodiment: Embodiment, instruction: str) -> None:
-    """A LeRobot log with the benchmark's number of windows: squares that slide, actions between -1 and 1."""
+def write_log(folder: Path, benchmark: Benchmark, embodiment: Embodiment, instructions: Sequence[str]) -> None:
+    """A LeRobot log with the benchmark's number of windows: squares that slide, actions between -1 and 1, and an
+    instruction after the other."""
     cameras = {camera: (benchmark.height, benchmark.width) for camera in embodiment.cameras}
     columns = {embodiment.action_key: [channel.name for channel in embodiment.action]}
     if embodiment.state_key is not None:
         columns[embodiment.state_key] = columns[embodiment.action_key]
-    episodes = math.ceil(benchmark.windows / WINDOWS_AN_EPISODE)
+    episodes = max(math.ceil(benchmark.windows / WINDOWS_AN_EPISODE), len(instructions))
     with LeRobotWriter(
         folder, fps=embodiment.control_hz, cameras=cameras, columns=columns, robot_type=embodiment.name
     ) as writer:
@@ -144,7 +159,7 @@ def write_log(folder: Path, benchmark: Benchmark, embodiment: Embodiment, instru
             writer.add_episode(
                 {camera: _pictures(random, length, size) for camera, size in cameras.items()},
                 dict.fromkeys(columns, values),
-                instruction,
+                instructions[episode % len(instructions)],
             )
 
 
@@ -158,4 +173,4 @@ def _pictures(random: np.random.Generator, length: int, size: tuple[int, int]) -
 
 def _geometry(benchmark: Benchmark, embodiment: Embodiment) -> str:
     size = f"{embodiment.frames}x{benchmark.height}x{benchmark.width}"
-    return f"{size}_{benchmark.text_tokens}tokens_{benchmark.windows}windows"
+    return f"{size}_{benchmark.text_tokens}tokens_{benchmark.windows}windows_{benchmark.instructions}instructions"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
@@ -28,7 +29,7 @@ from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.reasoner_cache import Reasoner, distinct, ensure_reasoner, prompts_of
 from cosmos3_train.model.sight import Counter
 from cosmos3_train.runtime import ignore_sigterm, is_first_rank, world_size
-from cosmos3_train.training.batching import PackedSteps, Packer, SeenSteps
+from cosmos3_train.training.batching import PackedStep, PackedSteps, Packer, SeenSteps
 from cosmos3_train.training.strategy import data_rank
 
 logger = logging.getLogger(__name__)
@@ -46,10 +47,21 @@ class StepData(lightning.LightningDataModule):
     """Loads whole steps: one item is this rank's share of one optimizer step.
 
     With every latent cached the workers also pack, and the training process only moves tensors to the device.
+
+    Args:
+        expect: told the prompts, by their keys, of each packed step while the step before it is made.
     """
 
-    def __init__(self, loaded: Loaded, opened: Opened, packer: Packer, device: torch.device) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        opened: Opened,
+        packer: Packer,
+        device: torch.device,
+        expect: Callable[[Iterable[str]], None] | None = None,
+    ) -> None:
         super().__init__()
+        self.expect = expect
         self.on_gpu = device.type == "cuda"
         self.packer = packer
         self.packs_in_workers = all(
@@ -63,7 +75,8 @@ class StepData(lightning.LightningDataModule):
         training, data = self.experiment.training, self.experiment.data
         place, places = data_rank(self.experiment.strategy)
         steps = StepDataset(self.mixture, training.samples_per_step, place, places, ENDLESS)
-        return DataLoader(
+        return _Loader(
+            self.expect if self.packs_in_workers else None,
             PackedSteps(steps, self.packer) if self.packs_in_workers else SeenSteps(steps, self.packer.encoder),
             batch_size=None,
             sampler=_StepsFrom(self.first_step),
@@ -72,6 +85,29 @@ class StepData(lightning.LightningDataModule):
             pin_memory=self.packs_in_workers and data.workers > 0 and self.on_gpu,
             worker_init_fn=ignore_sigterm,
         )
+
+
+class _Loader(DataLoader[Any]):
+    """Where prompts are expected, one step ahead of what it is asked for, and tells them of the step that comes."""
+
+    def __init__(self, expect: Callable[[Iterable[str]], None] | None, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.expect = expect
+
+    def __iter__(self) -> Any:
+        steps = super().__iter__()
+        return steps if self.expect is None else self._ahead(steps, self.expect)
+
+    @staticmethod
+    def _ahead(steps: Iterator[PackedStep], expect: Callable[[Iterable[str]], None]) -> Iterator[PackedStep]:
+        before = None
+        for step in steps:
+            expect(prompt for pack in step.packs for prompt in pack.prompts)
+            if before is not None:
+                yield before
+            before = step
+        if before is not None:
+            yield before
 
 
 class _StepsFrom(Sampler[int]):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -44,7 +45,7 @@ from cosmos3_train.model.fp8 import require_fp8
 from cosmos3_train.model.loading import DTYPES, empty_backbone, load_backbone, load_parts, model_folder
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
 from cosmos3_train.model.packing import Layout
-from cosmos3_train.model.reasoner_cache import Reasoner, ReasonerCache, remember
+from cosmos3_train.model.reasoner_cache import CachedPrompts, Reasoner, ReasonerCache, remember
 from cosmos3_train.model.sound import add_sound_tokenizer
 from cosmos3_train.model.trainable import Trainables, arrange_frozen, make_trainable
 from cosmos3_train.model.vision import load_eyes
@@ -219,7 +220,9 @@ def _fit(run: Run, evaluate: Evaluate | None, watch: Watch | None) -> bool:
         refuse_over_budget(run.opened, run.encoder, Layout.of(run.backbone.config), budget)
     logger.info("seed %d", run.experiment.training.seed)
     logger.info("%s", run.trainables.description)
-    data = StepData(run.loaded, run.opened, run.module.packer, run.device)
+    recall = run.backbone.recall
+    expect = partial(recall.expect, device=run.device) if isinstance(recall, CachedPrompts) else None
+    data = StepData(run.loaded, run.opened, run.module.packer, run.device, expect)
     data.first_step = position.drawn
     loop = RunLoop(
         run.module,

@@ -17,6 +17,7 @@ import pytest
 from cosmos3_train.commands.benchmark import HEAD
 from cosmos3_train.config import Tuning, UserError
 from cosmos3_train.data.prepare import LAYOUT_VERSION
+from cosmos3_train.data.texts import distinct_texts
 from cosmos3_train.training.benchmark import Rate
 from cosmos3_train.training.benchmark_log import _require_own
 from cosmos3_train.training.throughput import Arithmetic
@@ -184,8 +185,9 @@ def test_a_second_benchmark_uses_the_log_of_the_first_and_another_geometry_makes
     first = rows.stat().st_mtime_ns
     assert policy() == 0
     assert rows.stat().st_mtime_ns == first
-    assert policy("benchmark.text_tokens=200") == 0
+    assert policy("benchmark.text_tokens=200", "benchmark.instructions=3") == 0
     assert rows.stat().st_mtime_ns != first
+    assert len(distinct_texts(rows.parent)) == 3, "each window has an instruction of its own"
     found = json.loads((project / "runs" / "benchmark_policy256" / "benchmark.json").read_text())
     assert found["text_tokens"] == 400
     assert [rate["to_stock"] for rate in found["rates"]] == [None, None, None]
@@ -204,6 +206,8 @@ def test_without_the_cache_the_count_is_the_same_and_all_of_it_is_done(policy, p
         (("benchmark.first_step=5",), "benchmark.first_step is 5, but training.steps is 4"),
         (("data.datasets.made.card=data/pusht/log.yaml",), "data.datasets.made: a benchmark makes its own log"),
         (("data.datasets.made.tasks.inverse_dynamics=1",), "a benchmark's dataset has one task, this has 2"),
+        (("benchmark.instructions=4",), "benchmark.instructions is 4; it is from 1 to 3 (windows)"),
+        (("benchmark.instructions=2", "benchmark.text_tokens=1"), "0 are words that may differ; ask for at most 1"),
         (("tuning.method=tower", "--against", "stock"), "the stock loop that it is compared with trains 'lora'"),
     ],
 )

@@ -25,23 +25,23 @@ import torch
 from cosmos3_train.config import Model
 from cosmos3_train.model.loading import load_backbone
 
-small, large, towers, dtype = sys.argv[1:]
+small, large, towers, device, kinds = json.loads(sys.argv[1])
 seen, ended = [], threading.Event()
 
 def taken():
     lines = Path("/proc/self/status").read_text().splitlines()
-    kinds = ("RssAnon", "RssFile") if dtype == "bfloat16" else ("RssAnon",)
-    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(kinds))
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(tuple(kinds)))
 
 def watch():
     while not ended.wait(0.005):
         seen.append(taken())
 
-def load(folder):
-    model = Model(path=folder, dtype=dtype, checkpoint_activations=False)
-    made = load_backbone(model, torch.device("cpu"), text_logits=False, towers=towers)
-    for parameter in made.parameters():  # the pages of a file that is mapped come when they are read
-        parameter.view(-1)[::64].sum()
+def load(model):
+    model = Model(**model, checkpoint_activations=False)
+    made = load_backbone(model, torch.device(device), text_logits=False, towers=towers)
+    for parameter in made.parameters():
+        if device == "cpu":  # the pages of a file that is mapped come when they are read
+            parameter.view(-1)[::64].sum()
     return made
 
 load(small)  # whatever is imported late
@@ -50,9 +50,25 @@ watcher.start()
 made = load(large)
 ended.set()
 watcher.join()
-used = sum(parameter.nbytes for parameter in made.parameters())
+used = sum(tensor.nbytes for tensor in (*made.parameters(), *made.buffers()))
 print(json.dumps({"grown": max(seen) - before, "used": used}))
 """
+
+
+def grown(small: dict, large: dict, towers: str, device: str, kinds: list[str]) -> dict[str, int]:
+    """Bytes by which a process's memory of these kinds grows at most while it loads a model, and those of its tensors.
+
+    Args:
+        small: a model of the same kind, loaded before;  kinds: as /proc calls them
+    """
+    arguments = json.dumps([small, large, towers, device, kinds])
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +104,9 @@ def large(tmp_path_factory):
 )
 def test_a_sharded_folder_is_read_in_the_memory_of_what_is_used(folder, large, towers, dtype, gigabytes):
     """In float32, which is not the files', their mapped pages are not counted: the kernel takes them back."""
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, folder, large, towers, dtype],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        check=True,
-    )
-    found = json.loads(done.stdout)
+    small, whole = ({"path": str(path), "dtype": dtype} for path in (folder, large))
+    kinds = ["RssAnon", "RssFile"] if dtype == "bfloat16" else ["RssAnon"]
+    found = grown(small, whole, towers, "cpu", kinds)
     print(f"\n{towers}, {dtype}: {found['used'] / 1e9:.2f} GB used, {found['grown'] / 1e9:.2f} GB grown")
     assert found["used"] / 1e9 == pytest.approx(gigabytes, rel=0.05)
     assert found["used"] * 0.9 < found["grown"] < found["used"] * 1.1

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -246,6 +247,32 @@ def test_prompts_that_are_alike_stand_once_and_stay_on_the_device(folder, tmp_pa
     assert only.joint_order is None
     kept = recall._kept[alone.packs[0].prompts[0], CPU]
     assert only.keys_values[0][0].data_ptr() == kept.data_ptr(), "one prompt copies nothing"
+
+
+def test_what_is_expected_is_read_ahead_once_and_by_another_thread(folder, tmp_path, monkeypatch):
+    module = make_module(folder, tuning=LORA)
+    packer, made = packed(module, ["policy"] * 7, dropout=0)
+    (pack,) = made.packs
+    reasoner = Reasoner(model(folder), CPU)
+    ensure_reasoner(tmp_path, [packer.encoder.robot_text(words, robot(), (32, 48)) for words in WORDS], reasoner)
+    cache = ReasonerCache.open(tmp_path, reasoner)
+    assert cache is not None
+    expected = CachedPrompts([cache], 64, torch.float32)(pack)
+    reads: list[tuple[str, bool]] = []
+    original = ReasonerCache.read
+
+    def read(self, key):
+        reads.append((key, threading.current_thread() is threading.main_thread()))
+        return original(self, key)
+
+    monkeypatch.setattr(ReasonerCache, "read", read)
+    recall = CachedPrompts([cache], 64, torch.float32)
+    for _ in range(2):
+        recall.expect([*pack.prompts, "of no cache"], CPU)
+        understood = recall(pack)
+    assert sorted(reads) == sorted((key, False) for key in set(pack.prompts))
+    for (k, v), (other_k, other_v) in zip(understood.keys_values, expected.keys_values, strict=True):
+        assert torch.equal(k, other_k) and torch.equal(v, other_v)
 
 
 def test_a_prompt_that_no_cache_holds_is_said_with_the_remedy(folder, tmp_path):

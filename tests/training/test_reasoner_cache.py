@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from cosmos3_train.config import UserError
 from cosmos3_train.model import loading
 from cosmos3_train.model.omni import is_understanding
+from cosmos3_train.model.reasoner_cache import ReasonerCache
 from cosmos3_train.training.checkpoints import load_checkpoint
 from cosmos3_train.training.measures import measure
 from cosmos3_train.training.run import build, train
@@ -49,11 +51,16 @@ def numbers(folder: Path) -> dict[tuple[str, str], float]:
     return {(row[0], row[1]): float(row[2]) for row in rows if row[1] not in RATES}
 
 
-def test_the_curve_the_evaluations_and_the_weights_are_the_same(root):
+def test_the_curve_the_evaluations_and_the_weights_are_the_same(root, monkeypatch):
+    readers: list[str] = []
+    read = ReasonerCache.read
+    told = lambda self, key: readers.append(threading.current_thread().name) or read(self, key)  # noqa: E731
+    monkeypatch.setattr(ReasonerCache, "read", told)
     assert train(load(root, "name=without"), evaluate=measure) == "finished"
     runs = []
     assert train(load(root, "name=with", CACHED), evaluate=lambda run: runs.append(run) or measure(run)) == "finished"
     assert not runs[0].backbone.understands
+    assert any(name.startswith("reasoner-cache") for name in readers), "read ahead of the step that asks for it"
     ours, theirs = (numbers(root / "runs" / name) for name in ("with", "without"))
     assert ours.keys() == theirs.keys() and ("4", "heldout/action_error") in ours
     for key, value in theirs.items():
