@@ -43,6 +43,8 @@ from cosmos3_train.runtime import (
 AS_LONG_AS_IT_TAKES = timedelta(days=7)
 GRACE = timedelta(seconds=15)
 """The other ranks wait so much longer than the first one, so that it is the one that says who is missing."""
+NCCL_GRACE = timedelta(seconds=90)
+"""NCCL ends a process that has waited in vain without a word about whom for; before it does, the hosts name them."""
 ROLL_CALL_SECONDS = 10.0
 """For ranks that waited for another one in vain to find out which: less than `PeerLost` keeps a process silent."""
 
@@ -68,15 +70,22 @@ class PeerLost(RuntimeError):
 
 
 class SummedGradients(DDPStrategy):
-    """Lightning's ddp without the wrapper around the module: processes, devices and barriers stay its own."""
+    """Lightning's ddp without the wrapper around the module: processes, devices and barriers stay its own.
+
+    Args:
+        patience: how long the hosts wait for each other.
+    """
+
+    def __init__(self, patience: timedelta, backend: str) -> None:
+        super().__init__(process_group_backend=backend, timeout=_on_devices(patience, backend))
+        self._patience = patience
 
     def configure_ddp(self) -> None:
         """Leave the module as it is; `sum_gradients` does what the wrapper's hooks would."""
 
     def setup_distributed(self) -> None:
         super().setup_distributed()
-        assert self._timeout is not None
-        _open_meetings(self._timeout)
+        _open_meetings(self._patience)
 
     def barrier(self, *args: object, **kwargs: object) -> None:
         with peers("a barrier"):
@@ -185,21 +194,24 @@ def make_strategy(strategy: config.Strategy, device: torch.device) -> Strategy:
     """Lightning's strategy for the run."""
     if strategy_name(strategy) == "single":
         return SingleDeviceStrategy(device=device)
-    kind = ShardedWeights if strategy.is_sharded and not zero_stage(strategy) else SummedGradients
-    return kind(process_group_backend=_backend(device), timeout=timedelta(seconds=strategy.collective_timeout_seconds))
+    backend, patience = _backend(device), timedelta(seconds=strategy.collective_timeout_seconds)
+    if strategy.is_sharded and not zero_stage(strategy):
+        return ShardedWeights(process_group_backend=backend, timeout=_on_devices(patience, backend))
+    return SummedGradients(patience, backend)
 
 
 def connect(strategy: config.Strategy, device: torch.device) -> None:
     """Join the processes of a run before its model is read: where it is sharded, or where they share packs."""
     global _mesh
     patience = timedelta(seconds=strategy.collective_timeout_seconds)
+    longer = _on_devices(patience, _backend(device))
     if not dist.is_initialized():
-        dist.init_process_group(_backend(device), timeout=patience, device_id=device if device.type == "cuda" else None)
+        dist.init_process_group(_backend(device), timeout=longer, device_id=device if device.type == "cuda" else None)
         if device.type == "cuda":
             atexit.register(_leave)
     _open_meetings(patience)
     if strategy_name(strategy) in ("fsdp2", "hsdp") and _mesh is None:
-        _mesh = _make_mesh(_shards(strategy), device, patience)
+        _mesh = _make_mesh(_shards(strategy), device, longer)
 
 
 def _make_mesh(shards: int, device: torch.device, patience: timedelta) -> DeviceMesh:
@@ -226,7 +238,8 @@ def context_group(strategy: config.Strategy) -> ContextGroup | None:
     if size == 1:
         return None
     if size not in _contexts:
-        own, _ = dist.new_subgroups(size, timeout=timedelta(seconds=strategy.collective_timeout_seconds))
+        patience = timedelta(seconds=strategy.collective_timeout_seconds)
+        own, _ = dist.new_subgroups(size, timeout=_on_devices(patience, dist.get_backend()))
         assert isinstance(own, dist.ProcessGroup)
         _contexts[size] = ContextGroup(own)
     return _contexts[size]
@@ -250,6 +263,11 @@ def _shards(strategy: config.Strategy) -> int:
 
 def _backend(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
+
+
+def _on_devices(patience: timedelta, backend: str) -> timedelta:
+    """How long collectives of tensors wait."""
+    return patience + NCCL_GRACE if backend == "nccl" else patience
 
 
 def meet(where: str) -> None:
@@ -297,13 +315,13 @@ def _meet(where: str, patience: timedelta) -> None:
                 raise PeerLost(f"{where}: rank {other} has gone") from error
             missing.append(other)
     if missing:
-        raise _named(where, missing)
+        raise named(where, missing)
     with peers(where):
         for other in others:
             dist.send(word, dst=other, group=group)
 
 
-def _named(where: str, missing: list[int]) -> RankMissing:
+def named(where: str, missing: list[int]) -> RankMissing:
     """For a group whose ranks wait `strategy.collective_timeout_seconds` for each other."""
     return RankMissing(
         f"{where}: {'ranks' if len(missing) > 1 else 'rank'} {', '.join(map(str, missing))} did not come in "
@@ -325,7 +343,7 @@ def peers(what: str, awaited: str = "") -> Iterator[None]:
         if "Timed out waiting" in str(error):
             missing = [] if awaited else _roll_call()
             if missing:
-                raise _named(what, missing) from error
+                raise named(what, missing) from error
             raise RankMissing(f"{what}: {awaited or 'a rank'} did not come ({first_line(error)})") from error
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):  # gloo's have no class of their own
             raise
@@ -358,9 +376,26 @@ def _roll_call() -> list[int]:
 
 
 def _roll() -> dist.Store:
+    return _store("roll call")
+
+
+def board() -> dist.Store:
+    """Where every rank may write and read, also while its host stands in a collective."""
+    return _store("board")
+
+
+def _store(prefix: str) -> dist.Store:
     world = dist.group.WORLD
     assert world is not None
-    return dist.PrefixStore("roll call", world.get_group_store())
+    return dist.PrefixStore(prefix, world.get_group_store())
+
+
+def begun() -> int:
+    """How many collectives of tensors this rank has begun: all ranks begin the same ones."""
+    groups = {dist.group.WORLD, *(context.group for context in _contexts.values())}
+    if _mesh is not None:
+        groups |= set(_mesh.get_all_groups())
+    return sum(group._get_sequence_number_for_group() for group in groups if group is not None)
 
 
 def _all_reduce(values: Tensor, operation: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None = None) -> None:
