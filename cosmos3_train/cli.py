@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -26,7 +27,15 @@ from cosmos3_train.commands.console import (
     say_error,
 )
 from cosmos3_train.config import Loaded, UserError, load_experiment
-from cosmos3_train.runtime import Interrupted, interruptible, offline_hub, record_failure, set_up_logging
+from cosmos3_train.runtime import (
+    Interrupted,
+    interruptible,
+    leave_at_once,
+    offline_hub,
+    record_failure,
+    set_up_logging,
+    world_size,
+)
 
 BEGAN = time.monotonic()
 SCAN_ONLY = ("embodiment", "source", "model", "caption_tokens", "workers")
@@ -60,7 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = QUIET
     except Exception as error:
         record_failure(error)
-        raise
+        if world_size() == 1:
+            raise
+        traceback.print_exc()
+        code = FAILED
+    if world_size() > 1 and code not in (FINISHED, INTERRUPTED):
+        leave_at_once(code)
     sys.exit(code)
 
 

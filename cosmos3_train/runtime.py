@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -165,6 +166,15 @@ def record_failure(error: Exception, text: str = "") -> None:
     # Best effort: a full disk must not put another error in the place of this one.
     with suppress(OSError):
         Path(path).write_text(json.dumps(content), encoding="utf-8")
+
+
+def leave_at_once(code: int) -> NoReturn:
+    """End this process, one of several, as it is. At an interpreter's own end torch takes leave of the other ranks, and
+    with NCCL waits for them, who do not come: the launcher would never learn that this one has failed."""
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 class Interrupted(BaseException):

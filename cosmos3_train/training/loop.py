@@ -169,6 +169,10 @@ class RunLoop(lightning.Callback):
         self._close()
         if self._saving is not None:
             self._saving.wait_alone()
+        if isinstance(exception, PeerLost | RankMissing) and isinstance(
+            trainer.strategy, SummedGradients | ShardedWeights
+        ):
+            trainer.strategy.peer_lost = True
         if isinstance(exception, PeerLost):
             exception.asked_to_stop = self._asked_to_stop
             # What Lightning tears down now is not to be cut short, and the error not to be hidden by another.

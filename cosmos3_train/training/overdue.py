@@ -8,13 +8,12 @@ process and says which collective it was, but not who has not come. That rank is
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from cosmos3_train.runtime import rank, record_failure, world_size
+from cosmos3_train.runtime import leave_at_once, rank, record_failure, world_size
 from cosmos3_train.training.strategy import GRACE, RankMissing, begun, board, named
 
 logger = logging.getLogger(__name__)
@@ -72,7 +71,7 @@ class Overdue(threading.Thread):
         record_failure(error, f"error: {error}")
         logger.error("error: %s", error)
         self.fail(error)
-        os._exit(1)  # what the host stands in is not to be left otherwise
+        leave_at_once(1)  # what the host stands in is not to be left otherwise
 
 
 def _count(other: int) -> int:

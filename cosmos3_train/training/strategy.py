@@ -69,7 +69,18 @@ class PeerLost(RuntimeError):
     asked_to_stop = False
 
 
-class SummedGradients(DDPStrategy):
+class Leaving(Strategy):
+    """A strategy that can be left with work queued on the device that will never be done."""
+
+    peer_lost = False
+    """Set where another rank has gone or stands still: then nothing is moved off the device, which waits for it."""
+
+    def teardown(self) -> None:
+        if not self.peer_lost:
+            super().teardown()
+
+
+class SummedGradients(Leaving, DDPStrategy):
     """Lightning's ddp without the wrapper around the module: processes, devices and barriers stay its own.
 
     Args:
@@ -92,7 +103,7 @@ class SummedGradients(DDPStrategy):
             super().barrier(*args, **kwargs)
 
 
-class ShardedWeights(ModelParallelStrategy):
+class ShardedWeights(Leaving, ModelParallelStrategy):
     """Lightning's strategy for `fully_shard`, on processes that `connect` has joined and a backbone that is sharded
     already: it was read so."""
 
