@@ -19,6 +19,12 @@ processes=${PROCESSES:-$("${python[@]}" -c 'import torch; print(max(1, torch.cud
 
 # After TERM, torchrun gives its processes 120 s, where it would give 30: for the step that they are in, its checkpoint,
 # and the one before it, which may be on its way. (When one of them is dead it gives the others 30 s, whatever is said
-# here.)
-exec "${python[@]}" -m torch.distributed.run --standalone --nproc-per-node "$processes" --shutdown-timeout 120 \
+# here.) That of torch 2.11 cannot be told so; to look into its file is quicker than to import it.
+patience=(--shutdown-timeout 120)
+if ! "${python[@]}" -c 'import importlib.util as u, pathlib, sys
+torchrun = pathlib.Path(u.find_spec("torch").origin).parent / "distributed" / "run.py"
+sys.exit(sys.argv[1] not in torchrun.read_text(encoding="utf-8"))' "${patience[0]}"; then
+    patience=()
+fi
+exec "${python[@]}" -m torch.distributed.run --standalone --nproc-per-node "$processes" ${patience[@]+"${patience[@]}"} \
     -m cosmos3_train.cli train "$experiment" "strategy.devices=$processes" "$@"

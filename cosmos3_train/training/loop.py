@@ -23,6 +23,7 @@ from cosmos3_train.training.progress import SKIPPED, Bar, Metrics, write_status
 from cosmos3_train.training.sharding import lend, own_part, own_rows, shard_count, writes_shards
 from cosmos3_train.training.skipped import keep_skipped
 from cosmos3_train.training.strategy import (
+    Leaving,
     PeerLost,
     RankMissing,
     any_rank,
@@ -169,9 +170,7 @@ class RunLoop(lightning.Callback):
         self._close()
         if self._saving is not None:
             self._saving.wait_alone()
-        if isinstance(exception, PeerLost | RankMissing) and isinstance(
-            trainer.strategy, SummedGradients | ShardedWeights
-        ):
+        if isinstance(exception, PeerLost | RankMissing) and isinstance(trainer.strategy, Leaving):
             trainer.strategy.peer_lost = True
         if isinstance(exception, PeerLost):
             exception.asked_to_stop = self._asked_to_stop
