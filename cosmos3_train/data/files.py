@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 from cosmos3_train.config import UserError
+
+logger = logging.getLogger(__name__)
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (
@@ -73,6 +77,36 @@ def exclusive(folder: Path) -> Iterator[None]:
             yield
         finally:
             fcntl.flock(lock, fcntl.LOCK_UN)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """One process writes a folder at a time; another one's is refused, on other machines too where the disk has locks.
+
+    The lock is of the process, and not of those that it forks, which may outlive it for a while.
+
+    Raises:
+        UserError: another process is at work there; says which.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = (folder.parent / f".{folder.name}.lock").open("a+")
+    except OSError:  # what is wrong with the place, whoever writes there says
+        yield
+        return
+    with lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            lock.flush()
+        except BlockingIOError:
+            lock.seek(0)
+            who = lock.read().strip() or "another process"
+            raise UserError(f"{folder}: {who} is at work there; wait for its end, or name another folder") from None
+        except OSError as error:
+            logger.info("%s: nothing keeps a second run out (%s)", folder, error.strerror)
+        yield
 
 
 @contextlib.contextmanager

@@ -74,6 +74,7 @@ class RunLoop(lightning.Callback):
         # It only raises a flag: a collective or a file written inside a handler could meet one that is half done.
         self._previous_handler = signal.signal(signal.SIGTERM, self._on_signal)
         step = self.module.position.step
+        self._refuse_other_places(step)
         if is_first_rank():
             self._metrics = Metrics(self.folder, self.module.experiment, step, self.module.position.skipped)
             write_status(self.folder, "running", step, self.training.steps)
@@ -178,6 +179,16 @@ class RunLoop(lightning.Callback):
             signal.signal(signal.SIGTERM, lambda number, frame: setattr(exception, "asked_to_stop", True))
 
     # -------------------------------------------------------------------------------------------- details
+
+    def _refuse_other_places(self, step: int) -> None:
+        """Raise `UserError` where ranks have gone on from other checkpoints than the first."""
+        steps = [int(one) for (one,) in from_all_ranks([float(step)], "where the run stands")]
+        other = next((rank for rank, one in enumerate(steps) if one != steps[0]), None)
+        if other is not None:
+            raise UserError(
+                f"{self.folder}: rank 0 stands at step {steps[0]}, rank {other} at step {steps[other]}, so they do not "
+                "see the same checkpoints; start all of them in one folder, on a disk that every machine sees"
+            )
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._asked_to_stop = True

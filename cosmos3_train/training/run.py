@@ -14,7 +14,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -36,7 +36,7 @@ from cosmos3_train.config import (
     to_yaml,
 )
 from cosmos3_train.data.conversations import ConversationDataset
-from cosmos3_train.data.files import write_whole
+from cosmos3_train.data.files import alone_in, write_whole
 from cosmos3_train.data.mixture import refuse_few_samples
 from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.model.base_identity import identify_base
@@ -184,13 +184,14 @@ def train(
         TrainingFailed: the numbers do not.
     """
     seed_everything(loaded.experiment.training.seed)
-    if claim_folder(loaded, fresh):
-        return "finished"
-    try:
-        return _carry_out(loaded, evaluate, deliver, watch)
-    except Interrupted:  # before the first step or after the last one; between them the loop obeys at a step's border
-        _tell_interrupted(loaded)
-        return "interrupted"
+    with alone_in(loaded.run_folder) if is_first_rank() else nullcontext():
+        if claim_folder(loaded, fresh):
+            return "finished"
+        try:
+            return _carry_out(loaded, evaluate, deliver, watch)
+        except Interrupted:  # before the first step or after the last; between them the loop obeys at a step's border
+            _tell_interrupted(loaded)
+            return "interrupted"
 
 
 def _carry_out(loaded: Loaded, evaluate: Evaluate | None, deliver: Deliver | None, watch: Watch | None) -> Ended:

@@ -20,6 +20,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from cosmos3_train.config import UserError, load_experiment, to_plain
+from cosmos3_train.data.files import alone_in
 from cosmos3_train.model.packing import Layout
 from cosmos3_train.training.budget import refuse_over_budget
 from cosmos3_train.training.checkpoints import list_checkpoints
@@ -283,6 +284,27 @@ def test_a_changed_configuration_is_refused_by_key_and_fresh_starts_over(project
     assert not torch.equal(
         *(t["trainables/" + name] for t in (before, tensors(other.run_folder, 4)) for name in [some_trainable(before)])
     )
+
+
+def test_a_second_run_in_a_folder_is_refused_before_it_empties_it_and_a_killed_one_is_in_nobody_s_way(project):
+    loaded, began = load(project, "name=held", "training.steps=1"), multiprocessing.Event()
+    train(loaded)
+
+    def hold() -> None:
+        with alone_in(loaded.run_folder):
+            multiprocessing.Process(target=time.sleep, args=(5,)).start()  # as a loader's worker, which outlives it
+            began.set()
+            time.sleep(60)
+
+    other = multiprocessing.get_context("fork").Process(target=hold)
+    other.start()
+    assert began.wait(30)
+    with pytest.raises(UserError, match=rf"runs/held: process {other.pid} on \S+ is at work there; wait for its end"):
+        train(loaded, fresh=True)
+    assert list_checkpoints(loaded.run_folder / "checkpoints"), "nothing was thrown away"
+    other.kill()
+    other.join()
+    assert train(loaded, fresh=True) == "finished"
 
 
 def test_a_fresh_start_is_the_first_rank_s_to_make(project, monkeypatch):
