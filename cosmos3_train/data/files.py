@@ -8,6 +8,7 @@ import fcntl
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,10 @@ REFUSED = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EEXIST, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG,
 )  # fmt: skip
 """What is wrong with a place, or with the right to it."""
+
+
+LEASE_SECONDS = 120.0
+"""For so long a network disk may hold the locks of a machine that is gone: NFS 90 s."""
 
 
 def is_there(path: Path) -> bool:
@@ -90,23 +95,42 @@ def alone_in(folder: Path) -> Iterator[None]:
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = (folder.parent / f".{folder.name}.lock").open("a+")
+        lock = os.open(folder.parent / f".{folder.name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError:  # what is wrong with the place, whoever writes there says
         yield
         return
-    with lock:
+    try:
+        _lock(lock, folder)
+        with contextlib.suppress(OSError):  # a full disk is told by whoever has more to write
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _lock(lock: int, folder: Path) -> None:
+    """Take the lock, at once or never; that of a dead machine when its disk's server has found out."""
+    ends, told = time.monotonic() + LEASE_SECONDS, False
+    while True:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            lock.flush()
+            return
         except BlockingIOError:
-            lock.seek(0)
-            who = lock.read().strip() or "another process"
-            raise UserError(f"{folder}: {who} is at work there; wait for its end, or name another folder") from None
+            who = os.pread(lock, 1000, 0).decode(errors="replace") or "another process"
         except OSError as error:
             logger.info("%s: nothing keeps a second run out (%s)", folder, error.strerror)
-        yield
+            return
+        if who.endswith(f" on {socket.gethostname()}") or time.monotonic() > ends:
+            beside = folder.parent / f".{folder.name}.lock"
+            raise UserError(
+                f"{folder}: {who} is at work there; wait for its end, or name another folder (if that machine is gone, "
+                f"delete {beside})"
+            )
+        if not told:
+            logger.info("%s: %s has locked it; waiting %g s for its end", folder, who, LEASE_SECONDS)
+        told = True
+        time.sleep(1)
 
 
 @contextlib.contextmanager

@@ -293,6 +293,7 @@ class CachedPrompts:
         self.caches, self.hidden_size, self.dtype, self.device_bytes = caches, hidden_size, dtype, device_bytes
         self._kept: OrderedDict[tuple[str, torch.device], Tensor] = OrderedDict()
         self._coming: dict[tuple[str, torch.device], Future[Tensor]] = {}
+        self._wanted: set[tuple[str, torch.device]] = set()
         self._reader = ThreadPoolExecutor(1, "reasoner-cache")
 
     def __call__(self, pack: PackedSequence) -> Understood:
@@ -312,12 +313,12 @@ class CachedPrompts:
         )
 
     def expect(self, prompts: Iterable[str], device: torch.device) -> None:
-        """Begin to read the entries of prompts, by their keys, that a pack on a device will ask for soon."""
-        for key in prompts:
-            place, cache = (key, device), self._cache_of(key)
-            if place in self._kept:
-                self._kept.move_to_end(place)
-            elif place not in self._coming and cache is not None:
+        """Begin to read the entries of prompts, by their keys, that the next step will ask for on a device; those that
+        are there stay."""
+        self._wanted = {(key, device) for key in prompts}
+        for place in self._wanted - self._kept.keys():
+            key, cache = place[0], self._cache_of(place[0])
+            if place not in self._coming and cache is not None:
                 self._coming[place] = self._reader.submit(_read, cache, key, device)
 
     def _entry(self, key: str, length: int, device: torch.device) -> Tensor:
@@ -335,8 +336,10 @@ class CachedPrompts:
         entry = _read(cache, key, device) if coming is None else coming.result()
         entry = self._kept[place] = entry.to(device, non_blocking=True)
         total = sum(kept.nbytes for kept in self._kept.values())
-        while total > self.device_bytes:
-            total -= self._kept.popitem(last=False)[1].nbytes
+        for old in [kept for kept in self._kept if kept not in self._wanted and kept != place]:
+            if total <= self.device_bytes:
+                break
+            total -= self._kept.pop(old).nbytes
         return entry
 
     def _cache_of(self, key: str) -> ReasonerCache | None:
@@ -347,7 +350,10 @@ def _read(cache: ReasonerCache, key: str, device: torch.device) -> Tensor:
     """An entry on the CPU. Its way to a GPU is from page-locked memory: from any other it would be waited for, and all
     that is queued before it."""
     entry = cache.read(key)
-    return entry.pin_memory() if device.type == "cuda" else entry
+    if device.type != "cuda":
+        return entry
+    with torch.cuda.device(device):
+        return entry.pin_memory()
 
 
 def _joint_order(pack: PackedSequence, lengths: dict[str, int]) -> Tensor:

@@ -100,14 +100,21 @@ class _Loader(DataLoader[Any]):
 
     @staticmethod
     def _ahead(steps: Iterator[PackedStep], expect: Callable[[Iterable[str]], None]) -> Iterator[PackedStep]:
-        before = None
-        for step in steps:
-            expect(prompt for pack in step.packs for prompt in pack.prompts)
-            if before is not None:
+        before = next(steps)
+        expect(_prompts(before))
+        while True:
+            try:
+                step = next(steps)
+            except Exception:  # of a step that the run may never ask for
                 yield before
-            before = step
-        if before is not None:
+                raise
+            expect(_prompts(step))
             yield before
+            before = step
+
+
+def _prompts(step: PackedStep) -> Iterator[str]:
+    return (prompt for pack in step.packs for prompt in pack.prompts)
 
 
 class _StepsFrom(Sampler[int]):

@@ -168,15 +168,19 @@ class RunLoop(lightning.Callback):
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
+        # What Lightning tears down now is not to be cut short, and the error not to be hidden by another: the launcher
+        # ends the ranks that meet an error, their own or a peer's, later than the first.
+        if isinstance(exception, PeerLost):
+            self._previous_handler = lambda number, frame: setattr(exception, "asked_to_stop", True)
+        elif isinstance(exception, Exception) and world_size() > 1:
+            self._previous_handler = signal.SIG_IGN
         self._close()
         if self._saving is not None:
             self._saving.wait_alone()
         if isinstance(exception, PeerLost | RankMissing) and isinstance(trainer.strategy, Leaving):
             trainer.strategy.peer_lost = True
         if isinstance(exception, PeerLost):
-            exception.asked_to_stop = self._asked_to_stop
-            # What Lightning tears down now is not to be cut short, and the error not to be hidden by another.
-            signal.signal(signal.SIGTERM, lambda number, frame: setattr(exception, "asked_to_stop", True))
+            exception.asked_to_stop |= self._asked_to_stop
 
     # -------------------------------------------------------------------------------------------- details
 
@@ -199,6 +203,8 @@ class RunLoop(lightning.Callback):
 
     def _tell_failed(self, error: RankMissing) -> None:
         """Of a rank that is missing, by the thread that found it out."""
+        if self._saving is not None:
+            self._saving.wait_alone()
         if is_first_rank():
             with suppress(UserError):  # of a disk that is full
                 reason = first_line(error)

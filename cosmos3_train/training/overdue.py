@@ -3,6 +3,9 @@
 NCCL's collectives wait on the device. The host learns nothing of it while it waits for the device itself, to read a
 number or because a thousand launches are queued, and no error ever reaches it there; a minute later NCCL ends the
 process and says which collective it was, but not who has not come. That rank is the one that has begun fewer.
+
+A launcher that keeps Python's lock while it waits for the queue (as Inductor's own does) keeps this thread out too;
+then the other ranks' threads tell, or NCCL ends it.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 class Overdue(threading.Thread):
     """Ends the process where it is in a step and begins no collective for longer than the ranks wait for each other,
-    while another rank has begun fewer.
+    while another rank, that has begun fewer, begins none either.
 
     Args:
         patience: seconds, `strategy.collective_timeout_seconds`.
@@ -46,34 +49,36 @@ class Overdue(threading.Thread):
         self._closed.set()
 
     def run(self) -> None:
-        seen, since = (self._where, begun()), time.monotonic()
+        # Where the hosts can, they tell it first, and of them the first rank.
+        later = 2 * GRACE.total_seconds()
+        seen, since, others = (self._where, begun()), time.monotonic(), dict[int, int]()
         while not self._closed.wait(min(1.0, self.patience / 4)):
-            now = (self._where, begun())
-            if now != seen or self._where is None:
-                seen, since = now, time.monotonic()
-                continue
-            waited = time.monotonic() - since
+            now, waited = (self._where, begun()), time.monotonic() - since
             with suppress(RuntimeError):  # the launcher, which keeps the board, has gone
-                if waited > self.patience / 2:
-                    board().set(str(rank()), str(begun()))
-                # The hosts tell it first, where they can, and of them the first rank.
-                if waited > self.patience + 2 * GRACE.total_seconds():
-                    self._look(now)
+                if now[0] is not None:
+                    board().set(str(rank()), str(now[1]))
+                if now[0] is None or now != seen:
+                    seen, since, others = now, time.monotonic(), {}
+                elif waited > later and not others:
+                    others = self._counts()
+                elif waited > self.patience + later:
+                    self._judge(now[0], now[1], others)
 
-    def _look(self, now: tuple[str | None, int]) -> None:
-        where, own = now
-        counts = {other: _count(other) for other in range(world_size())}
-        behind = [other for other, count in counts.items() if count < own]
+    def _counts(self) -> dict[int, int]:
+        """What every rank has told that it has begun; -1 where it has told nothing."""
+        ranks = range(world_size())
+        return {other: int(board().get(str(other))) if board().check([str(other)]) else -1 for other in ranks}
+
+    def _judge(self, where: str, own: int, before: dict[int, int]) -> None:
+        after = self._counts()
+        behind = [other for other, count in after.items() if count < own and count == before[other]]
         # Where nobody is behind, all compile, or the network stands still, which NCCL itself finds out.
-        if not behind or where is None or self._where != where or begun() != own:
+        if not behind or (self._where, begun()) != (where, own):
             return
         error = named(where, behind)
         record_failure(error, f"error: {error}")
         logger.error("error: %s", error)
-        self.fail(error)
-        leave_at_once(1)  # what the host stands in is not to be left otherwise
-
-
-def _count(other: int) -> int:
-    """What another rank has told of itself; -1 where it is in no step, or far from being overdue."""
-    return int(board().get(str(other))) if board().check([str(other)]) else -1
+        try:
+            self.fail(error)
+        finally:
+            leave_at_once(1)  # what the host stands in is not to be left otherwise

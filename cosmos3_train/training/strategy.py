@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -402,11 +402,10 @@ def _store(prefix: str) -> dist.Store:
 
 
 def begun() -> int:
-    """How many collectives of tensors this rank has begun: all ranks begin the same ones."""
-    groups = {dist.group.WORLD, *(context.group for context in _contexts.values())}
-    if _mesh is not None:
-        groups |= set(_mesh.get_all_groups())
-    return sum(group._get_sequence_number_for_group() for group in groups if group is not None)
+    """How many collectives of tensors this rank has begun, of those that all ranks begin alike. Ranks that share packs
+    exchange more, as often as they have packs."""
+    groups = {dist.group.WORLD} if _mesh is None else {dist.group.WORLD, *_mesh.get_all_groups()}
+    return sum(cast(Any, group)._get_sequence_number_for_group() for group in groups if group is not None)
 
 
 def _all_reduce(values: Tensor, operation: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None = None) -> None:

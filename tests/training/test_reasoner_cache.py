@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from cosmos3_train.config import UserError
 from cosmos3_train.model import loading
 from cosmos3_train.model.omni import is_understanding
 from cosmos3_train.model.reasoner_cache import ReasonerCache
+from cosmos3_train.training.batching import PackedStep
 from cosmos3_train.training.checkpoints import load_checkpoint
+from cosmos3_train.training.datamodule import _Loader
 from cosmos3_train.training.measures import measure
 from cosmos3_train.training.run import build, train
 from cosmos3_train.training.throughput import RATES
@@ -140,3 +143,21 @@ def test_nothing_of_the_cache_is_a_weight_of_the_module(root):
     assert not any("recall" in name for name in run.module.state_dict())
     assert all(not parameter.is_meta for parameter in run.module.parameters())
     assert next(run.backbone.parameters()).device == torch.device("cpu")
+
+
+def test_a_step_that_cannot_be_read_costs_none_before_it():
+    class Steps(Dataset[PackedStep]):
+        def __getitem__(self, step: int) -> PackedStep:
+            if step == 3:
+                raise ValueError("a bad sample")
+            return PackedStep(step, [], {}, 0, [])
+
+        def __len__(self) -> int:
+            return 9
+
+    told: list[list[str]] = []
+    steps = iter(_Loader(lambda prompts: told.append(list(prompts)), Steps(), batch_size=None))
+    assert next(steps).step == 0 and len(told) == 2, "one step ahead"
+    assert [next(steps).step for _ in range(2)] == [1, 2]
+    with pytest.raises(ValueError, match="a bad sample"):
+        next(steps)

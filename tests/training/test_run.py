@@ -7,6 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -305,6 +306,27 @@ def test_a_second_run_in_a_folder_is_refused_before_it_empties_it_and_a_killed_o
     other.kill()
     other.join()
     assert train(loaded, fresh=True) == "finished"
+
+
+def test_a_lock_of_another_machine_is_waited_for_and_a_full_disk_does_not_spoil_it(tmp_path, caplog):
+    caplog.set_level("INFO")
+    context = multiprocessing.get_context("fork")
+    held, folder = context.Event(), tmp_path / "run"
+
+    def hold() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        with alone_in(folder):  # which cannot say who it is
+            held.set()
+            time.sleep(3)
+
+    other = context.Process(target=hold)
+    other.start()
+    assert held.wait(30)
+    with alone_in(folder):
+        assert "has locked it; waiting 120 s" in caplog.text
+    other.join()
+    assert other.exitcode == 0
 
 
 def test_a_fresh_start_is_the_first_rank_s_to_make(project, monkeypatch):
