@@ -22,7 +22,6 @@ REFUSED = (
 )  # fmt: skip
 """What is wrong with a place, or with the right to it."""
 
-
 LEASE_SECONDS = 120.0
 """For so long a network disk may hold the locks of a machine that is gone: NFS 90 s."""
 

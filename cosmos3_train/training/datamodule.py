@@ -105,6 +105,9 @@ class _Loader(DataLoader[Any]):
         while True:
             try:
                 step = next(steps)
+            except StopIteration:
+                yield before
+                return
             except Exception:  # of a step that the run may never ask for
                 yield before
                 raise

@@ -186,6 +186,7 @@ class RunLoop(lightning.Callback):
 
     def _refuse_other_places(self, step: int) -> None:
         """Raise `UserError` where ranks have gone on from other checkpoints than the first."""
+        wait_for_first_rank("the start")  # a rank may have taken minutes longer to load
         steps = [int(one) for (one,) in from_all_ranks([float(step)], "where the run stands")]
         other = next((rank for rank, one in enumerate(steps) if one != steps[0]), None)
         if other is not None:

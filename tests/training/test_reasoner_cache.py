@@ -148,16 +148,18 @@ def test_nothing_of_the_cache_is_a_weight_of_the_module(root):
 def test_a_step_that_cannot_be_read_costs_none_before_it():
     class Steps(Dataset[PackedStep]):
         def __getitem__(self, step: int) -> PackedStep:
-            if step == 3:
+            if step == bad:
                 raise ValueError("a bad sample")
             return PackedStep(step, [], {}, 0, [])
 
         def __len__(self) -> int:
-            return 9
+            return 4
 
-    told: list[list[str]] = []
+    bad, told = 3, list[list[str]]()
     steps = iter(_Loader(lambda prompts: told.append(list(prompts)), Steps(), batch_size=None))
     assert next(steps).step == 0 and len(told) == 2, "one step ahead"
     assert [next(steps).step for _ in range(2)] == [1, 2]
     with pytest.raises(ValueError, match="a bad sample"):
         next(steps)
+    bad = None
+    assert [step.step for step in _Loader(lambda prompts: None, Steps(), batch_size=None)] == [0, 1, 2, 3]
