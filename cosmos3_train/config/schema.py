@@ -669,6 +669,9 @@ class Strategy:
     devices:     processes on each machine; under torchrun it must equal what torchrun started
     shards:      hsdp: processes that share one copy of the model; 0: those of a machine
     offload:     deepspeed_zero2 and 3: masters and moments stay in the host's memory, which updates them
+    hold_gradients: deepspeed_zero2 and 3: of weights that train, each process holds whole gradients until a step's last
+                 micro-batch, so that those before exchange none, as ddp and fsdp2 do; false parts them after every one:
+                 up to 4 bytes a weight less, and as many sums as micro-batches. Adapters' are always held
     context_parallel: neighbouring processes that share packs, each with a slice of their tokens: for clips that do not
                  fit one GPU; it divides the processes, and the model's key/value heads
     accelerator: auto takes a GPU where there is one
@@ -680,6 +683,7 @@ class Strategy:
     devices: int = 1
     shards: int = 0
     offload: bool = False
+    hold_gradients: bool = True
     context_parallel: int = 1
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     collective_timeout_seconds: float = 1800.0
@@ -694,6 +698,11 @@ class Strategy:
             fail(
                 f"strategy.offload is true; deepspeed_zero2 and deepspeed_zero3 alone read it, not {self.name!r}: "
                 "leave it out"
+            )
+        if not self.hold_gradients and not self.name.startswith("deepspeed"):
+            fail(
+                "strategy.hold_gradients is false; deepspeed_zero2 and deepspeed_zero3 alone read it, not "
+                f"{self.name!r}: leave it out"
             )
         if self.context_parallel > 1 and self.name.startswith("deepspeed"):
             fail(

@@ -14,8 +14,8 @@ in `sharding`, for a rank's samples may not use them.
 Both stages sum gradients over ranks as backward makes them, in buckets filled in that order. So all ranks run the same
 passes, which reach the same weights in the same order, by the means of `sharding`: a last pack that is run again, and
 padding. (Autograd takes what is ready by the order of the forward, which within the layers is every rank's; only heads
-differ.) To accumulate without communication is to hold whole gradients until the last pass, as `sharding` does. Those
-of adapters are small, and are held; whole weights' are what ZeRO is there to part, so they are summed in every pass.
+differ.) To accumulate without communication is to hold whole gradients until the last pass, as `sharding` does;
+`hold_gradients=false` sums and parts those of whole weights in every pass, ZeRO's own way, which takes less memory.
 
 DeepSpeed is imported where a run asks for it: that takes seconds.
 """
@@ -92,7 +92,7 @@ class Zero:
         self.stage, self.offload, self.device = zero_stage(strategy), strategy.offload, device
         names = {parameter: name for name, parameter in trainables.parameters.items() if name.startswith(LARGE)}
         groups = _groups(trainables, names, optimizer, backbone)
-        self.holds_gradients = all(is_adapter(name) for name in names.values())
+        self.holds_gradients = strategy.hold_gradients or all(is_adapter(name) for name in names.values())
         self.backbone = backbone
         self.base = FlatAdamW(groups, betas=optimizer.betas, eps=optimizer.eps, fused=True)
         self.base.scale = torch.ones((), device=device)

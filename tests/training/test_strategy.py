@@ -78,6 +78,7 @@ def test_every_strategy_is_a_part(part):
             ["strategy.name=ddp", "strategy.offload=true"],
             "strategy.offload is true; deepspeed_zero2 and deepspeed_zero3",
         ),
+        (["strategy.name=fsdp2", "strategy.hold_gradients=false"], "strategy.hold_gradients is false; deepspeed_zero2"),
     ],
 )
 def test_what_zero_does_not_do_is_refused_in_one_line(changes, told):
