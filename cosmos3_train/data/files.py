@@ -66,7 +66,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder}: no name for a prepared folder; give one of its own, such as prepared/NAME")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        opened = (folder.parent / f".{folder.name}.lock").open("w")
+        opened = _lock_beside(folder).open("w")
     except OSError as error:
         raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another prepared folder") from None
     with opened as lock:
@@ -94,7 +94,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder.parent / f".{folder.name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        lock = os.open(_lock_beside(folder), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError:  # what is wrong with the place, whoever writes there says
         yield
         return
@@ -106,6 +106,10 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def _lock_beside(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.lock"
 
 
 def _lock(lock: int, folder: Path) -> None:
@@ -121,10 +125,9 @@ def _lock(lock: int, folder: Path) -> None:
             logger.info("%s: nothing keeps a second run out (%s)", folder, error.strerror)
             return
         if who.endswith(f" on {socket.gethostname()}") or time.monotonic() > ends:
-            beside = folder.parent / f".{folder.name}.lock"
             raise UserError(
                 f"{folder}: {who} is at work there; wait for its end, or name another folder (if that machine is gone, "
-                f"delete {beside})"
+                f"delete {_lock_beside(folder)})"
             )
         if not told:
             logger.info("%s: %s has locked it; waiting %g s for its end", folder, who, LEASE_SECONDS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,13 +13,13 @@ from typing import Any
 import lightning
 from torch.distributed.fsdp import FSDPModule
 
-from cosmos3_train.config import UserError, first_line
+from cosmos3_train.config import UserError
 from cosmos3_train.runtime import Interrupted, is_first_rank, leaving_if, world_size
 from cosmos3_train.training.checkpoints import Checkpoint, Saving
 from cosmos3_train.training.module import PostTraining
 from cosmos3_train.training.optimizer import optimizer_tensors
 from cosmos3_train.training.overdue import Overdue
-from cosmos3_train.training.progress import SKIPPED, Bar, Metrics, write_status
+from cosmos3_train.training.progress import SKIPPED, Bar, Metrics, tell_failed, write_status
 from cosmos3_train.training.sharding import lend, own_part, own_rows, shard_count, writes_shards
 from cosmos3_train.training.skipped import keep_skipped
 from cosmos3_train.training.strategy import (
@@ -61,7 +61,7 @@ class RunLoop(lightning.Callback):
         self.interrupted = False
         self._asked_to_stop = self._left = False
         self._saving: Saving | None = None
-        self._overdue: Overdue | None = None
+        self._overdue = Overdue(module.experiment.strategy.collective_timeout_seconds, self._tell_failed)
         self._lagging: dict[tuple[str, int], int] = {}
         self._bar: Bar | None = None
         self._metrics: Metrics | None = None
@@ -83,7 +83,6 @@ class RunLoop(lightning.Callback):
         self._bar = Bar(self.training.steps, step, is_first_rank())
         self._throughput = Throughput(self.module.device)
         if world_size() > 1:
-            self._overdue = Overdue(self.module.experiment.strategy.collective_timeout_seconds, self._tell_failed)
             self._overdue.start()
 
     def on_train_batch_start(
@@ -92,8 +91,7 @@ class RunLoop(lightning.Callback):
         assert self._throughput is not None
         self._throughput.have_data()
         meet(f"the samples of step {self.module.coming + 1}")
-        if self._overdue is not None:
-            self._overdue.begin(f"step {self.module.coming + 1}")
+        self._overdue.begin(f"step {self.module.coming + 1}")
         self._throughput.start()
 
     def on_train_batch_end(
@@ -117,7 +115,7 @@ class RunLoop(lightning.Callback):
         self._bar.advance(module.coming)
         if module.coming == module.position.step:
             self._at_border(trainer, stop)
-        self._end_step()
+        self._overdue.end()
         self._throughput.await_data()
 
     def _due(self, step: int) -> bool:
@@ -142,7 +140,7 @@ class RunLoop(lightning.Callback):
         last, made = step >= training.steps, not self.module.report.skipped
         if last or (made and step % training.log_every_n_steps == 0):
             self._log(step)
-        self._end_step()
+        self._overdue.end()
         self.interrupted = stop and not last
         due = made and training.checkpoint_every_n_steps and step % training.checkpoint_every_n_steps == 0
         if last or self.interrupted or due:
@@ -198,18 +196,12 @@ class RunLoop(lightning.Callback):
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._asked_to_stop = True
 
-    def _end_step(self) -> None:
-        if self._overdue is not None:
-            self._overdue.end()
-
     def _tell_failed(self, error: RankMissing) -> None:
         """Of a rank that is missing, by the thread that found it out."""
         if self._saving is not None:
             self._saving.wait_alone()
         if is_first_rank():
-            with suppress(UserError):  # of a disk that is full
-                reason = first_line(error)
-                write_status(self.folder, "failed", self.module.position.step, self.training.steps, reason)
+            tell_failed(self.folder, self.module.position.step, self.training.steps, error)
 
     def _log(self, step: int) -> None:
         report = self.module.measured()
@@ -305,8 +297,7 @@ class RunLoop(lightning.Callback):
             self._saving.finish()
 
     def _close(self) -> None:
-        if self._overdue is not None:
-            self._overdue.close()
+        self._overdue.close()
         if self._bar is not None:
             self._bar.close()
         if self._metrics is not None:

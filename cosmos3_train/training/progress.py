@@ -7,12 +7,13 @@ import json
 import os
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
 
-from cosmos3_train.config import Experiment, UserError, to_plain
+from cosmos3_train.config import Experiment, UserError, first_line, to_plain
 from cosmos3_train.data.files import write_whole
 from cosmos3_train.training.disk import told_in_one_line
 
@@ -93,6 +94,12 @@ def write_status(folder: Path, state: State, step: int, steps: int, reason: str 
     with told_in_one_line(f"{folder / 'status.json'}:"):
         beside.write_text(json.dumps(content) + "\n", encoding="utf-8")
         os.replace(beside, folder / "status.json")  # noqa: PTH105
+
+
+def tell_failed(folder: Path, step: int, steps: int, error: Exception) -> None:
+    """The same of a run that an error ends, unless the disk or the folder is what the error is about."""
+    with suppress(UserError):
+        write_status(folder, "failed", step, steps, first_line(error))
 
 
 def read_status(folder: Path) -> dict | None:

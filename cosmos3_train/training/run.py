@@ -14,7 +14,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -72,7 +72,7 @@ from cosmos3_train.training.datamodule import (
 from cosmos3_train.training.loop import RunLoop
 from cosmos3_train.training.module import PostTraining, TrainingFailed
 from cosmos3_train.training.optimizer import load_optimizer_tensors
-from cosmos3_train.training.progress import read_status, write_status
+from cosmos3_train.training.progress import read_status, tell_failed, write_status
 from cosmos3_train.training.room import with_room
 from cosmos3_train.training.sharding import own_part, own_rows, shard, write_own_parts
 from cosmos3_train.training.strategy import (
@@ -241,9 +241,7 @@ def _fit(run: Run, evaluate: Evaluate | None, watch: Watch | None) -> bool:
         raise  # why, the rank that went away knows
     except Exception as error:
         if is_first_rank():
-            with suppress(UserError):  # of a disk or a folder that may be what the error is about
-                reason = first_line(error)
-                write_status(run.folder, "failed", run.module.position.step, run.experiment.training.steps, reason)
+            tell_failed(run.folder, run.module.position.step, run.experiment.training.steps, error)
         raise
     return not loop.interrupted
 

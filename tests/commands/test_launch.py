@@ -16,12 +16,28 @@ from tests.commands.tiny import QUICK, ROOT
 MISTAKE = "error: command line: unknown key 'optimizer.learning_rat'. Did you mean 'learning_rate'?"
 
 
-def launch(project: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """`launch/local.sh` on two processes."""
-    environment = {**os.environ, "PROCESSES": "2", "PYTHONPATH": str(ROOT)}
+def launch(project: Path, *arguments: str, packages: Path = ROOT) -> subprocess.CompletedProcess:
+    """`launch/local.sh` on two processes, which look for packages in a folder first."""
+    environment = {**os.environ, "PROCESSES": "2", "PYTHONPATH": str(packages)}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     command = [ROOT / "launch" / "local.sh", *arguments]
     return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["torch of today", "torch 2.11"])
+def test_an_option_is_given_where_torchrun_knows_it(tmp_path, known):
+    for package in ("torch", "torch/distributed", "lightning"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").touch()
+    options = "# --shutdown-timeout\n" if known else ""
+    (tmp_path / "torch" / "distributed" / "run.py").write_text(f"{options}import sys\nprint(*sys.argv[1:])\n")
+    done = launch(tmp_path, "experiments/quickstart.yaml", "training.steps=3", packages=tmp_path)
+    patience = "--shutdown-timeout 120 " if known else ""
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (
+        f"--standalone --nproc-per-node 2 {patience}-m cosmos3_train.cli train experiments/quickstart.yaml "
+        "strategy.devices=2 training.steps=3\n"
+    )
 
 
 @pytest.mark.slow

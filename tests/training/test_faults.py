@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,17 @@ def local(project: Path, *arguments: str) -> subprocess.Popen:
 def faulty(project: Path, what: str, *arguments: str, on: int = 1) -> subprocess.Popen:
     launcher = (*TORCHRUN, *FAULTY, what, str(on), "train", "experiments/small.yaml")
     return start(project, launcher, "strategy.name=ddp", "strategy.devices=2", *LONG, *arguments)
+
+
+def by_hand(folders: Sequence[Path], *arguments: str) -> list[subprocess.Popen]:
+    """A torchrun of one process in each folder, as on machines of their own."""
+    place = ("--nnodes", str(len(folders)), "--nproc-per-node", "1")
+    first = ("--master-addr", "127.0.0.1", "--master-port", str(free_port()))
+    line = ("-m", "cosmos3_train.cli", "train", "experiments/small.yaml", "strategy.name=ddp", "strategy.devices=1")
+    return [
+        start(folder, (*TORCHRUN[:3], *place, *first, "--node-rank", str(number), *line), *arguments)
+        for number, folder in enumerate(folders)
+    ]
 
 
 def log_of(folder: Path, rank: int) -> str:
@@ -194,11 +206,7 @@ def test_sigterm_to_torchrun_saves_and_tells_so(project):
 def test_torchrun_by_hand_on_each_machine_ends_on_all_when_a_rank_dies(project):
     """Two machines are two torchruns here. Nothing tells the one of the living rank but that rank itself."""
     folder = project / "runs" / "by_hand"
-    place = ("--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(free_port()))
-    line = ("-m", "cosmos3_train.cli", "train", "experiments/small.yaml", "strategy.name=ddp", "strategy.devices=1")
-    machines = [
-        start(project, (*TORCHRUN[:3], *place, "--node-rank", number, *line), "name=by_hand", *LONG) for number in "01"
-    ]
+    machines = by_hand((project, project), "name=by_hand", *LONG)
     wait_for_step(machines[0], folder, 5)
     found = re.findall(r"process (\d+)", log_of(folder, 1))
     os.kill(int(found[-1]), signal.SIGKILL)
@@ -219,13 +227,7 @@ def test_machines_that_see_other_checkpoints_are_told_so(project, tmp_path):
     elsewhere = shutil.copytree(project, tmp_path / "elsewhere")
     before, newest = list_checkpoints(elsewhere / "runs" / "apart" / "checkpoints")
     shutil.rmtree(newest)
-    place = ("--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(free_port()))
-    line = ("-m", "cosmos3_train.cli", "train", "experiments/small.yaml", "strategy.name=ddp", "strategy.devices=1")
-    machines = [
-        start(folder, (*TORCHRUN[:3], *place, "--node-rank", number, *line), "name=apart", *LONG)
-        for number, folder in (("0", project), ("1", elsewhere))
-    ]
-    output, _ = (ended(machine)[1] for machine in machines)
+    output, _ = (ended(machine)[1] for machine in by_hand((project, elsewhere), "name=apart", *LONG))
     steps = [int(path.name.removeprefix("step_")) for path in (newest, before)]
     told = f"rank 0 stands at step {steps[0]}, rank 1 at step {steps[1]}, so they do not see the same checkpoints"
     assert told in root_cause(output) and "Traceback" not in root_cause(output), output
