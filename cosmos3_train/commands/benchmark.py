@@ -48,17 +48,25 @@ def run(
     from cosmos3_train.training.run import TrainingFailed, quieten_lightning
 
     folder = _folder(loaded, output)
+
+    def write(result: Result) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / NUMBERS, (json.dumps(result.plain(), indent=2) + "\n").encode())
+        write_whole(folder / TABLE, markdown(result).encode())
+
+    def write_before_stock(result: Result) -> None:
+        write(result)
+        say(f"written to {folder / TABLE}; stock diffusers and PEFT are timed next")
+
     quieten_lightning()
     try:
-        result = measure(loaded, against, memory_gib)
+        result = measure(loaded, against, memory_gib, write_before_stock)
     except TrainingFailed as error:
         say_error(error)
         return FAILED
     if result is None:
         return INTERRUPTED
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / NUMBERS, (json.dumps(result.plain(), indent=2) + "\n").encode())
-    write_whole(folder / TABLE, markdown(result).encode())
+    write(result)
     say()
     for line in about(result):
         say(line)

@@ -13,8 +13,8 @@ import logging
 import statistics
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -157,11 +157,17 @@ class _Watcher:
             forget_understanding(backbone)
 
 
-def measure(loaded: Loaded, against: Literal["stock"] | None = None, memory_gib: float | None = None) -> Result | None:
+def measure(
+    loaded: Loaded,
+    against: Literal["stock"] | None = None,
+    memory_gib: float | None = None,
+    before_stock: Callable[[Result], None] = lambda _: None,
+) -> Result | None:
     """Make the data, carry out the run anew, and time it; None where a signal interrupted it.
 
     Args:
         memory_gib: what the process may allocate, as if the GPU had no more.
+        before_stock: told what was found of the run, for stock takes minutes more and may be cut off.
 
     Raises:
         UserError: the experiment is no benchmark, or several processes were started.
@@ -205,18 +211,13 @@ def measure(loaded: Loaded, against: Literal["stock"] | None = None, memory_gib:
     )
     seconds, steps = watcher.bare
     bare = shape.rate("bare step", steps, seconds, watcher.bare_peak)
-    rates, theirs, tried = [ours, bare], None, {}
+    rates = [ours, bare]
     if watcher.whole is not None:
         seconds, steps = watcher.whole
         rates.append(shape.rate("bare step without the reasoner cache", steps, seconds, watcher.whole_peak))
-    if against == "stock":
-        stock = time_stock(loaded.model, experiment.tuning, watcher.samples, device)
-        theirs = shape.rate(f"diffusers + PEFT: {stock.way}", stock.steps, stock.seconds, stock.peak_bytes)
-        rates.append(theirs)
-        tried = stock.tried
     attention, compiler, recomputed, as_one = watcher.how
     model = experiment.model
-    return Result(
+    result = Result(
         workload=experiment.name,
         gpu=gpu,
         torch=torch.__version__,
@@ -232,9 +233,14 @@ def measure(loaded: Loaded, against: Literal["stock"] | None = None, memory_gib:
         launched_as_one=as_one,
         frozen=describe_fp8(model.fp8_copies) if model.base_precision == "fp8" else model.dtype,
         memory_gib=memory_gib,
-        rates=_compared(rates, bare, theirs),
-        stock_tried=tried,
+        rates=_compared(rates, bare, None),
     )
+    if against is None:
+        return result
+    before_stock(result)
+    stock = time_stock(model, experiment.tuning, watcher.samples, device)
+    theirs = shape.rate(f"diffusers + PEFT: {stock.way}", stock.steps, stock.seconds, stock.peak_bytes)
+    return replace(result, rates=_compared([*rates, theirs], bare, theirs), stock_tried=stock.tried)
 
 
 def time_bare_step(run: Run, steps: Sequence[Any]) -> tuple[float, int]:
@@ -299,12 +305,10 @@ class _Shape:
 def _compared(rates: Sequence[Rate], bare: Rate, stock: Rate | None) -> list[Rate]:
     """The rates with their ratios to the bare step's and to stock's."""
     return [
-        Rate(
-            **{
-                **asdict(rate),
-                "to_bare": rate.samples_per_second / bare.samples_per_second,
-                "to_stock": rate.samples_per_second / stock.samples_per_second if stock else None,
-            }
+        replace(
+            rate,
+            to_bare=rate.samples_per_second / bare.samples_per_second,
+            to_stock=rate.samples_per_second / stock.samples_per_second if stock else None,
         )
         for rate in rates
     ]
