@@ -159,6 +159,9 @@ def _prepared(name: str, entry: Dataset, dataset: PreparedDataset) -> CheckedDat
     return CheckedData(table, dataset.rows, latent, samples, statistics=dataset.statistics)
 
 
+CACHED = "cached, and compared with the run's tokenizer when it begins"
+
+
 def _caches(name: str, entry: Dataset, dataset: PreparedDataset) -> list[tuple[str, str]]:
     if not entry.cache_latents:
         return []

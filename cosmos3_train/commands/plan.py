@@ -21,7 +21,7 @@ from cosmos3_train.training.plan import GIB, Plan, Workload, attention_on, predi
 from cosmos3_train.training.plan_memory import read_architecture
 
 NANO_TOKENIZER = 705_000_000
-"""Weights of the published checkpoints' video tokenizer, about, where the folder is not on this disk."""
+"""Weights of the published checkpoints' video tokenizer, about."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,9 @@ def open_workload(loaded: Loaded, gpu: Gpu, gpus: int) -> Opened:
     encoder = None if parts is None else Encoder(parts, experiment.embodiments)
     data = read_kinds(loaded, architecture.layout, encoder)
     sight = None if encoder is None else encoder.sight
-    tokenizer = NANO_TOKENIZER if parts is None else sum(p.numel() for p in parts.vae.parameters())
+    # A random model stands for one of its size, but for the tokenizer that it is given.
+    own = None if parts is None or model.random else parts.vae
+    tokenizer = NANO_TOKENIZER if own is None else sum(p.numel() for p in own.parameters())
     workload = Workload(
         experiment=experiment,
         gpu=gpu,

@@ -63,7 +63,7 @@ def read_kinds(loaded: Loaded, layout: Layout, encoder: Encoder | None) -> Plann
             words = "the mean" if task == CONVERSATION and counts else seen
             rows.append((f"data {name}", f"{task}: {generation:,} generation and {text:,} text tokens ({words})"))
     own = len(datasets) == 1 and all(_benchmarks(loaded, entry) for entry in datasets.values())
-    return PlannedData(kinds, own, rows)
+    return PlannedData(kinds, own and loaded.experiment.benchmark.instructions == 1, rows)
 
 
 SEEN, MADE, NOT_HERE = "its longest", "a benchmark's own", "not on this disk: frames of 16:9"

@@ -55,6 +55,10 @@ SHORT = "episode shorter than chunk + 1 frames"
 FREE_KEYS = ("domain_id", "shares_domain", "initialise_from", "view_point", "execute", "simulator")
 
 
+class PreparedOtherwise(UserError):
+    """A folder was prepared with other settings, or its log has changed since."""
+
+
 @dataclass(frozen=True)
 class PreparedSummary:
     """What `prepare` made. `windows` and `episodes` (or clips) by split; `dropped` by reason, with an example of each;
@@ -99,7 +103,8 @@ def prepare(
         fresh: replace a folder that was prepared otherwise.
 
     Raises:
-        UserError: the log, the card or the disk does not allow it, or the folder was prepared with other settings.
+        PreparedOtherwise: the folder was, and is not to be replaced.
+        UserError: the log, the card or the disk does not allow it.
     """
     began = time.monotonic()
     source, output = Path(source), Path(output)
@@ -286,7 +291,7 @@ def _already_prepared(output: Path, settings: dict[str, Any], fingerprint: str, 
     assert difference is not None, "fingerprints differ but settings do not"
     key, before, now = difference
     what = "the log has changed since" if key == "log" else f"prepared with {key} {before!r}, now {now!r}"
-    raise UserError(f"{output}: {what}; prepare it again with --fresh, or choose another output")
+    raise PreparedOtherwise(f"{output}: {what}; prepare it again with --fresh, or choose another output")
 
 
 # ------------------------------------------------------------------------------------------------ the end

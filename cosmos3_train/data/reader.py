@@ -65,6 +65,8 @@ class PreparedDataset:
         embodiment: Embodiment | None,
         source: str | Path | None = None,
         sound: SoundForm | None = None,
+        *,
+        latents: bool = True,
     ) -> None:
         """Open the folder.
 
@@ -72,6 +74,7 @@ class PreparedDataset:
             embodiment: the run's embodiment card, checked against the one that the folder was prepared with.
             source: the log, where it has moved since; None takes the place that it was prepared from.
             sound: at which rate and with how many channels sound is read; None where it is not.
+            latents: open what is cached of them; whether a cache is this model's, `model.caches` finds out.
 
         Raises:
             UserError: not prepared, prepared for another embodiment card, or the log is not there.
@@ -108,8 +111,9 @@ class PreparedDataset:
         self._places = {split: np.flatnonzero(cast(Any, pc).equal(splits, split).to_numpy()) for split in SPLITS}
         self._sounds = self._table.data.column("sound").is_valid().to_numpy()
         self.sound_form, self.notes_sound = sound, "sounding" in content
-        self._latents = {0: LatentCache.open(self.folder, self.rows)}
-        self.sound_cache = LatentCache.open(self.folder, self.rows, SOUND_LATENTS)
+        self._opens_latents, self._latents = latents, dict[int, LatentCache | None]()
+        self.sound_cache = self._open_latents(SOUND_LATENTS)
+        self.latents(0)
 
     @property
     def has_robot(self) -> bool:
@@ -135,8 +139,11 @@ class PreparedDataset:
     def latents(self, variant: int) -> LatentCache | None:
         """Cached latents of the windows as they are (0), or of a changed variant of them."""
         if variant not in self._latents:
-            self._latents[variant] = LatentCache.open(self.folder, self.rows, latents_place(variant))
+            self._latents[variant] = self._open_latents(latents_place(variant))
         return self._latents[variant]
+
+    def _open_latents(self, place: Path) -> LatentCache | None:
+        return LatentCache.open(self.folder, self.rows, place) if self._opens_latents else None
 
     def count(self, split: str) -> int:
         """Windows of "train" or "heldout"."""

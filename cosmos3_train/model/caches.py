@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import shutil
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -29,7 +30,7 @@ from tqdm import tqdm
 from cosmos3_train.config import Augment, UserError
 from cosmos3_train.data.augment import augmented
 from cosmos3_train.data.reader import SOUND_LATENTS, LatentCache, PreparedDataset, latents_place
-from cosmos3_train.model.encoders import Encoder
+from cosmos3_train.model.encoders import PIXELS_AT_ONCE, Encoder
 from cosmos3_train.model.tokenizers import latents_dtype
 from cosmos3_train.runtime import fold, ignore_sigterm, is_first_rank
 
@@ -38,9 +39,9 @@ logger = logging.getLogger(__name__)
 SHARD = 256
 """Windows a file: a policy window at the 256 tier is about 0.25 MB in bf16."""
 
-BATCH = 64
-"""Windows read at a time for a GPU, which encodes as many of them at once as it holds. On a CPU the loader's workers
-encode one each: a core a clip, no waiting."""
+READ_AT_ONCE = 8 * PIXELS_AT_ONCE
+"""Bytes of frames that a worker reads at a time for a GPU: 64 policy windows of the 256 tier, or one clip of the 720.
+On a CPU the loader's workers encode a window each: a core a clip, no waiting."""
 
 UNCHANGED = Augment()
 
@@ -64,14 +65,23 @@ def _fingerprint(dataset: PreparedDataset, settings: Sequence[Any], weights: nn.
     digest = hashlib.blake2b(digest_size=16)
     digest.update(dataset.fingerprint.encode())
     digest.update(json.dumps(settings).encode())
-    for name, value in sorted(weights.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().float().cpu().numpy().tobytes())
+    digest.update(weights_digest(weights))
     return digest.hexdigest()
 
 
-CLIPS = 4
-"""The same of video without a robot, whose windows are hundreds of megabytes each."""
+_digests: weakref.WeakKeyDictionary[nn.Module, bytes] = weakref.WeakKeyDictionary()
+
+
+def weights_digest(module: nn.Module) -> bytes:
+    """Of all weights of a tokenizer, which nobody changes while a process lasts: of a large one it takes seconds, so it
+    is computed once."""
+    if module not in _digests:
+        digest = hashlib.blake2b(digest_size=16)
+        for name, value in sorted(module.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().float().cpu().numpy().tobytes())
+        _digests[module] = digest.digest()
+    return _digests[module]
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,7 @@ class _Kind:
     place:  in the prepared folder;  what: for messages and the bar;  source: what made it
     rows:   that have it, rising
     read:   of a row, what is encoded;  encode: several of these, in their order
-    batch:  rows at a time on a GPU
+    batch:  rows that a worker reads at a time for a GPU
     """
 
     place: Path
@@ -155,8 +165,14 @@ def _of_frames(dataset: PreparedDataset, encoder: Encoder, variant: int, augment
         rows=range(dataset.rows),
         read=read,
         encode=lambda clips: _encode_by_size(encoder, clips, dataset),
-        batch=BATCH if dataset.has_robot else CLIPS,
+        batch=max(1, READ_AT_ONCE // _largest_window(dataset)),
     )
+
+
+def _largest_window(dataset: PreparedDataset) -> int:
+    """Bytes of a window's frames, by the first row: sizes of one log are alike, and of clips those of one tier."""
+    row = dataset.row(0)
+    return dataset.contract.frames * 3 * row["height"] * row["width"]
 
 
 def _of_sound(dataset: PreparedDataset, encoder: Encoder) -> _Kind:
@@ -172,7 +188,7 @@ def _of_sound(dataset: PreparedDataset, encoder: Encoder) -> _Kind:
         rows=[row for row in range(dataset.rows) if dataset.has_sound(row)],
         read=lambda row: dataset.waveform(dataset.row(row)),
         encode=lambda waveforms: [encoder.encode_sound(waveform) for waveform in waveforms],
-        batch=CLIPS,
+        batch=1,
     )
 
 

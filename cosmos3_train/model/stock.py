@@ -47,6 +47,8 @@ def make_stock(model: Model, tuning: Tuning, device: torch.device) -> Cosmos3Omn
             lora_alpha=cast(int, tuning.alpha),
             lora_dropout=tuning.dropout,
             target_modules=lora_targets(made, tuning),
+            use_rslora=tuning.rslora,
+            use_dora=tuning.dora,
         )
     )
     return made.train()

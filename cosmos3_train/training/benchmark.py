@@ -239,6 +239,8 @@ def measure(
         return result
     before_stock(result)
     stock = time_stock(model, experiment.tuning, watcher.samples, device)
+    if stock is None:
+        return result
     theirs = shape.rate(f"diffusers + PEFT: {stock.way}", stock.steps, stock.seconds, stock.peak_bytes)
     return replace(result, rates=_compared([*rates, theirs], bare, theirs), stock_tried=stock.tried)
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from cosmos3_train.config import Benchmark, Dataset, Embodiment, Experiment, Loaded, UserError
+from cosmos3_train.config import Benchmark, Dataset, Embodiment, Experiment, Loaded, UserError, to_plain
 from cosmos3_train.data.card import DatasetCard
 from cosmos3_train.data.lerobot_writer import LeRobotWriter
-from cosmos3_train.data.prepare import CARD_FILE, prepare, read_card
+from cosmos3_train.data.prepare import CARD_FILE, PreparedOtherwise, prepare, read_card
 from cosmos3_train.flow.tasks import TASKS
 from cosmos3_train.model.loading import load_parts
 from cosmos3_train.model.prompts import canvas, robot_prompt, video_prompt
@@ -37,15 +40,14 @@ def ensure_benchmark_data(loaded: Loaded) -> None:
     entry = only_dataset(experiment)
     embodiment = experiment.embodiments[entry.embodiment or ""]
     prepared = loaded.root / entry.prepared
-    log = prepared.with_name(f"{prepared.name}_log_{_geometry(experiment.benchmark, embodiment)}")
     _require_own(prepared)
+    instructions = fill_instructions(loaded, embodiment, only_task(entry))
+    log = prepared.with_name(f"{prepared.name}_log_{_content(experiment.benchmark, embodiment, instructions)}")
     if not log.is_dir():
-        instructions = fill_instructions(loaded, embodiment, only_task(entry))
         logger.info("making %s", log)
         write_log(log, experiment.benchmark, embodiment, instructions)
-    # Prepared rows point at their log: those of a log of another geometry, or of another place, are made anew.
-    stale = (prepared / CARD_FILE).is_file() and read_card(prepared)["source"] != str(log.resolve())
-    prepare(
+    make = partial(
+        prepare,
         DatasetCard(name=prepared.name, format="lerobot_v3"),
         embodiment,
         log,
@@ -53,9 +55,14 @@ def ensure_benchmark_data(loaded: Loaded) -> None:
         window_stride=experiment.data.window_stride,
         heldout_fraction=experiment.data.heldout_fraction,
         workers=max(1, experiment.data.workers),
-        fresh=stale,
         progress=False,
     )
+    # Prepared rows point at their log: those of another log, or of the same in another place, are made anew.
+    moved = (prepared / CARD_FILE).is_file() and read_card(prepared)["source"] != str(log.resolve())
+    try:
+        make(fresh=moved)
+    except PreparedOtherwise:
+        make(fresh=True)
 
 
 def _require_own(prepared: Path) -> None:
@@ -171,6 +178,8 @@ def _pictures(random: np.random.Generator, length: int, size: tuple[int, int]) -
     return np.stack([np.roll(still, 2 * frame, axis=1) for frame in range(length)])
 
 
-def _geometry(benchmark: Benchmark, embodiment: Embodiment) -> str:
+def _content(benchmark: Benchmark, embodiment: Embodiment, instructions: Sequence[str]) -> str:
+    """What a log holds, in a name: sizes in words, and a digest of the rest."""
     size = f"{embodiment.frames}x{benchmark.height}x{benchmark.width}"
-    return f"{size}_{benchmark.text_tokens}tokens_{benchmark.windows}windows_{benchmark.instructions}instructions"
+    rest = json.dumps([to_plain(embodiment), instructions], sort_keys=True).encode()
+    return f"{size}_{benchmark.windows}windows_{hashlib.sha256(rest).hexdigest()[:12]}"

@@ -24,7 +24,7 @@ from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.data.statistics import Statistics
 from cosmos3_train.evaluation.closed_loop import make_simulator
 from cosmos3_train.flow.tasks import sound_task
-from cosmos3_train.model.caches import ensure_latents
+from cosmos3_train.model.caches import ensure_latents, weights_digest
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.reasoner_cache import Reasoner, distinct, ensure_reasoner, prompts_of
 from cosmos3_train.model.sight import Counter
@@ -251,6 +251,8 @@ def open_dataset(
     embodiment = loaded.experiment.embodiments[entry.embodiment] if entry.embodiment else None
     prepared = loaded.root / entry.prepared
     contract = None if card is None else contract_of(loaded, name, entry, card)
+    if entry.cache_latents and encoder is not None:
+        weights_digest(encoder.parts.vae)  # by all ranks at once, and not by one after the other behind the lock
     with exclusive(prepared):
         if card is not None:
             assert contract is not None
@@ -265,12 +267,14 @@ def open_dataset(
                 progress=is_first_rank(),
             )
         source, form = loaded.root / entry.source if entry.source else None, encoder.sound_form if encoder else None
-        dataset = PreparedDataset(prepared, embodiment, source, form)
+        # Without its caches, which may be another model's until `ensure_latents` has compared them.
+        dataset = PreparedDataset(prepared, embodiment, source, form, latents=False)
         heard = sound_task(entry.tasks)
         if heard is not None:
             _tell_silence(name, dataset, entry, heard)
-        if entry.cache_latents and encoder is not None:
-            ensure_latents(dataset, encoder, data.workers, augment=entry.augment, sound=heard is not None)
+        if entry.cache_latents:
+            if encoder is not None:
+                ensure_latents(dataset, encoder, data.workers, augment=entry.augment, sound=heard is not None)
             dataset = PreparedDataset(prepared, embodiment, source, form)
         if entry.cache_reasoner and encoder is not None and reasoner is not None:
             ensure_reasoner(prepared, run_prompts(loaded, dataset, entry, encoder), reasoner)

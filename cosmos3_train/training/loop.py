@@ -27,12 +27,11 @@ from cosmos3_train.training.strategy import (
     PeerLost,
     RankMissing,
     any_rank,
-    data_rank,
     from_all_ranks,
     meet,
     wait_for_first_rank,
 )
-from cosmos3_train.training.throughput import StepTime, Throughput, lagging, spread
+from cosmos3_train.training.throughput import OWN, StepTime, Throughput, lagging, spread, together
 
 logger = logging.getLogger(__name__)
 
@@ -206,11 +205,10 @@ class RunLoop(lightning.Callback):
     def _log(self, step: int) -> None:
         report = self.module.measured()
         assert self._bar is not None and self._throughput is not None
-        rates = self._throughput.rates(data_rank(self.module.experiment.strategy)[1])
+        rates = self._throughput.rates()
         if rates and world_size() > 1:
-            own = [rates["own_seconds"], rates["reading_seconds"], rates.get("peak_memory_gib", 0.0)]
-            ranks = from_all_ranks(own, f"the times of step {step}")
-            rates |= spread(ranks)
+            ranks = from_all_ranks([rates.get(name, 0.0) for name in OWN], f"the times of step {step}")
+            rates |= together(ranks, self.module.experiment.strategy.context_parallel) | spread(ranks)
             self._tell_who_lags(step, lagging(ranks))
         self._bar.show({"all": report.total, **report.losses}, rates)
         values = {

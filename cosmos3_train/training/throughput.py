@@ -224,16 +224,15 @@ class Throughput:
         self._steps.append(step)
         return step
 
-    def rates(self, ranks: int) -> dict[str, float]:
-        """What the steps since the last call came to, over `ranks` that draw samples; MFU is of one GPU, and only of a
-        known one."""
+    def rates(self) -> dict[str, float]:
+        """What this rank's steps since the last call came to; MFU only of a known GPU."""
         steps, self._steps = self._steps, []
         if not steps:
             return {}
         seconds = max(1e-9, sum(step.seconds for step in steps))
         found = {
-            "tokens_per_second": sum(step.tokens for step in steps) * ranks / seconds,
-            "samples_per_second": sum(step.samples for step in steps) * ranks / seconds,
+            "tokens_per_second": sum(step.tokens for step in steps) / seconds,
+            "samples_per_second": sum(step.samples for step in steps) / seconds,
             "step_seconds": seconds / len(steps),
             "data_wait_share": sum(step.waited for step in steps) / seconds,
             "own_seconds": sum(step.own for step in steps) / len(steps),
@@ -246,13 +245,29 @@ class Throughput:
         return found
 
 
+OWN = ("own_seconds", "reading_seconds", "peak_memory_gib", "tokens_per_second", "samples_per_second", "mfu")
+"""What ranks tell each other of their `rates`, in this order, 0 for what a rank has none of."""
+
+
+def together(ranks: Sequence[Sequence[float]], sharing: int) -> dict[str, float]:
+    """What ranks come to: together, and MFU of one GPU. Their shares of a step's samples need not be equal.
+
+    Args:
+        ranks: of every rank its `OWN`.
+        sharing: how many in a row count the same samples.
+    """
+    _, _, _, tokens, samples, mfu = zip(*ranks, strict=True)
+    found = {"tokens_per_second": sum(tokens) / sharing, "samples_per_second": sum(samples) / sharing}
+    return found | ({"mfu": sum(mfu) / len(mfu)} if max(mfu) else {})
+
+
 def spread(ranks: Sequence[Sequence[float]]) -> dict[str, float]:
     """What differs between ranks.
 
     Args:
-        ranks: of every rank its `own_seconds`, its `reading_seconds` and its `peak_memory_gib` (0 where there is none).
+        ranks: of every rank its `OWN`, the first three at least.
     """
-    own, reading, memory = zip(*ranks, strict=True)
+    own, reading, memory, *_ = zip(*ranks, strict=True)
     found = {
         "slowest_rank": float(own.index(max(own))),
         "slowest_rank_own_seconds": max(own),
@@ -268,7 +283,7 @@ def lagging(ranks: Sequence[Sequence[float]]) -> dict[tuple[str, int], str]:
     Args:
         ranks: as `spread`.
     """
-    own, reading, _ = zip(*ranks, strict=True)
+    own, reading, *_ = zip(*ranks, strict=True)
     (passes, slowest), (read, latest) = ((_middle(seconds), max(seconds)) for seconds in (own, reading))
     found = {}
     if slowest >= SLOW * passes:

@@ -18,6 +18,7 @@ from cosmos3_train.commands.benchmark import HEAD
 from cosmos3_train.config import Tuning, UserError
 from cosmos3_train.data.prepare import LAYOUT_VERSION
 from cosmos3_train.data.texts import distinct_texts
+from cosmos3_train.training import stock
 from cosmos3_train.training.benchmark import Rate
 from cosmos3_train.training.benchmark_log import _require_own
 from cosmos3_train.training.throughput import Arithmetic
@@ -113,6 +114,15 @@ def test_a_benchmark_measures_the_run_the_bare_step_and_stock(policy, project, t
     assert without == {**found, "rates": [{**rate, "to_stock": None} for rate in (run, bare, whole)], "stock_tried": {}}
 
 
+def test_stock_that_runs_in_no_setting_costs_no_result(policy, tmp_path, capsys, monkeypatch):
+    """As where memory does not hold it."""
+    monkeypatch.setattr(stock, "BACKENDS", ("no such backend",))
+    assert policy("--against", "stock", "--output", str(tmp_path), "tuning.dora=true") == 0
+    assert "cosmos3 train" in capsys.readouterr().out
+    found = json.loads((tmp_path / "benchmark.json").read_text())
+    assert len(found["rates"]) == 3 and found["stock_tried"] == {}
+
+
 def test_the_loader_alone(policy, project, tmp_path, capsys):
     assert policy("--loader", "--output", str(tmp_path), "benchmark.loader_seconds=0.2") == 0
     rates = json.loads((tmp_path / "loader.json").read_text())
@@ -197,9 +207,13 @@ def test_a_second_benchmark_uses_the_log_of_the_first_and_another_geometry_makes
     first = rows.stat().st_mtime_ns
     assert policy() == 0
     assert rows.stat().st_mtime_ns == first
-    assert policy("benchmark.text_tokens=200", "benchmark.instructions=3") == 0
-    assert rows.stat().st_mtime_ns != first
+    assert policy("benchmark.text_tokens=200", "benchmark.instructions=3", "data.heldout_fraction=0.4") == 0
+    second = rows.stat().st_mtime_ns
+    assert second != first
     assert len(distinct_texts(rows.parent)) == 3, "each window has an instruction of its own"
+    robot = "embodiments.benchmark_policy256"
+    assert policy("benchmark.text_tokens=200", "benchmark.instructions=3", f"{robot}.control_hz=20") == 0
+    assert rows.stat().st_mtime_ns != second, "the log is one of 20 frames a second"
     found = json.loads((project / "runs" / "benchmark_policy256" / "benchmark.json").read_text())
     assert found["text_tokens"] == 400
     assert [rate["to_stock"] for rate in found["rates"]] == [None, None, None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 MADE = "data.datasets.made"
@@ -32,6 +34,15 @@ def test_a_run_that_does_not_fit_is_told_what_would_make_it_fit(plan, tmp_path):
     assert rows["training.tokens_per_micro_batch=516"][-1] == "yes"
     assert "rates were measured on h100-80g, h200-141g; these are the same shares of rtx4090-24g's peaks" in out
     assert "of several GPUs they are estimates, from four runs of fsdp2" in out
+
+
+def test_what_a_run_of_the_published_model_takes_is_counted_for_a_random_one_too(plan, tmp_path):
+    """Whose own tokenizer is Pico's; and prompts of many instructions stay on the GPU, as far as there is room."""
+    code, out, _ = plan("nano_policy_hybrid", "--gpu", "rtx4090-24g", *NANO)
+    assert code == 0 and re.search(r"video tokenizer +1\.31 GiB", out)
+    many = f"{MADE}.prepared={tmp_path / 'none'}", "benchmark.instructions=256"
+    code, out, _ = plan("benchmark_policy256", "--gpu", "h100-80g", *many)
+    assert code == 0 and re.search(r"keys and values of prompts +1\.40 GiB", out)
 
 
 def test_a_robots_log_is_looked_at_and_a_set_that_is_not_here_fills_the_canvas(plan):

@@ -138,6 +138,7 @@ def test_two_processes_with_uneven_shares_make_the_step_of_one(project):
     last = [line.split(",") for line in (folder / "metrics.csv").read_text().splitlines() if line.startswith("3,")]
     times = {name: float(value) for _, name, value in last}
     assert times["slowest_rank"] in (0, 1) and times["slowest_rank_own_seconds"] >= times["own_seconds"] > 0
+    assert times["samples_per_second"] * times["step_seconds"] == pytest.approx(5, rel=0.1), "the first rank has two"
 
 
 def test_a_user_s_mistake_exits_with_2_and_one_line(project):

@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 
 from cosmos3_train.config import UserError, load_experiment, to_plain
 from cosmos3_train.data.files import alone_in
+from cosmos3_train.evaluation.heldout import ActionError
+from cosmos3_train.evaluation.protocol import measure_actions
 from cosmos3_train.model.packing import Layout
 from cosmos3_train.training.budget import refuse_over_budget
 from cosmos3_train.training.checkpoints import list_checkpoints
@@ -662,6 +664,25 @@ def test_caches_may_be_given_up_while_a_run_goes_on(tmp_path):
     _refuse_changes(before, load_experiment(path, switches).experiment, tmp_path)
     with pytest.raises(UserError, match=r"data\.datasets\.moves\.weight"):
         _refuse_changes(before, load_experiment(path, ["data.datasets.moves.weight=2"]).experiment, tmp_path)
+
+
+def test_latents_of_another_tokenizer_are_refused_and_without_cache_latents_not_read(tmp_path):
+    root = write_project(tmp_path / "project")
+    build(load(root))
+    cache, other, without = root / "prepared/moves/caches/latents", "model.vae_dtype=bfloat16", "cache_latents=false"
+    with pytest.raises(UserError, match=r"latents are of another video tokenizer .* or set cache_latents to false"):
+        build(load(root, other))
+
+    def errors() -> list[ActionError]:
+        run = build(load(root, other, f"data.datasets.moves.{without}", "data.caption_dropout=0"))
+        dataset, tasks = run.opened["moves"][0], ("policy", "inverse_dynamics")
+        experiment = replace(run.experiment, evaluation=replace(run.experiment.evaluation, action_samples=2))
+        return measure_actions(run.backbone, run.encoder, dataset, tasks, experiment)
+
+    assert cache.is_dir()
+    beside_a_foreign_one = errors()
+    shutil.rmtree(cache)
+    assert beside_a_foreign_one == errors()
 
 
 def test_a_rounded_base_s_reasoner_cache_may_not_be_given_up(tmp_path):

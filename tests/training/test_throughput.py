@@ -17,7 +17,7 @@ from cosmos3_train.flow.tasks import CONVERSATION
 from cosmos3_train.training.gpus import GPUS, find_gpu
 from cosmos3_train.training.loop import RunLoop
 from cosmos3_train.training.run import make_trainer
-from cosmos3_train.training.throughput import Arithmetic, lagging, spread
+from cosmos3_train.training.throughput import Arithmetic, lagging, spread, together
 from cosmos3_train.types import StepBatch
 from tests.training.steps import CPU, make_module, mixed_samples
 
@@ -156,6 +156,15 @@ def test_the_slowest_rank_is_named_where_it_holds_the_others_up():
     }
     assert lagging([[1.0, 0.0, 0.0], [1.1, 0.0, 0.0]]) == {}
     assert "largest_peak_memory_gib" not in spread([[1.0, 0.0, 0.0], [1.1, 0.0, 0.0]]), "on CPUs there is none"
+
+
+def test_ranks_that_draw_more_samples_than_the_first_are_counted():
+    """Ten samples a step of 2 s on four ranks, the first of which draws two."""
+    ranks = [[1.0, 0.0, 0.0, count * 50.0, count / 2, count / 10] for count in (2, 3, 2, 3)]
+    assert together(ranks, 1) == pytest.approx({"tokens_per_second": 500.0, "samples_per_second": 5.0, "mfu": 0.25})
+    shared = [ranks[0], ranks[0], ranks[1], ranks[1]]
+    assert together(shared, 2) == pytest.approx({"tokens_per_second": 250.0, "samples_per_second": 2.5, "mfu": 0.25})
+    assert "mfu" not in together([[1.0, 0.0, 0.0, 50.0, 1.0, 0.0]] * 2, 1), "of a GPU whose peak is not known"
 
 
 def test_the_rank_whose_data_come_late_is_named_where_the_others_wait_for_them():
