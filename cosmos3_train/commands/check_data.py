@@ -159,14 +159,12 @@ def _prepared(name: str, entry: Dataset, dataset: PreparedDataset) -> CheckedDat
     return CheckedData(table, dataset.rows, latent, samples, statistics=dataset.statistics)
 
 
-CACHED = "cached, and compared with the run's tokenizer when it begins"
-
-
 def _caches(name: str, entry: Dataset, dataset: PreparedDataset) -> list[tuple[str, str]]:
     if not entry.cache_latents:
         return []
     missing = ", ".join(place.name for place in missing_caches(dataset.folder, entry))
-    words = f"not cached yet ({missing}); the run encodes every window first" if missing else "cached"
+    there = "cached; the run compares them with its tokenizer when it begins"
+    words = f"not cached yet ({missing}); the run encodes every window first" if missing else there
     return [(f"latents {name}", words)]
 
 
