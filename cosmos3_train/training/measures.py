@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from cosmos3_train.config import Evaluation
+from cosmos3_train.data.files import write_whole
 from cosmos3_train.data.reader import PreparedDataset
 from cosmos3_train.evaluation.closed_loop import Episode, mean_coverage, standard_error, still_coverage
 from cosmos3_train.evaluation.heldout import HeldoutLoss, action_tasks
 from cosmos3_train.evaluation.pictures import draw_film
 from cosmos3_train.evaluation.protocol import measure_actions, measure_closed_loop, measure_loss
 from cosmos3_train.model.encoders import Encoder
+from cosmos3_train.training.disk import told_in_one_line
 from cosmos3_train.training.run import Run
 
 logger = logging.getLogger(__name__)
@@ -55,8 +58,8 @@ def measure(run: Run) -> dict[str, float]:
             found.setdefault("closed_loop", {})[name] = closed
             metrics |= {f"closed_loop/{name}/coverage": closed["coverage"]}
     path = run.folder / EVALUATIONS / f"step_{step:06d}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    with _writing(path, "what was measured"):
+        write_whole(path, (json.dumps(found, indent=1) + "\n").encode())
     shown = {k: v for k, v in metrics.items() if "/band_" not in k}
     logger.info("step %d: %s", step, ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
     return metrics
@@ -86,17 +89,22 @@ def film_path(folder: Path, name: str, step: int, seed: int) -> Path:
 # ------------------------------------------------------------------------------------------------ details
 
 
+@contextmanager
+def _writing(path: Path, what: str) -> Iterator[None]:
+    with told_in_one_line(f"{path}: {what}"):
+        path.parent.mkdir(exist_ok=True)  # no parents: where a mount is gone, they would be made below it
+        yield
+
+
 def _closed_loop(run: Run, encoder: Encoder, dataset: PreparedDataset, config: Evaluation, step: int) -> dict[str, Any]:
     simulator = dataset.embodiment.simulator
     assert simulator is not None
     episodes = measure_closed_loop(run.backbone, encoder, dataset, run.experiment, config.closed_loop_episodes)
     for episode in episodes:
         if episode.frames:
-            draw_film(
-                film_path(run.folder, dataset.name, step, episode.seed),
-                episode,
-                title=f"seed {episode.seed}, largest coverage {episode.max_coverage:.2f}",
-            )
+            path = film_path(run.folder, dataset.name, step, episode.seed)
+            with _writing(path, "the film"):
+                draw_film(path, episode, title=f"seed {episode.seed}, largest coverage {episode.max_coverage:.2f}")
     found = {
         "simulator": simulator,
         "coverage": mean_coverage(episodes),

@@ -458,8 +458,9 @@ def claim_folder(loaded: Loaded, fresh: bool) -> bool:
 
 
 def _empty(folder: Path) -> None:
-    """Remove all of a run but its logs, which other ranks have open already."""
-    for path in folder.iterdir():
+    """Remove all of a run but its logs, which other ranks have open already. What says that it is a run goes last: a
+    kill meanwhile leaves one that `--fresh` empties again."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == EXPERIMENT):
         if path.is_dir() and path.name != LOGS:
             shutil.rmtree(path, ignore_errors=True)
         elif path.is_file():

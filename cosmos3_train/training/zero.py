@@ -300,7 +300,7 @@ def partition(backbone: Cosmos3PackedTransformer, model: Model, device: torch.de
         zero.Init(module=unit, config_dict_or_path=_config())
     backbone.joint_layers = True  # else each tower would gather every layer for itself
     if backbone.compiler is not None and model.compile == "auto":
-        logger.info("layers are not compiled: under stage 3 that is proved on CPUs alone (model.compile=true does)")
+        logger.info("layers are not compiled: under stage 3 only model.compile=true does so")
         backbone.compiler = None
 
 

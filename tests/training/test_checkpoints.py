@@ -26,6 +26,7 @@ from cosmos3_train.training.checkpoints import (
     load_result,
     save_checkpoint,
 )
+from cosmos3_train.training.measures import measure
 from cosmos3_train.training.progress import write_status
 from cosmos3_train.training.run import train
 from tests.disk import small_files
@@ -293,6 +294,34 @@ def test_a_run_s_folder_that_goes_away_costs_no_checkpoint(project):
     assert not folder.exists()
     away.rename(folder)
     assert train(loaded, watch=take_away) == "finished" and made == [1, 2, 3, 4, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("how", ["gone", "full"])
+def test_what_an_evaluation_cannot_write_is_told_and_made_by_the_run_that_goes_on(project, how):
+    loaded = load(project, f"name=measured_{how}", "evaluation.heldout_samples=2", "evaluation.action_samples=1")
+    folder: Path = loaded.run_folder
+    away, reason = folder.with_name(f"{folder.name}.moved"), {"gone": "No such file.*bring", "full": "large.*free some"}
+
+    def measure_without_a_place(run) -> dict[str, float]:
+        if run.module.position.step == 0:
+            return measure(run)
+        while not (folder / "checkpoints" / "step_000002").is_dir():  # it is written while the run goes on
+            time.sleep(0.01)
+        if how == "gone":
+            folder.rename(away)
+            return measure(run)
+        with small_files(100):
+            return measure(run)
+
+    told = rf"{folder.name}/evaluations/step_000002.json: what was measured could not be written \(.*{reason[how]}"
+    with pytest.raises(UserError, match=told):
+        train(loaded, evaluate=measure_without_a_place)
+    if how == "gone":
+        assert not folder.exists(), "below a mount that is gone it would be hidden once that is back"
+        away.rename(folder)
+    assert [path.name for path in (folder / "evaluations").iterdir()] == ["step_000000.json"]
+    assert train(loaded, evaluate=measure) == "finished"
+    assert {path.name for path in (folder / "evaluations").glob("*.json")} >= {"step_000002.json", "step_000004.json"}
 
 
 def test_a_status_that_cannot_be_written_keeps_the_old_one(tmp_path):

@@ -86,6 +86,17 @@ def test_a_dead_rank_ends_the_run_and_is_named_first(project, strategy):
     assert status(folder)["state"] == "running"
 
 
+def test_a_signal_that_reaches_one_rank_alone_stops_all_of_them_at_one_step(project):
+    folder = project / "runs" / "one_signalled"
+    process = local(project, "name=one_signalled", "strategy.name=ddp", *LONG)
+    wait_for_step(process, folder, 5)
+    os.kill(int(re.findall(r"process (\d+)", log_of(folder, 1))[-1]), signal.SIGTERM)
+    ended(process)
+    told = status(folder)
+    assert told["state"] == "interrupted" and 5 <= told["step"] < 120
+    assert list_checkpoints(folder / "checkpoints")[-1].name == f"step_{told['step']:06d}"
+
+
 def test_a_rank_s_own_error_comes_first(project):
     folder = project / "runs" / "failing"
     code, output = ended(faulty(project, "fail", "name=failing"))

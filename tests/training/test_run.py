@@ -31,7 +31,7 @@ from cosmos3_train.training.datamodule import StepData
 from cosmos3_train.training.loop import RunLoop
 from cosmos3_train.training.measures import measure
 from cosmos3_train.training.module import TrainingFailed
-from cosmos3_train.training.run import _memory_named, _refuse_changes, build, claim_folder, make_trainer, train
+from cosmos3_train.training.run import _empty, _memory_named, _refuse_changes, build, claim_folder, make_trainer, train
 from cosmos3_train.training.strategy import PeerLost
 from cosmos3_train.training.throughput import RATES
 from tests.data.logs import CAMERA, make_log
@@ -683,6 +683,17 @@ def test_latents_of_another_tokenizer_are_refused_and_without_cache_latents_not_
     beside_a_foreign_one = errors()
     shutil.rmtree(cache)
     assert beside_a_foreign_one == errors()
+
+
+def test_what_says_that_a_folder_is_a_run_is_emptied_last(tmp_path, monkeypatch):
+    """Killed meanwhile, `--fresh` empties it again, and does not go on from the checkpoints that were left."""
+    removed, unlink = [], Path.unlink
+    for number in range(20):
+        (tmp_path / f"{number}.csv").touch()
+    (tmp_path / "experiment.yaml").touch()
+    monkeypatch.setattr(Path, "unlink", lambda path: (removed.append(path.name), unlink(path)))
+    _empty(tmp_path)
+    assert len(removed) == 21 and removed[-1] == "experiment.yaml"
 
 
 def test_a_rounded_base_s_reasoner_cache_may_not_be_given_up(tmp_path):

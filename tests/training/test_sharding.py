@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 
 from cosmos3_train.commands.replay import replay
 from cosmos3_train.data.mixture import StepDataset
+from cosmos3_train.export.verify import read_report
 from cosmos3_train.training.checkpoints import load_checkpoint
 from cosmos3_train.training.datamodule import StepData
 from cosmos3_train.training.run import build
@@ -20,7 +23,7 @@ from cosmos3_train.training.skipped import list_skipped, read_shares
 from tests.training.kills import kill_again_and_again
 from tests.training.listening import heard, heard_between_steps, sums
 from tests.training.project import experiment, load, write, write_project
-from tests.training.sharded import carry_out, launch, start
+from tests.training.sharded import PYTHONPATH, carry_out, launch, start
 from tests.training.steps import difference
 from tests.training.test_processes import UNMEASURED
 from tests.training.test_run import poison, position, rows
@@ -41,6 +44,10 @@ TUNINGS = {
     "dora": f"small {STEPS} tuning.method=lora embodiments.mover.initialise_from=24 tuning.dora=true",
     "cached": f"moves {STEPS} tuning.method=tower tuning.towers=[generation]",
 }
+
+
+WHOLE = ("full", "hybrid", "lora")
+"""Tunings that are made under `ddp` too, where every process holds all weights."""
 
 
 def job(tuning: str, *more: str) -> str:
@@ -67,15 +74,25 @@ def on_processes(root: Path, count: int, *jobs: str) -> None:
     assert process.returncode == 0, output
 
 
+def export(root: Path, run: str, form: str) -> subprocess.CompletedProcess:
+    """`cosmos3 export`, in a process of its own."""
+    line = (sys.executable, "-m", "cosmos3_train.cli", "export", run, "--to", form)
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH}
+    told = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.run(line, cwd=root, env=environment, timeout=300, **told)
+
+
 @pytest.fixture(scope="module")
 def root(curves) -> Path:
-    """A project in which every tuning was trained by one process, and then by two with sharded weights."""
+    """A project in which every tuning was trained by one process, and then by two, with sharded weights or whole."""
     root = curves
     on_processes(
         root,
         2,
         *(job(tuning, f"heard name={tuning}_fsdp2 strategy.name=fsdp2") for tuning in TUNINGS),
+        *(job(tuning, f"heard name={tuning}_ddp strategy.name=ddp") for tuning in WHOLE),
         job("full", "name=single_to_fsdp2 strategy.name=fsdp2 <full/10"),
+        job("full", "name=ddp_to_fsdp2 strategy.name=fsdp2 <full_ddp/10"),
         job("full", "heard name=fsdp2_to_ddp strategy.name=ddp <full_fsdp2/10"),
     )
     carry_out(root, job("full", "name=fsdp2_to_single <full_fsdp2/10"))
@@ -109,14 +126,39 @@ def test_two_processes_that_share_the_weights_make_the_curve_of_one(root, tuning
     assert_same_curve(root, tuning, f"{tuning}_fsdp2")
 
 
-@pytest.mark.parametrize("run", ["single_to_fsdp2", "fsdp2_to_ddp", "fsdp2_to_single"])
+@pytest.mark.parametrize("tuning", WHOLE)
+def test_two_processes_that_each_hold_the_weights_make_the_curve_of_one(root, tuning):
+    assert_same_curve(root, tuning, f"{tuning}_ddp")
+
+
+@pytest.mark.parametrize("run", ["single_to_fsdp2", "ddp_to_fsdp2", "fsdp2_to_ddp", "fsdp2_to_single"])
 def test_a_run_goes_on_under_another_strategy(root, run):
     assert_same_curve(root, "full", run, first_step=11)
+
+
+@pytest.mark.long
+def test_a_run_goes_on_with_another_number_of_shards(root):
+    on_processes(root, 3, job("full", "name=two_to_three strategy.name=fsdp2 <full_fsdp2/10"))
+    assert_same_curve(root, "full", "two_to_three", first_step=11)
+
+
+@pytest.mark.parametrize(
+    ("run", "form"), [("full_fsdp2", "merged"), pytest.param("lora_fsdp2", "adapter", marks=pytest.mark.long)]
+)
+def test_one_process_exports_what_several_hold_a_part_of_each(root, run, form):
+    """And finds upstream's numbers to be those of the run's own model."""
+    done = export(root, run, form)
+    assert done.returncode == 0, done.stdout
+    report = read_report(root / "runs" / run / "export" / form)
+    assert report.relative_difference <= report.limit and report.change > 1e-3
 
 
 def test_gradients_are_summed_in_the_last_pass_of_a_step_alone(root):
     before, last = heard(root / "runs" / "fsdp2_to_ddp")
     assert not before and sums(last)
+    for tuning in WHOLE:
+        before, last = heard(root / "runs" / f"{tuning}_ddp")
+        assert not before and sums(last)
     for tuning in TUNINGS:
         before, last = heard(root / "runs" / f"{tuning}_fsdp2")
         assert before and not sums(before), "weights are gathered in every pass"

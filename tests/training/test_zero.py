@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from cosmos3_train.export.verify import read_report
 from tests.training.listening import heard, sums
 from tests.training.test_faults import local
 from tests.training.test_processes import LONG, ended, wait_for_step
 from tests.training.test_run import rows, status
-from tests.training.test_sharding import assert_same_curve, job, on_processes
+from tests.training.test_sharding import assert_same_curve, export, job, on_processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the first one makes the runs of all
 
@@ -40,7 +41,9 @@ MORE = [
     ("full", "zero2_parted"),
     ("full", "zero3_parted"),
     ("full", "zero2_offload"),
+    ("lora", "zero2_offload"),
     ("lora", "zero3_offload"),
+    ("hybrid", "zero3_offload"),
     ("full", "zero3_offload"),
     ("cached", "zero3"),
     ("lora", "zero3_compiled"),
@@ -53,6 +56,7 @@ RESUMED = {
 MORE_RESUMED = {
     "single_to_zero3": ("full", f"{HOWS['zero3']} <full/10"),
     "zero2_to_fsdp2": ("full", "strategy.name=fsdp2 <full_zero2/10"),
+    "zero2_to_zero3": ("full", f"{HOWS['zero3']} <full_zero2/10"),
     "zero3_to_zero2": ("full", f"{HOWS['zero2']} <full_zero3/10"),
     "zero3_to_ddp": ("hybrid", "strategy.name=ddp <hybrid_zero3/10"),
 }
@@ -97,6 +101,14 @@ def test_each_process_writes_its_half_of_what_is_managed(root, how):
     for part in ("trainables", "average", "optimizer"):
         sizes = [path.stat().st_size for path in sorted((folder / part).glob("shard*"))]
         assert len(sizes) == 2 and abs(sizes[0] - sizes[1]) < 0.05 * sizes[0]
+
+
+@pytest.mark.long
+def test_one_process_exports_what_two_hold_a_part_of_each(root):
+    done = export(root, "full_zero3", "merged")
+    assert done.returncode == 0, done.stdout
+    report = read_report(root / "runs" / "full_zero3" / "export" / "merged")
+    assert report.relative_difference <= report.limit and report.change > 1e-3
 
 
 @pytest.mark.long
