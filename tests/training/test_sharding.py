@@ -74,12 +74,14 @@ def on_processes(root: Path, count: int, *jobs: str) -> None:
     assert process.returncode == 0, output
 
 
-def export(root: Path, run: str, form: str) -> subprocess.CompletedProcess:
-    """`cosmos3 export`, in a process of its own."""
+def assert_exported(root: Path, run: str, form: str) -> None:
+    """By `cosmos3 export` in a process of its own, which finds upstream's numbers to be those of the run's model."""
     line = (sys.executable, "-m", "cosmos3_train.cli", "export", run, "--to", form)
     environment = os.environ | {"PYTHONPATH": PYTHONPATH}
-    told = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.run(line, cwd=root, env=environment, timeout=300, **told)
+    done = subprocess.run(line, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = read_report(root / "runs" / run / "export" / form)
+    assert report.relative_difference <= report.limit and report.change > 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -146,11 +148,7 @@ def test_a_run_goes_on_with_another_number_of_shards(root):
     ("run", "form"), [("full_fsdp2", "merged"), pytest.param("lora_fsdp2", "adapter", marks=pytest.mark.long)]
 )
 def test_one_process_exports_what_several_hold_a_part_of_each(root, run, form):
-    """And finds upstream's numbers to be those of the run's own model."""
-    done = export(root, run, form)
-    assert done.returncode == 0, done.stdout
-    report = read_report(root / "runs" / run / "export" / form)
-    assert report.relative_difference <= report.limit and report.change > 1e-3
+    assert_exported(root, run, form)
 
 
 def test_gradients_are_summed_in_the_last_pass_of_a_step_alone(root):

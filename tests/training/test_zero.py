@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from cosmos3_train.export.verify import read_report
 from tests.training.listening import heard, sums
 from tests.training.test_faults import local
 from tests.training.test_processes import LONG, ended, wait_for_step
 from tests.training.test_run import rows, status
-from tests.training.test_sharding import assert_same_curve, export, job, on_processes
+from tests.training.test_sharding import assert_exported, assert_same_curve, job, on_processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the first one makes the runs of all
 
@@ -105,10 +104,7 @@ def test_each_process_writes_its_half_of_what_is_managed(root, how):
 
 @pytest.mark.long
 def test_one_process_exports_what_two_hold_a_part_of_each(root):
-    done = export(root, "full_zero3", "merged")
-    assert done.returncode == 0, done.stdout
-    report = read_report(root / "runs" / "full_zero3" / "export" / "merged")
-    assert report.relative_difference <= report.limit and report.change > 1e-3
+    assert_exported(root, "full_zero3", "merged")
 
 
 @pytest.mark.long
