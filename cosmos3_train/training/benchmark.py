@@ -116,6 +116,7 @@ class _Watcher:
         self.times: list[StepTime] = []
         self.bare = (0.0, 0)
         self.whole: tuple[float, int] | None = None
+        self.whole_way = "bare step without the reasoner cache"
         self.run_peak = self.bare_peak = self.whole_peak = 0
         self.done_flops = 0
         self.reasoner_cached = False
@@ -141,8 +142,10 @@ class _Watcher:
             self._time_whole(run, steps)
 
     def _time_whole(self, run: Run, steps: Sequence[Any]) -> None:
-        """The bare step once more with the understanding tower instead of its cache, where the device holds it."""
+        """The bare step once more with the understanding tower instead of its cache, where the device holds it: with
+        more recomputed where it does not hold what the layers kept beside it, and `auto` may choose."""
         backbone, recall = run.backbone, run.backbone.recall
+        kept = backbone.kept_layers, backbone.lean, backbone.keep_attention
         try:
             if run.module.captured is not None:
                 run.module.captured.begin_anew()
@@ -150,10 +153,13 @@ class _Watcher:
             backbone.recall = None
             self.whole = time_bare_step(run, steps)
             self.whole_peak = _peak(run.device)
+            if kept != (backbone.kept_layers, backbone.lean, backbone.keep_attention):
+                self.whole_way += f" ({describe_recomputed(backbone)})"
         except torch.OutOfMemoryError:
             logger.warning("without the reasoner cache the step does not fit on this device, so it is not timed")
         finally:
             backbone.recall = recall
+            backbone.kept_layers, backbone.lean, backbone.keep_attention = kept
             forget_understanding(backbone)
 
 
@@ -214,7 +220,7 @@ def measure(
     rates = [ours, bare]
     if watcher.whole is not None:
         seconds, steps = watcher.whole
-        rates.append(shape.rate("bare step without the reasoner cache", steps, seconds, watcher.whole_peak))
+        rates.append(shape.rate(watcher.whole_way, steps, seconds, watcher.whole_peak))
     attention, compiler, recomputed, as_one = watcher.how
     model = experiment.model
     result = Result(
@@ -249,16 +255,18 @@ def time_bare_step(run: Run, steps: Sequence[Any]) -> tuple[float, int]:
     """Seconds of an optimizer step on packs that are on the device (forward, backward, clipping, AdamW), and how many
     were made."""
     module, device = run.module, run.device
-    packed = [module.packer(step) for step in steps]
-    ready = [([pack.to(device) for pack in step.packs], module.step_counts(step)) for step in packed]
+    ready = [module.packer(step) for step in steps]
+    counts = [module.step_counts(step) for step in ready]
+    for step in ready:
+        step.packs = [pack.to(device) for pack in step.packs]
     parameters = list(run.trainables.parameters.values())
     if isinstance(run.backbone.recall, CachedPrompts):
         run.backbone.recall.device_bytes = sys.maxsize  # what the packs recall is there too, once one round is made
 
     def make_steps(count: int) -> None:
         for number in range(count):
-            packs, counts = ready[number % len(ready)]
-            module.accumulate(packs, counts)
+            step = ready[number % len(ready)]
+            module.accumulate_in_room(step, counts[number % len(ready)], len(step.packs))
             clip_gradients(parameters, run.experiment.optimizer.clip)
             module.optimizer.step()
             module.optimizer.zero_grad(set_to_none=True)

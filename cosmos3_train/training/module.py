@@ -161,7 +161,7 @@ class PostTraining(lightning.LightningModule):
         with peers("what ranks exchange in a step") if self._in_step else nullcontext():
             self._settle_once(step, counts, passes)
             own_time.begin(self.device)
-            sums = self._accumulate_in_room(step, counts, passes)
+            sums = self.accumulate_in_room(step, counts, passes)
         own_time.end()
         self.conclude()  # the step before, which decides the learning rate of this one
         self._queued = self._descend(step, own_time)
@@ -244,7 +244,7 @@ class PostTraining(lightning.LightningModule):
         text *= backbone.understanding_trains
         return (generated + text) * token + (pack.joint_spans.total + text) * key
 
-    def _accumulate_in_room(self, step: PackedStep, counts: Tensor, passes: int) -> dict[str, Tensor]:
+    def accumulate_in_room(self, step: PackedStep, counts: Tensor, passes: int) -> dict[str, Tensor]:
         """`accumulate`, made again with more of it recomputed where memory runs out and `auto` may choose."""
         while True:
             torch.manual_seed(fold(self.experiment.training.seed, "dropout", step.step, rank()))
@@ -256,6 +256,9 @@ class PostTraining(lightning.LightningModule):
                 if not (gave_back or (chooses and recompute_more(self.backbone))):
                     raise
             self.optimizer.zero_grad(set_to_none=True)
+            if self.device.type == "cuda":  # here what the pass had made is gone with the error
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats(self.device)  # the log tells of the pass that fits
 
     def accumulate(
         self, packs: Sequence[PackedSequence], counts: Tensor, passes: int | None = None, *, as_written: bool = False

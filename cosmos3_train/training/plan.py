@@ -97,10 +97,10 @@ def predict(workload: Workload, repeated: bool | None = None) -> Plan:
     """
     experiment, gpu, ranks = workload.experiment, workload.gpu, workload.gpus
     training, model = experiment.training, experiment.model
+    shards = _shards(experiment, ranks)
     refuse_few_samples(training.samples_per_step, ranks, "GPU")
     if model.base_precision == "fp8" and gpu.fp8 is None:
         raise UserError(f"model.base_precision is 'fp8', but {gpu.key} has no FP8; use 'dtype'")
-    shards = _shards(experiment, ranks)
     done = workload.arithmetic.cached() if workload.cached else workload.arithmetic
     samples = math.ceil(training.samples_per_step / ranks)
     packs = [_fullest(kind, samples, training.tokens_per_micro_batch) for kind in workload.kinds]

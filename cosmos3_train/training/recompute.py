@@ -145,7 +145,6 @@ def recompute_more(backbone: Cosmos3PackedTransformer) -> bool:
         backbone.keep_attention = False
     else:
         return False
-    torch.cuda.empty_cache()
     logger.warning("memory ran out; now %s", describe_recomputed(backbone))
     return True
 

@@ -13,11 +13,14 @@ from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from cosmos3_train.commands.benchmark import HEAD
 from cosmos3_train.config import Tuning, UserError
 from cosmos3_train.data.prepare import LAYOUT_VERSION
 from cosmos3_train.data.texts import distinct_texts
+from cosmos3_train.model.omni import Cosmos3PackedTransformer
 from cosmos3_train.training import stock
 from cosmos3_train.training.benchmark import Rate
 from cosmos3_train.training.benchmark_log import _require_own
@@ -112,6 +115,22 @@ def test_a_benchmark_measures_the_run_the_bare_step_and_stock(policy, project, t
     assert (project / "runs" / "benchmark_policy256" / "metrics.csv").is_file(), "the run wrote its log"
     (without,) = before_stock
     assert without == {**found, "rates": [{**rate, "to_stock": None} for rate in (run, bare, whole)], "stock_tried": {}}
+
+
+@pytest.mark.parametrize("again", ["auto", "but_attention"])
+def test_where_the_step_does_not_fit_without_the_cache_auto_recomputes_more_of_it(policy, project, caplog, again):
+    def run_out(module, _) -> None:
+        if isinstance(module, Cosmos3PackedTransformer) and module.recall is None and module.keep_attention:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with register_module_forward_pre_hook(run_out):
+        assert policy(f"model.checkpoint_activations={again}") == 0
+    found = json.loads((project / "runs" / "benchmark_policy256" / "benchmark.json").read_text())
+    assert found["recomputed"] == "2 of 2 layers recomputed, attention kept", "as the run was carried out"
+    ways, said = [rate["way"] for rate in found["rates"][2:]], caplog.text
+    fits = "memory ran out; now 2 of 2 layers recomputed" in said
+    assert fits == (again == "auto") and fits != ("the step does not fit on this device" in said)
+    assert ways == ["bare step without the reasoner cache (2 of 2 layers recomputed)"] * fits
 
 
 def test_stock_that_runs_in_no_setting_costs_no_result(policy, tmp_path, capsys, monkeypatch):

@@ -74,7 +74,15 @@ def test_a_robots_log_is_looked_at_and_a_set_that_is_not_here_fills_the_canvas(p
         ),
         (("--gpu", "h100-80g", "model.random.hidden=8"), "error: model.random: 'hidden' is no size of the transformer"),
         (
-            ("--gpu", "h100-80g", "--gpus", "2", "strategy.name=ddp", "strategy.context_parallel=2"),
+            (
+                "--gpu",
+                "h100-80g",
+                "--gpus",
+                "2",
+                "strategy.name=ddp",
+                "strategy.context_parallel=2",
+                "training.samples_per_step=1",
+            ),
             "error: strategy.context_parallel is 2, which the plan does not know; plan with 1",
         ),
         (("--gpu", "h100-80g", "--gpus", "0"), "error: --gpus 0: a run has at least 1"),
