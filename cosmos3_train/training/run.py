@@ -275,17 +275,14 @@ def _what_saves_memory(loaded: Loaded, recorded: bool) -> Iterator[str]:
         yield "model.cuda_graphs=false"
     if (model.base_precision != "fp8" or model.fp8_copies > 1) and _takes_fp8(experiment):
         yield "model.base_precision=fp8 with model.fp8_copies=1"
-    shared = (
-        ""
-        if strategy.name.startswith("deepspeed")
-        else (" or, where one sample is too large, strategy.context_parallel on more GPUs")
-    )
-    yield f"a smaller training.tokens_per_micro_batch (now {experiment.training.tokens_per_micro_batch}){shared}"
+    yield f"a smaller training.tokens_per_micro_batch (now {experiment.training.tokens_per_micro_batch})"
     exchanges = strategy.is_sharded or strategy.context_parallel > 1
     if exchanges and model.checkpoint_activations is not True:  # there auto cannot give way within a step
         yield "model.checkpoint_activations=true"
     elif model.checkpoint_activations not in (True, "auto"):
         yield "model.checkpoint_activations=auto"
+    if not strategy.name.startswith("deepspeed"):
+        yield "where a single sample is too large, strategy.context_parallel on more GPUs"
 
 
 def _takes_fp8(experiment: Experiment) -> bool:

@@ -539,7 +539,7 @@ def test_memory_that_runs_out_is_named_with_its_step_and_what_helps(tmp_path):
     def run_out(*_) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    with pytest.raises(TrainingFailed, match=r"memory ran out in step 4 .*checkpoint_activations=auto; .*Tried to"):
+    with pytest.raises(TrainingFailed, match=r"memory ran out in step 4 .*checkpoint_activations=auto, where a single sample .*; .*Tried to"):
         train(loaded, watch=ahead)
     assert status(loaded.run_folder)["state"] == "failed"
 
