@@ -27,7 +27,7 @@ LOSSES: tuple[str, ...] = (*flow_matching.MODALITIES, TEXT)
 class PackedStep:
     """One rank's share of a step, packed. Opaque like `StepBatch`, so that nothing casts positions or noise levels.
 
-    packs:   on the CPU, but for a benchmark's
+    packs:   on the CPU
     counts:  what this rank's samples add to the step's denominators, by loss; with context parallelism what its group's
              add, which every rank of the group says
     samples: of this rank or its group, padding left out

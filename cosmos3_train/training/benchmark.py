@@ -54,7 +54,7 @@ class Rate:
     step_seconds:      median
     tokens_per_second: of both streams
     mfu:               of the GPU's bf16 peak
-    peak_memory_gib:   of the whole of it, from loading on
+    peak_memory_gib:   of the whole of it, from loading on, or from when `auto` had chosen what is recomputed
     data_wait_share:   of the measured seconds, waiting for the loader
     warm_up_seconds:   compilation, mostly: what the steps before the measured ones took above the median
     to_bare, to_stock: samples a second over those of the bare step, and of stock
@@ -142,24 +142,27 @@ class _Watcher:
             self._time_whole(run, steps)
 
     def _time_whole(self, run: Run, steps: Sequence[Any]) -> None:
-        """The bare step once more with the understanding tower instead of its cache, where the device holds it: with
-        more recomputed where it does not hold what the layers kept beside it, and `auto` may choose."""
+        """The bare step once more with the understanding tower instead of its cache, where the device holds it: with as
+        much recomputed as a run without the cache would."""
         backbone, recall = run.backbone, run.backbone.recall
-        kept = backbone.kept_layers, backbone.lean, backbone.keep_attention
+        kept = backbone.kept_layers, backbone.lean
         try:
             if run.module.captured is not None:
                 run.module.captured.begin_anew()
             read_understanding(backbone, run.loaded.model, run.device)
             backbone.recall = None
+            run.module.settle_anew(run.module.packer(steps[0]))
             self.whole = time_bare_step(run, steps)
             self.whole_peak = _peak(run.device)
-            if kept != (backbone.kept_layers, backbone.lean, backbone.keep_attention):
+            if kept != (backbone.kept_layers, backbone.lean):
                 self.whole_way += f" ({describe_recomputed(backbone)})"
         except torch.OutOfMemoryError:
             logger.warning("without the reasoner cache the step does not fit on this device, so it is not timed")
         finally:
             backbone.recall = recall
-            backbone.kept_layers, backbone.lean, backbone.keep_attention = kept
+            backbone.kept_layers, backbone.lean = kept
+            if run.module.captured is not None:
+                run.module.captured.begin_anew()
             forget_understanding(backbone)
 
 
@@ -255,18 +258,16 @@ def time_bare_step(run: Run, steps: Sequence[Any]) -> tuple[float, int]:
     """Seconds of an optimizer step on packs that are on the device (forward, backward, clipping, AdamW), and how many
     were made."""
     module, device = run.module, run.device
-    ready = [module.packer(step) for step in steps]
-    counts = [module.step_counts(step) for step in ready]
-    for step in ready:
-        step.packs = [pack.to(device) for pack in step.packs]
+    packed = [module.packer(step) for step in steps]
+    ready = [([pack.to(device) for pack in step.packs], module.step_counts(step)) for step in packed]
     parameters = list(run.trainables.parameters.values())
     if isinstance(run.backbone.recall, CachedPrompts):
         run.backbone.recall.device_bytes = sys.maxsize  # what the packs recall is there too, once one round is made
 
     def make_steps(count: int) -> None:
         for number in range(count):
-            step = ready[number % len(ready)]
-            module.accumulate_in_room(step, counts[number % len(ready)], len(step.packs))
+            packs, counts = ready[number % len(ready)]
+            module.accumulate(packs, counts)
             clip_gradients(parameters, run.experiment.optimizer.clip)
             module.optimizer.step()
             module.optimizer.zero_grad(set_to_none=True)

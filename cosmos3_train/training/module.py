@@ -8,6 +8,7 @@ Lightning's own accumulation would divide by a number of micro-batches, and cut 
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 from collections.abc import Sequence
@@ -161,7 +162,7 @@ class PostTraining(lightning.LightningModule):
         with peers("what ranks exchange in a step") if self._in_step else nullcontext():
             self._settle_once(step, counts, passes)
             own_time.begin(self.device)
-            sums = self.accumulate_in_room(step, counts, passes)
+            sums = self._accumulate_in_room(step, counts, passes)
         own_time.end()
         self.conclude()  # the step before, which decides the learning rate of this one
         self._queued = self._descend(step, own_time)
@@ -215,6 +216,12 @@ class PostTraining(lightning.LightningModule):
         """Where the run will stand once the queued step is made, unless that is skipped."""
         return self.position.step + (self._queued is not None)
 
+    def settle_anew(self, step: PackedStep) -> None:
+        """See once more, as before the first step, how much the device lets the layers keep, where `auto` asks for it:
+        for where what else lies there has changed. Between steps; leaves no gradients."""
+        self._unsettled = self.experiment.model.checkpoint_activations == "auto"
+        self._settle_once(step, self.step_counts(step), self._passes(step))
+
     def _settle_once(self, step: PackedStep, counts: Tensor, passes: int) -> None:
         """Before the first step: see how much the device lets the layers keep, where `auto` asks for it."""
         unsettled, self._unsettled = self._unsettled, False
@@ -244,7 +251,7 @@ class PostTraining(lightning.LightningModule):
         text *= backbone.understanding_trains
         return (generated + text) * token + (pack.joint_spans.total + text) * key
 
-    def accumulate_in_room(self, step: PackedStep, counts: Tensor, passes: int) -> dict[str, Tensor]:
+    def _accumulate_in_room(self, step: PackedStep, counts: Tensor, passes: int) -> dict[str, Tensor]:
         """`accumulate`, made again with more of it recomputed where memory runs out and `auto` may choose."""
         while True:
             torch.manual_seed(fold(self.experiment.training.seed, "dropout", step.step, rank()))
@@ -256,9 +263,9 @@ class PostTraining(lightning.LightningModule):
                 if not (gave_back or (chooses and recompute_more(self.backbone))):
                     raise
             self.optimizer.zero_grad(set_to_none=True)
-            if self.device.type == "cuda":  # here what the pass had made is gone with the error
+            gc.collect()  # passes are made without, and here what this one had made has gone with its error
+            if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats(self.device)  # the log tells of the pass that fits
 
     def accumulate(
         self, packs: Sequence[PackedSequence], counts: Tensor, passes: int | None = None, *, as_written: bool = False

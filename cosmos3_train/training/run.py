@@ -266,7 +266,7 @@ def _memory_named(
 
 
 def _what_saves_memory(loaded: Loaded, recorded: bool) -> Iterator[str]:
-    """Settings that the run would take, the cheapest first."""
+    """Settings that the run would take, the cheapest first, and what would take more GPUs."""
     experiment = loaded.experiment
     model, strategy = experiment.model, experiment.strategy
     if not caches_reasoner(loaded) and reasoner_is_needed(loaded) is None:
@@ -282,7 +282,7 @@ def _what_saves_memory(loaded: Loaded, recorded: bool) -> Iterator[str]:
     elif model.checkpoint_activations not in (True, "auto"):
         yield "model.checkpoint_activations=auto"
     if not strategy.name.startswith("deepspeed"):
-        yield "where a single sample is too large, strategy.context_parallel on more GPUs"
+        yield "where a single sample is too large, strategy.context_parallel on several GPUs"
 
 
 def _takes_fp8(experiment: Experiment) -> bool:

@@ -34,7 +34,9 @@ ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 class Job:
     """A submitted run."""
 
-    def __init__(self, project: Path, environment: dict[str, str], name: str, *overrides: str) -> None:
+    def __init__(
+        self, project: Path, environment: dict[str, str], name: str, *overrides: str, options: tuple[str, ...] = ()
+    ) -> None:
         self.environment = environment
         self.folder = project / "runs" / name
         self.output_file = project.parent / f"{name}.out"
@@ -45,7 +47,7 @@ class Job:
             *SETTINGS,
             *overrides,
         )
-        options = ("--parsable", "--gpus-per-node=0", f"--chdir={project}", f"--output={self.output_file}")
+        options = ("--parsable", "--gpus-per-node=0", f"--chdir={project}", f"--output={self.output_file}", *options)
         self.number = self._slurm("sbatch", *options, *line).strip()
 
     def _slurm(self, *command: str) -> str:
@@ -117,8 +119,8 @@ def submit(cluster, tmp_path_factory) -> Callable[..., Job]:
         "OMP_NUM_THREADS": "1",
     }
 
-    def job(name: str, *overrides: str, project: Path = common) -> Job:
-        return Job(project, environment, name, *overrides)
+    def job(name: str, *overrides: str, project: Path = common, options: tuple[str, ...] = ()) -> Job:
+        return Job(project, environment, name, *overrides, options=options)
 
     return job
 
@@ -160,6 +162,20 @@ def test_warned_it_saves_is_requeued_and_ends_with_the_same_weights(submit, undi
     # Bit for bit: two summands have one order, and every draw is a function of the seed and the step.
     assert_same(tensors(job.folder, STEPS), tensors(undisturbed.folder, STEPS))
     assert rows(job.folder) == rows(undisturbed.folder)
+
+
+@pytest.mark.long
+def test_before_its_time_limit_slurm_warns_it_and_it_goes_on_in_another_start(submit):
+    """Slurm counts a job's time in minutes and warns up to one earlier than it was asked to."""
+    job = submit("limited", "training.steps=100000", options=("--time=2", "--signal=B:USR1@60"))
+    job.wait(lambda: "got USR1, tells the run to save and end" in job.output, 150)
+    job.wait(lambda: "interrupted; requeued" in job.output, 60)
+    told = status(job.folder)
+    assert told["state"] == "interrupted" and told["step"] > 0, job.output
+    job.wait(lambda: f"resumed at step {told['step']} " in job.output, 120)
+    job.wait(lambda: steps_made(job.folder) > told["step"])
+    job.cancel()
+    assert job.wait_for_end() == "CANCELLED"
 
 
 @pytest.mark.long

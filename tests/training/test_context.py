@@ -42,7 +42,9 @@ def test_two_ranks_that_share_packs_make_the_curve_of_one(root, tuning, strategy
 
 
 @pytest.mark.long
-def test_two_pairs_that_share_packs_make_the_curve_of_one(root):
+@pytest.mark.parametrize("strategy", ["ddp", "hsdp strategy.shards=2"])
+def test_two_pairs_that_share_packs_make_the_curve_of_one(root, strategy):
     """Two data ranks of two ranks each, the text's keys and values from a cache."""
-    on_processes(root, 4, job("cached", f"name=few_pairs strategy.name=ddp {TWO}", FEW))
-    assert_same_curve(root, "few", "few_pairs", steps=4)
+    name = f"few_pairs_{strategy.split()[0]}"
+    on_processes(root, 4, job("cached", f"name={name} strategy.name={strategy} {TWO}", FEW))
+    assert_same_curve(root, "few", name, steps=4)

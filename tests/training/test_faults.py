@@ -28,8 +28,8 @@ FAULTY = ("-m", "tests.training.faulty")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def start(project: Path, command: tuple[str | Path, ...], *arguments: str) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", "PROCESSES": "2"}
+def start(project: Path, command: tuple[str | Path, ...], *arguments: str, processes: int = 2) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", "PROCESSES": str(processes)}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     return subprocess.Popen(
         [*command, *arguments],
@@ -41,8 +41,9 @@ def start(project: Path, command: tuple[str | Path, ...], *arguments: str) -> su
     )
 
 
-def local(project: Path, *arguments: str) -> subprocess.Popen:
-    return start(project, (REPOSITORY / "launch" / "local.sh", "experiments/small.yaml"), *arguments)
+def local(project: Path, *arguments: str, processes: int = 2) -> subprocess.Popen:
+    launcher = (REPOSITORY / "launch" / "local.sh", "experiments/small.yaml")
+    return start(project, launcher, *arguments, processes=processes)
 
 
 def faulty(project: Path, what: str, *arguments: str, on: int = 1) -> subprocess.Popen:
@@ -70,10 +71,11 @@ def root_cause(output: str) -> str:
     return output.rpartition("Root Cause")[2]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.long)])
-def test_a_dead_rank_ends_the_run_and_is_named_first(project, strategy):
+@pytest.mark.parametrize(("strategy", "processes"), [("ddp", 2), pytest.param("fsdp2", 3, marks=pytest.mark.long)])
+def test_a_dead_rank_ends_the_run_and_is_named_first(project, strategy, processes):
     folder = project / "runs" / f"dead_{strategy}"
-    process = local(project, f"name=dead_{strategy}", f"strategy.name={strategy}", *LONG)
+    line = (f"name=dead_{strategy}", f"strategy.name={strategy}", "training.samples_per_step=3", *LONG)
+    process = local(project, *line, processes=processes)
     wait_for_step(process, folder, 5)
     found = re.findall(r"process (\d+)", log_of(folder, 1))
     os.kill(int(found[-1]), signal.SIGKILL)

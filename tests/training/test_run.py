@@ -19,11 +19,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from cosmos3_train.config import UserError, load_experiment, to_plain
 from cosmos3_train.data.files import alone_in
 from cosmos3_train.evaluation.heldout import ActionError
 from cosmos3_train.evaluation.protocol import measure_actions
+from cosmos3_train.model.omni import Cosmos3PackedTransformer
 from cosmos3_train.model.packing import Layout
 from cosmos3_train.training.budget import refuse_over_budget
 from cosmos3_train.training.checkpoints import list_checkpoints
@@ -539,9 +541,30 @@ def test_memory_that_runs_out_is_named_with_its_step_and_what_helps(tmp_path):
     def run_out(*_) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    with pytest.raises(TrainingFailed, match=r"memory ran out in step 4 .*checkpoint_activations=auto, where a single sample .*; .*Tried to"):
+    helps = "checkpoint_activations=auto, where a single sample is too large, strategy.context_parallel on several GPUs"
+    with pytest.raises(TrainingFailed, match=rf"memory ran out in step 4 .*{helps}; .*Tried to"):
         train(loaded, watch=ahead)
     assert status(loaded.run_folder)["state"] == "failed"
+
+
+@pytest.mark.slow
+def test_a_step_whose_memory_runs_out_is_made_again_with_more_of_it_recomputed(tmp_path, caplog):
+    root = write_project(tmp_path / "root")
+    packs = ("training.steps=3", "training.samples_per_step=4", "training.tokens_per_micro_batch=60")
+    words = (*packs, "model.checkpoint_activations=auto", "evaluation.before=false", *MOVES_ONLY)
+    train(load(root, "name=undisturbed", *words))
+    made = []
+
+    def run_out(module, _) -> None:
+        if isinstance(module, Cosmos3PackedTransformer) and torch.is_grad_enabled():
+            made.append(module.keep_attention)
+            if len(made) == 2:  # gradients of the first pack are there
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with register_module_forward_pre_hook(run_out):
+        train(load(root, "name=short", *words))
+    assert made[:2] == [True, True] and not any(made[2:]) and "memory ran out; now" in caplog.text
+    assert rows(root / "runs" / "short") == rows(root / "runs" / "undisturbed")
 
 
 CACHED, FP8, GRAPHS = "data.datasets.moves.cache_reasoner=true", "model.base_precision=fp8", "model.cuda_graphs=false"
@@ -558,6 +581,7 @@ ALL, AUTO, GENERATION = "checkpoint_activations=true", "checkpoint_activations=a
         (False, (GENERATION, "tuning.method=full"), {AUTO}),
         (False, (GENERATION, CACHED, "tuning.dora=true"), {AUTO}),
         (True, ("strategy.name=fsdp2", f"model.{AUTO}"), {ALL}),
+        (True, ("strategy.name=deepspeed_zero3", f"model.{ALL}"), set()),
         (True, ("strategy.context_parallel=2",), {FP8, ALL}),
     ],
 )
@@ -571,6 +595,7 @@ def test_what_is_named_against_memory_that_runs_out_is_what_the_run_would_take(t
     with pytest.raises(TrainingFailed) as told, _memory_named(loaded, lambda: "here", recorded=lambda: graphs):
         raise torch.OutOfMemoryError("CUDA out of memory.")
     assert "a smaller training.tokens_per_micro_batch (now " in str(told.value)
+    assert ("strategy.context_parallel" in str(told.value)) == ("strategy.name=deepspeed_zero3" not in line)
     assert {one for one in (CACHED, FP8, GRAPHS, ALL, AUTO) if one in str(told.value)} == helps
 
 

@@ -145,7 +145,12 @@ def test_a_run_goes_on_with_another_number_of_shards(root):
 
 
 @pytest.mark.parametrize(
-    ("run", "form"), [("full_fsdp2", "merged"), pytest.param("lora_fsdp2", "adapter", marks=pytest.mark.long)]
+    ("run", "form"),
+    [
+        ("full_fsdp2", "merged"),
+        pytest.param("lora_fsdp2", "adapter", marks=pytest.mark.long),
+        pytest.param("hybrid_ddp", "adapter", marks=pytest.mark.long),
+    ],
 )
 def test_one_process_exports_what_several_hold_a_part_of_each(root, run, form):
     assert_exported(root, run, form)
@@ -211,6 +216,18 @@ def test_two_copies_of_two_shards_make_the_curve_of_one(root):
         assert_same_curve(root, f"five_{tuning}", f"five_{tuning}_hsdp")
         before, last = heard(root / "runs" / f"five_{tuning}_hsdp", ranks=4)
         assert before and not sums(before) and sums(last)
+    assert_exported(root, "five_full_hsdp", "merged")
+
+
+@pytest.mark.long
+def test_eight_processes_make_the_steps_of_one(root):
+    """Of a node's number; a sample each."""
+    few = f"training.steps=4 training.samples_per_step=8 {' '.join(UNMEASURED)}"
+    carry_out(root, job("lora", "name=one_of_eight", few))
+    strategies = ("ddp", "fsdp2")
+    on_processes(root, 8, *(job("lora", f"name=eight_{name} strategy.name={name}", few) for name in strategies))
+    for name in strategies:
+        assert_same_curve(root, "one_of_eight", f"eight_{name}", steps=4)
 
 
 @pytest.mark.long
@@ -247,7 +264,7 @@ def test_a_spike_is_left_out_by_every_rank_and_made_again_by_one_process(root):
         assert_same_curve(root, "spike", f"spike_{name}", first_step=11)
     at_once = json.loads((primed / "state.json").read_text())["drawn"]
     module = build(load(root, *job("full", "name=primed").split()[1:])).module  # with the weights of that draw
-    for name in ("ddp", "fsdp2"):
+    for name in strategies:
         shares, norm = read_shares(list_skipped(root / "runs" / f"spike_{name}")[at_once])
         samples, again = replay(shares, module)
         assert len(shares) == 2 and len(samples) == 3 and again == pytest.approx(norm, rel=1e-5)

@@ -103,8 +103,18 @@ def test_each_process_writes_its_half_of_what_is_managed(root, how):
 
 
 @pytest.mark.long
-def test_one_process_exports_what_two_hold_a_part_of_each(root):
-    assert_exported(root, "full_zero3", "merged")
+@pytest.mark.parametrize("how", ["zero2", "zero3"])
+def test_a_run_goes_on_with_another_number_of_processes(root, how):
+    on_processes(root, 3, job("full", f"name={how}_two_to_three {HOWS[how]} <full_{how}/10"))
+    assert_same_curve(root, "full", f"{how}_two_to_three", first_step=11)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("run", "form"), [("full_zero3", "merged"), ("full_zero2", "merged"), ("lora_zero2", "adapter")]
+)
+def test_one_process_exports_what_two_hold_a_part_of_each(root, run, form):
+    assert_exported(root, run, form)
 
 
 @pytest.mark.long
