@@ -150,7 +150,7 @@ CONF
 }
 
 both_idle() {
-    [ "$(timeout 5 sinfo --noheader --Node --format=%t 2>/dev/null | grep -c '^idle$')" = 2 ]
+    [ "$(timeout 5 sinfo --noheader --partition=test --Node --format=%t 2>/dev/null | grep -c '^idle$')" = 2 ]
 }
 
 wait_until() {

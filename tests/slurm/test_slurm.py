@@ -22,6 +22,13 @@ pytestmark = pytest.mark.slow
 
 CLUSTER = Path(__file__).with_name("cluster.sh")
 CANNOT_BE_INSTALLED = 77
+SITE = (
+    "WaitTime=2",  # shorter than a node looks for what the first one has written
+    "PreemptType=preempt/partition_prio",
+    "PreemptMode=REQUEUE",
+    "PartitionName=DEFAULT GraceTime=60",
+    "PartitionName=urgent Nodes=node1,node2 PriorityTier=10",
+)
 ENV_OF_RHEL_8 = """#!/bin/bash
 case $1 in --default-signal*) echo "env: unrecognized option" >&2; exit 125 ;; esac
 exec /usr/bin/env "$@"
@@ -83,6 +90,11 @@ class Job:
         """To the batch shell alone, as Slurm's own warning."""
         self._slurm("scancel", "--batch", f"--signal={name}", self.number)
 
+    def preempt(self, seconds: int) -> None:
+        """By a job that wants all nodes, of a partition that comes first."""
+        line = ("--partition=urgent", "--nodes=2", "--output=/dev/null", f"--wrap=sleep {seconds}")
+        self._slurm("sbatch", *line)
+
     def cancel(self) -> None:
         self._slurm("scancel", self.number)
 
@@ -95,8 +107,7 @@ class Job:
 def cluster(tmp_path_factory) -> Iterator[Path]:
     """The folder of a Slurm that is up."""
     folder = tmp_path_factory.mktemp("slurm") / "cluster"
-    # A site's WaitTime, shorter than a node looks for what the first one has written.
-    up = subprocess.run([CLUSTER, "up", folder, "WaitTime=2"], capture_output=True, text=True, timeout=280, check=False)
+    up = subprocess.run([CLUSTER, "up", folder, *SITE], capture_output=True, text=True, timeout=280, check=False)
     if up.returncode == CANNOT_BE_INSTALLED:
         pytest.skip(up.stderr.strip().splitlines()[-1])
     try:
@@ -176,6 +187,20 @@ def test_before_its_time_limit_slurm_warns_it_and_it_goes_on_in_another_start(su
     job.wait(lambda: steps_made(job.folder) > told["step"])
     job.cancel()
     assert job.wait_for_end() == "CANCELLED"
+
+
+@pytest.mark.long
+def test_preempted_it_saves_and_goes_on_when_the_nodes_are_free(submit, undisturbed):
+    job = submit("preempted")
+    job.wait_for_step(10)
+    job.preempt(seconds=5)
+    job.wait(lambda: status(job.folder)["state"] == "interrupted", 60)
+    told = status(job.folder)
+    assert 10 <= told["step"] < STEPS
+    job.wait(lambda: f"job {job.number}, start 2" in job.output, 150)
+    assert job.wait_for_end(150) == "COMPLETED", job.output
+    assert f"resumed at step {told['step']} " in job.output
+    assert_same(tensors(job.folder, STEPS), tensors(undisturbed.folder, STEPS))
 
 
 @pytest.mark.long

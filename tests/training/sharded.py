@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from cosmos3_train.config import Loaded, load_experiment
 from cosmos3_train.runtime import is_first_rank, rank, world_size
 from cosmos3_train.training.measures import measure
@@ -45,6 +47,17 @@ def launch(count: int, module: str, *arguments: str) -> subprocess.Popen:
 
 
 def carry_out(root: Path, job: str) -> None:
+    """Carry out a job in this process, by one thread, as torchrun's processes have: more sum in another order, which
+    in 20 steps grows to 9e-6 of a loss."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        _carry_out(root, job)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _carry_out(root: Path, job: str) -> None:
     experiment, *words = job.split()
     overrides = [word for word in words if "=" in word]
     if world_size() > 1:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.training.project import write_project
 from tests.training.sharded import carry_out
@@ -27,11 +26,8 @@ def root(tmp_path_factory, long_too) -> Path:
     root = write_moves(write_project(tmp_path_factory.mktemp("context") / "root"))
     tunings = dict.fromkeys(tuning for tuning, _ in runs)
     shared = [job(tuning, f"name={tuning}_{name} strategy.name={name}", TWO, UNMEASURED) for tuning, name in runs]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as torchrun's processes have; more of them only wait for each other here
     for each in (*(job(name, f"name={name}", UNMEASURED) for name in tunings), job("cached", "name=few", FEW)):
         carry_out(root, each)
-    torch.set_num_threads(threads)
     on_processes(root, 2, *shared)
     return root
 
