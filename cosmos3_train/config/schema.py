@@ -694,21 +694,26 @@ class Strategy:
         _require("strategy", self, "at least 0", lambda x: x >= 0, "shards")
         if self.shards and self.name != "hsdp":
             fail(f"strategy.shards is {self.shards}; hsdp alone reads it, not {self.name!r}: leave it out")
-        if self.offload and not self.name.startswith("deepspeed"):
+        if self.offload and not self.is_zero:
             fail(
                 f"strategy.offload is true; deepspeed_zero2 and deepspeed_zero3 alone read it, not {self.name!r}: "
                 "leave it out"
             )
-        if not self.hold_gradients and not self.name.startswith("deepspeed"):
+        if not self.hold_gradients and not self.is_zero:
             fail(
                 "strategy.hold_gradients is false; deepspeed_zero2 and deepspeed_zero3 alone read it, not "
                 f"{self.name!r}: leave it out"
             )
-        if self.context_parallel > 1 and self.name.startswith("deepspeed"):
+        if self.context_parallel > 1 and self.is_zero:
             fail(
                 f"strategy.context_parallel is {self.context_parallel}, which strategy.name {self.name!r} does not do; "
                 "use ddp or fsdp2"
             )
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether it is DeepSpeed's."""
+        return self.name.startswith("deepspeed")
 
     @property
     def is_sharded(self) -> bool:

@@ -145,7 +145,7 @@ class PostTraining(lightning.LightningModule):
         """Steps that were skipped, until whoever keeps them has taken them."""
         self._queued: _Queued | None = None
         self._compared_ranks = False
-        self._unsettled = experiment.model.checkpoint_activations == "auto"
+        self._unsettled = True
         self._left_out: frozenset[Reach] = frozenset()
         self.captured = captures(experiment, backbone, list(trainables.parameters.values()), self._forward)
 
@@ -219,13 +219,14 @@ class PostTraining(lightning.LightningModule):
     def settle_anew(self, step: PackedStep) -> None:
         """See once more, as before the first step, how much the device lets the layers keep, where `auto` asks for it:
         for where what else lies there has changed. Between steps; leaves no gradients."""
-        self._unsettled = self.experiment.model.checkpoint_activations == "auto"
+        self._unsettled = True
         self._settle_once(step, self.step_counts(step), self._passes(step))
 
     def _settle_once(self, step: PackedStep, counts: Tensor, passes: int) -> None:
         """Before the first step: see how much the device lets the layers keep, where `auto` asks for it."""
         unsettled, self._unsettled = self._unsettled, False
-        if unsettled and self.device.type == "cuda" and self.zero is None:
+        asked = self.experiment.model.checkpoint_activations == "auto"
+        if unsettled and asked and self.device.type == "cuda" and self.zero is None:
             settle(
                 self.backbone,
                 self.device,

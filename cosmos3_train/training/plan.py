@@ -194,7 +194,7 @@ def _shards(experiment: Experiment, gpus: int) -> int:
             f"strategy.context_parallel is {strategy.context_parallel}, which the plan does not know; plan with 1, "
             "whose activations are that many times as large"
         )
-    if strategy.name.startswith("deepspeed"):
+    if strategy.is_zero:
         raise UserError(
             f"strategy.name is {strategy.name!r}, which the plan does not know; plan with fsdp2, or with ddp for what "
             "deepspeed_zero2 holds at most"

@@ -281,7 +281,7 @@ def _what_saves_memory(loaded: Loaded, recorded: bool) -> Iterator[str]:
         yield "model.checkpoint_activations=true"
     elif model.checkpoint_activations not in (True, "auto"):
         yield "model.checkpoint_activations=auto"
-    if not strategy.name.startswith("deepspeed"):
+    if not strategy.is_zero:
         yield "where a single sample is too large, strategy.context_parallel on several GPUs"
 
 
