@@ -114,7 +114,6 @@ class CapturedPasses:
         had, self._gave_up = bool(self._graphs), True
         if had:
             self.clear()
-            torch.cuda.empty_cache()
             logger.warning("memory ran out; passes are no longer recorded (model.cuda_graphs)")
         return had
 

@@ -1,4 +1,5 @@
-"""On a CUDA device: as many layers keep their activations as a cap allows, and the gradients do not change."""
+"""On a CUDA device: as many layers keep their activations as a cap allows, the gradients do not change, and a run whose
+memory runs out goes on with fewer."""
 
 from __future__ import annotations
 
@@ -6,13 +7,15 @@ import pytest
 import torch
 
 from cosmos3_train.config import Model, Tuning
+from cosmos3_train.evaluation.pictures import read_metrics
 from cosmos3_train.model.loading import load_backbone
 from cosmos3_train.model.packing import Layout, pack
 from cosmos3_train.model.trainable import arrange_frozen, make_trainable
 from cosmos3_train.training.recompute import MARGIN, settle
+from cosmos3_train.training.run import train
 from tests.gpu.test_reasoner_cache_on_a_gpu import SIZES
 from tests.parity.upstream import make_sample, noise_it
-from tests.training.project import PICO
+from tests.training.project import PICO, load, write_project
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
@@ -67,3 +70,33 @@ def test_as_many_layers_keep_their_activations_as_a_cap_allows(capped, compile):
     loose = least + 0.9 * (most - least)
     assert settled(loose) == (LAYERS, True), "without norms and gates they all fit"
     assert step()[0] <= loose
+
+
+def test_a_run_whose_memory_shrinks_makes_the_step_again_with_more_of_it_recomputed(capped, tmp_path, caplog):
+    caplog.set_level("INFO")
+    root = write_project(tmp_path / "root")
+    sizes = {**SIZES, "num_hidden_layers": LAYERS}
+    common = (
+        f"model.path={PICO} model.dtype=bfloat16 model.checkpoint_activations=auto model.cuda_graphs=false "
+        f"{' '.join(f'model.random.{key}={value}' for key, value in sizes.items())} strategy.accelerator=gpu "
+        "training.samples_per_step=96 training.tokens_per_micro_batch=20000 training.steps=12 "
+        "training.evaluate_every_n_steps=0 evaluation.before=false training.checkpoint_every_n_steps=0"
+    )
+
+    def shrink(run, _) -> None:
+        if run.module.position.step == 4:
+            stays, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+            print(f"\nof {peak / 2**20:.0f} MiB {(peak - stays) / 2**20:.0f} are a step's")
+            assert (run.backbone.kept_layers, run.backbone.lean) == (LAYERS, False)
+            torch.cuda.empty_cache()
+            total = torch.cuda.mem_get_info()[1]
+            torch.cuda.set_per_process_memory_fraction((stays + 0.6 * (peak - stays)) / total)
+
+    curves = {}
+    for name, watch in (("undisturbed", None), ("short", shrink)):
+        loaded = load(root, *common.split(), f"name={name}")
+        train(loaded, watch=watch)
+        curves[name] = read_metrics(loaded.run_folder / "metrics.csv")["loss"][1]
+        assert ("memory ran out; now" in caplog.text) == (name == "short")
+    assert len(curves["short"]) == 12
+    assert curves["short"] == pytest.approx(curves["undisturbed"], rel=0.02)
