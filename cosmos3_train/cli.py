@@ -93,7 +93,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    strays = [word for word in rest if word.startswith("-") or "=" not in word]
+    strays = [word for word in rest if word.startswith("-") or ("=" not in word and not _names_experiment(word))]
     if strays or (rest and "overrides" not in options):
         parser.error(f"unrecognized arguments: {' '.join(strays or rest)}")
     if rest:
@@ -250,7 +250,11 @@ def _load(options: argparse.Namespace) -> Loaded:
 
 def _further_experiments(options: argparse.Namespace) -> list[str]:
     """Those that stand among the overrides, as where the shell has made several files of a pattern."""
-    return [word for word in options.overrides if "=" not in word and word.endswith((".yaml", ".yml"))]
+    return [word for word in options.overrides if _names_experiment(word)]
+
+
+def _names_experiment(word: str) -> bool:
+    return "=" not in word and word.endswith((".yaml", ".yml"))
 
 
 # ------------------------------------------------------------------------------------------------ the line

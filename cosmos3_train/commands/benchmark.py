@@ -14,6 +14,7 @@ from cosmos3_train.config import Loaded, UserError
 if TYPE_CHECKING:
     from cosmos3_train.training.benchmark import Rate, Result
 
+UNITS = {"a_second": "windows/s", "a_core": "of a core"}
 NUMBERS, TABLE, LOADER = "benchmark.json", "benchmark.md", "loader.json"
 
 HEAD = (
@@ -94,9 +95,9 @@ def run_loader(loaded: Loaded, *, output: Path | None) -> int:
     say(f"{loaded.experiment.name}: one process of the loader, {os.cpu_count()} cores in this machine")
     lines = [("way", "windows", "windows/s", "windows/s of a core", "wanted", "reached")]
     for rate in rates:
-        wanted = f"{rate.wanted:g} {'windows/s' if rate.by == 'a_second' else 'of a core'}"
+        wanted = _number(rate.wanted, "g") + ("" if rate.wanted is None else f" {UNITS[rate.by]}")
         numbers = (f"{rate.windows:,}", f"{rate.a_second:.1f}", f"{rate.a_core:.1f}")
-        lines.append((rate.way, *numbers, wanted, "yes" if rate.enough else "no"))
+        lines.append((rate.way, *numbers, wanted, {None: "–", True: "yes", False: "no"}[rate.enough]))
     say_table(lines)
     say(f"written to {folder / LOADER}")
     return FINISHED

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -83,8 +83,20 @@ def _uses_gpu(experiment: Experiment) -> bool:
     return experiment.strategy.accelerator != "cpu" and torch.cuda.is_available()
 
 
-def reasoner_rows(folder: Path, loaded: Loaded, data: Mapping[str, CheckedData]) -> tuple[list[tuple[str, str]], int]:
-    """Of each dataset in `data` what its reasoner cache holds and lacks, and the bytes that are lacking in all.
+@dataclass(frozen=True)
+class ReasonerPrompts:
+    """A dataset's distinct prompts: how many, and of how many its reasoner cache has no keys and values.
+
+    bytes: of those that are missing
+    """
+
+    count: int
+    missing: int
+    bytes: int
+
+
+def reasoner_prompts(folder: Path, loaded: Loaded, names: Iterable[str]) -> dict[str, ReasonerPrompts | None]:
+    """What the reasoner caches of datasets hold and lack, None of one that is not prepared.
 
     Raises:
         UserError: a cache is another model's, or cannot be read.
@@ -93,12 +105,12 @@ def reasoner_rows(folder: Path, loaded: Loaded, data: Mapping[str, CheckedData])
     encoder = Encoder(load_parts(model, torch.device("cpu"), vae_weights=False), experiment.embodiments)
     # random weights depend on the kind of device
     reasoner = Reasoner(model, torch.device("cuda" if _uses_gpu(experiment) else "cpu"))
-    rows, needed = [], 0
-    for name in data:
+    found: dict[str, ReasonerPrompts | None] = {}
+    for name in names:
         entry = experiment.data.datasets[name]
         prepared = loaded.root / entry.prepared
         if not (prepared / CARD_FILE).is_file():
-            rows.append((f"reasoner {name}", "not cached yet; the run computes it once the log is prepared"))
+            found[name] = None
             continue
         dataset = PreparedDataset(
             prepared,
@@ -108,9 +120,25 @@ def reasoner_rows(folder: Path, loaded: Loaded, data: Mapping[str, CheckedData])
         prompts = run_prompts(loaded, dataset, entry, encoder)
         missing = missing_prompts(prepared, prompts, reasoner)
         size = sum(prompt.numel() for prompt in missing) * reasoner.bytes_a_token
-        needed += size
-        words = f"; the run computes {len(missing):,} first, {size_in_words(size)}" if missing else ""
-        rows.append((f"reasoner {name}", f"{len(prompts) - len(missing):,} of {len(prompts):,} prompts cached{words}"))
+        found[name] = ReasonerPrompts(len(prompts), len(missing), size)
+    return found
+
+
+def reasoner_rows(folder: Path, loaded: Loaded, names: Iterable[str]) -> tuple[list[tuple[str, str]], int]:
+    """Of each dataset what its reasoner cache holds and lacks, in words, and the bytes that are lacking in all.
+
+    Raises:
+        UserError: as `reasoner_prompts`.
+    """
+    rows, needed = [], 0
+    for name, prompts in reasoner_prompts(folder, loaded, names).items():
+        if prompts is None:
+            rows.append((f"reasoner {name}", "not cached yet; the run computes it once the log is prepared"))
+            continue
+        needed += prompts.bytes
+        there, missing = prompts.count - prompts.missing, prompts.missing
+        words = f"; the run computes {missing:,} first, {size_in_words(prompts.bytes)}" if missing else ""
+        rows.append((f"reasoner {name}", f"{there:,} of {prompts.count:,} prompts cached{words}"))
     return rows, needed
 
 

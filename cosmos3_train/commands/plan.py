@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from cosmos3_train.commands.check_model import reasoner_prompts
 from cosmos3_train.commands.console import FINISHED, say, say_table
 from cosmos3_train.commands.plan_data import read_kinds
 from cosmos3_train.config import Loaded, UserError
 from cosmos3_train.model.attention import BACKENDS, obstacle_on
 from cosmos3_train.model.encoders import Encoder
-from cosmos3_train.model.loading import DTYPES, config_folder, load_parts
+from cosmos3_train.model.loading import DTYPES, config_folder, fetched_folder, load_parts
 from cosmos3_train.model.vision import vision_numbers
 from cosmos3_train.training.datamodule import caches_reasoner
 from cosmos3_train.training.gpus import TAKEN_MIB, Gpu, gpu_called
@@ -55,7 +56,12 @@ def run(loaded: Loaded, *, gpu: str, gpus: int | None) -> int:
         memory.append(("before it, the tower that makes the reasoner cache", plan.memory.making))
     say_table([(what, f"{size / GIB:7.2f} GiB") for what, size in memory])
     word = "it fits" if plan.fits else "IT DOES NOT FIT"
-    say(f"{word}: {plan.memory.peak / GIB:.1f} of {workload.gpu.bytes / GIB:.1f} GiB")
+    say(f"{word}: {_needed(plan) / GIB:.1f} of {workload.gpu.bytes / GIB:.1f} GiB")
+    if not plan.makes_cache:
+        say(
+            "BUT THE TOWER DOES NOT: make the reasoner cache where it does, or on the CPU, by 'cosmos3 prepare --cache "
+            "reasoner' with CUDA_VISIBLE_DEVICES empty"
+        )
     say()
     seconds = plan.seconds
     parts = {"products": seconds.linear, "attention": seconds.attention, "element-wise": seconds.elementwise}
@@ -90,18 +96,30 @@ def open_workload(loaded: Loaded, gpu: Gpu, gpus: int) -> Opened:
     # A random model stands for one of its size, but for the tokenizer that it is given.
     own = None if parts is None or model.random else parts.vae
     tokenizer = NANO_TOKENIZER if own is None else sum(p.numel() for p in own.parameters())
+    cached = caches_reasoner(loaded)
     workload = Workload(
         experiment=experiment,
         gpu=gpu,
         gpus=gpus,
         kinds=data.kinds,
         one_prompt=data.one_prompt,
-        cached=caches_reasoner(loaded),
+        cached=cached,
+        makes_cache=not (cached and _cache_is_made(loaded)),
         tokenizer_bytes=tokenizer * DTYPES[model.vae_dtype].itemsize,
         architecture=architecture,
         vision_bytes=0 if sight is None else vision_numbers(sight.config) * DTYPES[model.dtype].itemsize,
     )
     return Opened(workload, data.rows)
+
+
+def _cache_is_made(loaded: Loaded) -> bool:
+    """Whether keys and values of every prompt are on disk. Random weights are drawn anew on each kind of device, so
+    what a GPU would find here is not told."""
+    folder = fetched_folder(loaded.model)
+    if loaded.model.random or folder is None:
+        return False
+    prompts = reasoner_prompts(folder, loaded, loaded.experiment.data.datasets)
+    return all(found is not None and not found.missing for found in prompts.values())
 
 
 def _step(workload: Workload) -> str:
@@ -127,9 +145,14 @@ def _rate(plan: Plan) -> str:
 def _others(plan: Plan, others: Mapping[str, Plan]) -> list[tuple[str, ...]]:
     rows = [("instead", "GiB", "samples/s", "fits")]
     for words, other in {"as it is": plan, **others}.items():
-        numbers = (f"{other.memory.peak / GIB:.1f}", f"{other.samples_per_second:.3g}", "yes" if other.fits else "no")
-        rows.append((words, *numbers))
+        fits = "no" if not other.fits else "yes" if other.makes_cache else "with the cache made elsewhere"
+        rows.append((words, f"{_needed(other) / GIB:.1f}", f"{other.samples_per_second:.3g}", fits))
     return rows
+
+
+def _needed(plan: Plan) -> float:
+    """Bytes of each GPU: the run's alone, where the cache is made elsewhere."""
+    return plan.memory.peak if plan.makes_cache else plan.memory.run
 
 
 def _notes(gpu: Gpu, gpus: int, several: bool) -> list[str]:

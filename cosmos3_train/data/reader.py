@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -289,12 +289,14 @@ class LatentCache:
 
     fingerprint: of whatever made them, for the writer to compare
     windows:     rows of the table that they were made for;  shard: rows a file
+    made_by:     tokenizer and dtype in words; empty of an older cache
     """
 
     folder: Path
     fingerprint: str
     windows: int
     shard: int
+    made_by: str = ""
 
     @staticmethod
     def open(prepared: str | Path, rows: int, place: Path = LATENTS) -> LatentCache | None:
@@ -312,8 +314,9 @@ class LatentCache:
             return None
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            cache = LatentCache(folder, str(content["fingerprint"]), int(content["windows"]), int(content["shard"]))
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            sizes, made_by = (int(content["windows"]), int(content["shard"])), str(content.get("made_by", ""))
+            cache = LatentCache(folder, str(content["fingerprint"]), *sizes, made_by)
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise UserError(f"{path}: not a card of cached latents ({error!r}); delete {folder}") from None
         if cache.windows != rows:
             raise UserError(f"{path}: latents of {cache.windows} windows, but there are {rows}; delete {folder}")
@@ -326,7 +329,7 @@ class LatentCache:
 
     def write_card(self) -> None:
         """Say what the folder holds, which `open` reads."""
-        card = {"fingerprint": self.fingerprint, "windows": self.windows, "shard": self.shard}
+        card = {key: value for key, value in asdict(self).items() if key != "folder"}
         (self.folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
 
     def read(self, row: int) -> Tensor:

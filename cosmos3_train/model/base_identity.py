@@ -2,7 +2,7 @@
 
 Names, dtypes and shapes of every tensor of the transformer are hashed whole, and of each tensor 64 bytes from its
 beginning, middle and end. Two trainings of one architecture differ in nearly every weight, so this tells them apart;
-not one of which rows of the token embedding alone were trained since.
+not one of which rows of the token embedding alone were trained since, for which `digest_rows` is there.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -62,6 +62,26 @@ def identify_base(folder: Path, name: str | None = None, only: Callable[[str], b
         config=hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=16).hexdigest(),
         weights=digest.hexdigest(),
     )
+
+
+def digest_rows(folder: Path, tensor: str, rows: Iterable[int]) -> dict[int, str]:
+    """Hexadecimal digests of rows of one of the transformer's matrices, of a checkpoint folder.
+
+    Raises:
+        UserError: no readable transformer in the folder, or it has no such matrix.
+    """
+    for shard in shard_files(folder / "transformer"):
+        with shard.open("rb") as file:
+            length, header = _read_header(file, shard)
+            if tensor not in header:
+                continue
+            begin, end = header[tensor]["data_offsets"]
+            width, found = (end - begin) // header[tensor]["shape"][0], {}
+            for row in sorted(set(rows)):
+                file.seek(8 + length + begin + row * width)
+                found[row] = hashlib.blake2b(file.read(width), digest_size=8).hexdigest()
+            return found
+    raise UserError(f"{folder}/transformer: no {tensor} in it; fetch it again")
 
 
 def check_shards(part: Path) -> int:

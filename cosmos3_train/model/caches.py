@@ -13,7 +13,7 @@ import json
 import logging
 import shutil
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -88,7 +88,7 @@ def weights_digest(module: nn.Module) -> bytes:
 class _Kind:
     """What one cache is made of.
 
-    place:  in the prepared folder;  what: for messages and the bar;  source: what made it
+    place:  in the prepared folder;  what: for messages and the bar;  source: what made it;  made_by: the one that does
     rows:   that have it, rising
     read:   of a row, what is encoded;  encode: several of these, in their order
     batch:  rows that a worker reads at a time for a GPU
@@ -97,6 +97,7 @@ class _Kind:
     place: Path
     what: str
     source: str
+    made_by: str
     fingerprint: str
     dtype: torch.dtype
     on_cpu: bool
@@ -159,6 +160,7 @@ def _of_frames(dataset: PreparedDataset, encoder: Encoder, variant: int, augment
         place=latents_place(variant),
         what=f"latents (variant {variant})" if variant else "latents",
         source="video tokenizer, another augmentation" if variant else "video tokenizer",
+        made_by=_in_words(vae),
         fingerprint=latent_fingerprint(vae, dataset, variant, augment),
         dtype=latents_dtype(vae),
         on_cpu=vae.device.type == "cpu",
@@ -182,6 +184,7 @@ def _of_sound(dataset: PreparedDataset, encoder: Encoder) -> _Kind:
         place=SOUND_LATENTS,
         what="latents (sound)",
         source="sound tokenizer",
+        made_by=_in_words(tokenizer),
         fingerprint=sound_fingerprint(tokenizer, dataset),
         dtype=latents_dtype(tokenizer),
         on_cpu=tokenizer.device.type == "cpu",
@@ -194,21 +197,24 @@ def _of_sound(dataset: PreparedDataset, encoder: Encoder) -> _Kind:
 
 def _ensure(dataset: PreparedDataset, kind: _Kind, workers: int, progress: bool) -> None:
     there = LatentCache.open(dataset.folder, dataset.rows, kind.place)
-    if there is not None:
-        if there.fingerprint != kind.fingerprint:
-            raise UserError(
-                f"{there.folder}: these {kind.what} are of another {kind.source} or of other rows; delete the folder, "
-                f"or set cache_latents to false"
-            )
-        return
+    if there is not None and there.fingerprint != kind.fingerprint:
+        names = f" ({there.made_by}, not {kind.made_by})" if there.made_by not in ("", kind.made_by) else ""
+        raise UserError(
+            f"{there.folder}: these {kind.what} are of another {kind.source}{names} or of other rows; delete the "
+            "folder, or set cache_latents to false"
+        )
     folder = dataset.folder / kind.place
-    begun = folder.with_name(f"{folder.name}.partial-{kind.fingerprint[:12]}")
+    begun = folder if there is not None else folder.with_name(f"{folder.name}.partial-{kind.fingerprint[:12]}")
+    missing = _missing_shards(kind, begun)
+    if there is not None and not missing:
+        return
     try:
         begun.mkdir(parents=True, exist_ok=True)
-        _write_shards(dataset, kind, begun, workers, progress and is_first_rank())
-        LatentCache(begun, kind.fingerprint, dataset.rows, SHARD).write_card()
-        shutil.rmtree(folder, ignore_errors=True)
-        begun.rename(folder)
+        _write_shards(dataset, kind, missing, begun, workers, progress and is_first_rank())
+        if there is None:
+            LatentCache(begun, kind.fingerprint, dataset.rows, SHARD, kind.made_by).write_card()
+            shutil.rmtree(folder, ignore_errors=True)
+            begun.rename(folder)
     except (OSError, SafetensorError) as error:
         # safetensors has an error of its own for a full disk
         raise UserError(f"{begun}: the latents could not be written ({error}); free some space") from error
@@ -216,27 +222,40 @@ def _ensure(dataset: PreparedDataset, kind: _Kind, workers: int, progress: bool)
         shutil.rmtree(stale, ignore_errors=True)
 
 
-def _write_shards(dataset: PreparedDataset, kind: _Kind, folder: Path, workers: int, progress: bool) -> None:
-    batch = 1 if kind.on_cpu else kind.batch
+def _in_words(tokenizer: AutoencoderKLWan | Cosmos3AVAEAudioTokenizer) -> str:
+    name = str(tokenizer.config.get("_name_or_path", "")) or type(tokenizer).__name__
+    return f"{name!r} in {str(latents_dtype(tokenizer)).removeprefix('torch.')}"
+
+
+def _missing_shards(kind: _Kind, folder: Path) -> dict[int, list[int]]:
+    """Shards that a folder lacks, and the rows that go into them."""
     shards: dict[int, list[int]] = {}
     for row in kind.rows:
         shards.setdefault(row // SHARD, []).append(row)
-    with tqdm(total=len(kind.rows), desc=f"{kind.what} of {dataset.name}", unit="window", disable=not progress) as bar:
-        missing: list[list[int]] = []
-        for shard, rows in shards.items():
-            if LatentCache.shard_file(folder, shard).is_file():
-                bar.update(len(rows))
-            else:
-                missing += [rows[place : place + batch] for place in range(0, len(rows), batch)]
+    return {shard: rows for shard, rows in shards.items() if not LatentCache.shard_file(folder, shard).is_file()}
+
+
+def _write_shards(
+    dataset: PreparedDataset,
+    kind: _Kind,
+    shards: Mapping[int, list[int]],
+    folder: Path,
+    workers: int,
+    progress: bool,
+) -> None:
+    batch, total = 1 if kind.on_cpu else kind.batch, len(kind.rows)
+    done, words = total - sum(map(len, shards.values())), f"{kind.what} of {dataset.name}"
+    with tqdm(total=total, initial=done, desc=words, unit="window", disable=not progress) as bar:
+        few = [rows[place : place + batch] for rows in shards.values() for place in range(0, len(rows), batch)]
         loader = DataLoader(
             _Rows(kind, dataset.rows, encodes=kind.on_cpu),
-            batch_sampler=missing,
+            batch_sampler=few,
             num_workers=max(1, workers) if kind.on_cpu else workers,
             collate_fn=list,
             worker_init_fn=ignore_sigterm,
         )
         tensors: dict[str, Tensor] = {}
-        for rows, read in zip(missing, loader, strict=True):
+        for rows, read in zip(few, loader, strict=True):
             latents = read if kind.on_cpu else kind.encode(read)
             tensors |= {str(row): x.to(kind.dtype).contiguous() for row, x in zip(rows, latents, strict=True)}
             bar.update(len(rows))

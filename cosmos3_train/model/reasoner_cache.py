@@ -36,7 +36,7 @@ from cosmos3_train.config import Clips, Embodiment, Model, UserError, first_line
 from cosmos3_train.data.files import write_whole
 from cosmos3_train.data.texts import distinct_texts
 from cosmos3_train.flow.tasks import CONVERSATION, TASKS
-from cosmos3_train.model.base_identity import identify_base
+from cosmos3_train.model.base_identity import digest_rows, identify_base
 from cosmos3_train.model.encoders import Encoder
 from cosmos3_train.model.loading import DTYPES, load_backbone, make_backbone, model_folder
 from cosmos3_train.model.omni import Cosmos3PackedTransformer, Understood, is_understanding
@@ -48,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 FOLDER = Path("caches") / "reasoner"
 CARD = "card.json"
+EMBEDDING = "embedding"
+"""Of a shard's metadata: digests of the token embedding's rows that its prompts read."""
 FORMAT = 1
 
 ABANDONED_SECONDS = 24 * 3600
@@ -70,9 +72,17 @@ class Reasoner:
         self.model, self.device = replace(model, base_precision="dtype"), device
         self._tower: Cosmos3PackedTransformer | None = None
 
+    @property
+    def name(self) -> str:
+        """Of the model, for a card and for whoever reads it."""
+        if not self.model.random:
+            return self.model.path
+        sizes = ", ".join(f"{key} {value}" for key, value in self.model.random.items())
+        return f"random weights ({sizes}; random_seed {self.model.random_seed}, {self.device.type})"
+
     @cached_property
     def fingerprint(self) -> str:
-        """Of everything that they depend on: the tower's weights, the configuration and the dtype."""
+        """Of what they depend on: the tower's weights, the configuration and the dtype; and `embedding_rows`."""
         if self.model.random:  # drawn on the device, by its kind's own generator
             weights: Any = [dict(self.model.random), self.model.random_seed, self.device.type]
         else:
@@ -80,6 +90,14 @@ class Reasoner:
             weights = [found.config, found.weights]
         content = json.dumps([FORMAT, self.model.dtype, weights], sort_keys=True)
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+    def embedding_rows(self, tokens: Iterable[int]) -> dict[str, str]:
+        """A digest of the embedding's row of each token. The fingerprint looks at few of them, and training may change
+        some alone; random weights change with their seed, which it knows."""
+        if self.model.random:
+            return {}
+        found = digest_rows(model_folder(self.model), "embed_tokens.weight", tokens)
+        return {str(token): digest for token, digest in found.items()}
 
     @cached_property
     def bytes_a_token(self) -> int:
@@ -142,25 +160,28 @@ class ReasonerCache:
         folder = prepared / FOLDER
         if not (folder / CARD).exists() and not any(folder.glob("*.safetensors")):
             return None  # nothing, or what a kill left of the first card
-        try:
-            card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-            fingerprint, made_of = str(card["fingerprint"]), f"{card['model']!r} in {card['dtype']}"
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{folder / CARD}: not a card of cached keys and values ({error!r}); delete {folder}"
-            ) from None
+        fingerprint, made_of = _read_card(folder)
         if fingerprint != reasoner.fingerprint:
             raise UserError(
                 f"{folder}: these keys and values are of {made_of} (fingerprint {fingerprint[:12]}), not of "
-                f"{reasoner.model.path!r} in {reasoner.model.dtype} ({reasoner.fingerprint[:12]}); delete the folder, "
+                f"{_in_words(reasoner.name, reasoner.model.dtype)} ({reasoner.fingerprint[:12]}); delete the folder, "
                 f"or set cache_reasoner to false"
             )
         places: dict[str, Path] = {}
+        embedding: set[tuple[str, str]] = set()
         for shard in sorted(folder.glob("*.safetensors")):
             with _opened(shard) as file:
-                if (file.metadata() or {}).get("fingerprint") != fingerprint:
+                told = file.metadata() or {}
+                if told.get("fingerprint") != fingerprint:
                     raise UserError(f"{shard}: of another model than {folder / CARD} says; delete {folder}")
+                embedding.update(json.loads(told.get(EMBEDDING, "{}")).items())
                 places.update(dict.fromkeys(file.keys(), shard))
+        changed = embedding - reasoner.embedding_rows(int(token) for token, _ in embedding).items()
+        if changed:
+            raise UserError(
+                f"{folder}: since these keys and values were made of {made_of}, {len(changed)} of its token "
+                "embedding's rows have changed; delete the folder, or set cache_reasoner to false"
+            )
         return ReasonerCache(folder, fingerprint, places)
 
     def read(self, key: str) -> Tensor:
@@ -171,6 +192,19 @@ class ReasonerCache:
         """
         with _opened(self.places[key]) as file:
             return file.get_tensor(key)
+
+
+def _read_card(folder: Path) -> tuple[str, str]:
+    """(fingerprint, of what in words)."""
+    try:
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        return str(card["fingerprint"]), _in_words(card["model"], card["dtype"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / CARD}: not a card of cached keys and values ({error!r}); delete {folder}") from None
+
+
+def _in_words(name: str, dtype: str) -> str:
+    return f"{name!r} in {dtype}"
 
 
 def _opened(shard: Path) -> Any:
@@ -228,7 +262,7 @@ def ensure_reasoner(prepared: Path, prompts: Sequence[Tensor], reasoner: Reasone
             "set cache_reasoner to false"
         )
     logger.info("%s: %s, %s", folder, words, size_in_words(needed))
-    description = {"fingerprint": reasoner.fingerprint, "model": reasoner.model.path, "dtype": reasoner.model.dtype}
+    description = {"fingerprint": reasoner.fingerprint, "model": reasoner.name, "dtype": reasoner.model.dtype}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / CARD, (json.dumps(description, indent=2) + "\n").encode())
@@ -239,7 +273,8 @@ def ensure_reasoner(prepared: Path, prompts: Sequence[Tensor], reasoner: Reasone
                 tensors = dict(zip(keys, reasoner.keys_values(few), strict=True))
                 name = hashlib.blake2b("".join(keys).encode(), digest_size=16).hexdigest()
                 beside = folder / f"{name}.{os.getpid()}.partial"
-                save_file(tensors, beside, {"fingerprint": reasoner.fingerprint})
+                rows = reasoner.embedding_rows(torch.cat(few).unique().tolist())
+                save_file(tensors, beside, {"fingerprint": reasoner.fingerprint, EMBEDDING: json.dumps(rows)})
                 beside.rename(folder / f"{name}.safetensors")
                 bar.update(len(few))
         for stale in folder.glob("*.partial"):  # a killed writer's; another's that is at work is left alone

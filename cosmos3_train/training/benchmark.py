@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from cosmos3_train.config import Loaded, UserError
+from cosmos3_train.config import Experiment, Loaded, UserError, from_plain, read_yaml
 from cosmos3_train.data.mixture import Mixture, StepDataset
 from cosmos3_train.model.fp8 import describe_fp8
 from cosmos3_train.model.loading import forget_understanding, read_understanding
@@ -29,7 +29,7 @@ from cosmos3_train.training.benchmark_log import ensure_benchmark_data, only_dat
 from cosmos3_train.training.gpus import find_gpu
 from cosmos3_train.training.optimizer import clip_gradients
 from cosmos3_train.training.recompute import describe_recomputed
-from cosmos3_train.training.run import Run, train
+from cosmos3_train.training.run import EXPERIMENT, Run, train
 from cosmos3_train.training.stock import time_stock
 from cosmos3_train.training.strategy import device_for
 from cosmos3_train.training.throughput import StepTime
@@ -198,10 +198,11 @@ def measure(
         raise UserError(
             f"tuning.method is {experiment.tuning.method!r}; the stock loop that it is compared with trains 'lora'"
         )
-    ensure_benchmark_data(loaded)
+    _refuse_other_run(loaded)
     device = device_for(experiment.strategy)
     if memory_gib is not None:
         _cap(device, memory_gib)
+    ensure_benchmark_data(loaded)
     watcher = _Watcher()
     if train(loaded, fresh=True, watch=watcher) == "interrupted":
         return None
@@ -225,7 +226,7 @@ def measure(
         seconds, steps = watcher.whole
         rates.append(shape.rate(watcher.whole_way, steps, seconds, watcher.whole_peak))
     attention, compiler, recomputed, as_one = watcher.how
-    model = experiment.model
+    model = loaded.model
     result = Result(
         workload=experiment.name,
         gpu=gpu,
@@ -252,6 +253,20 @@ def measure(
         return result
     theirs = shape.rate(f"diffusers + PEFT: {stock.way}", stock.steps, stock.seconds, stock.peak_bytes)
     return replace(result, rates=_compared([*rates, theirs], bare, theirs), stock_tried=stock.tried)
+
+
+def _refuse_other_run(loaded: Loaded) -> None:
+    """Raise `UserError` where the run's folder holds one that no benchmark made: it would be lost."""
+    kept = loaded.run_folder / EXPERIMENT
+    if not kept.is_file():
+        return
+    try:
+        only_dataset(from_plain(Experiment, read_yaml(kept), str(kept)))
+    except UserError:
+        raise UserError(
+            f"name is {loaded.experiment.name!r}, and {loaded.run_folder} holds a run that is no benchmark's, which "
+            "would be lost; give another name"
+        ) from None
 
 
 def time_bare_step(run: Run, steps: Sequence[Any]) -> tuple[float, int]:

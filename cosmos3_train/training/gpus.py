@@ -66,8 +66,9 @@ GPUS: tuple[Gpu, ...] = (
 
 
 def find_gpu(name: str) -> Gpu | None:
-    """The GPU that torch calls so, None where it is not in the table."""
-    return next((gpu for gpu in GPUS if re.search(gpu.names, name)), None)
+    """The GPU that torch calls so, None where it is not in the table, or a part of one (MIG)."""
+    part_of_one = re.search(r"\bMIG\b", name)  # whose peaks are not the whole's
+    return None if part_of_one else next((gpu for gpu in GPUS if re.search(gpu.names, name)), None)
 
 
 def gpu_called(key: str) -> Gpu:

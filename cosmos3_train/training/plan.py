@@ -31,6 +31,7 @@ class Workload:
     kinds:      samples of the mixture, by expected share
     one_prompt: all samples have the same prompt
     cached:     the understanding tower's keys and values are, so a run does not load it
+    makes_cache: they are not on disk yet, so that a run loads it before
     tokenizer_bytes: of the video tokenizer
     vision_bytes: of the vision encoder, 0 where no conversation shows pictures
     """
@@ -41,6 +42,7 @@ class Workload:
     kinds: Sequence[Kind]
     one_prompt: bool
     cached: bool
+    makes_cache: bool
     tokenizer_bytes: int
     architecture: Architecture
     vision_bytes: int = 0
@@ -69,13 +71,18 @@ class Workload:
 
 @dataclass(frozen=True)
 class Plan:
-    """memory: of each GPU;  seconds: of a step;  samples_per_second: over all GPUs;  mfu: by the yardstick's count"""
+    """memory: of each GPU;  seconds: of a step;  samples_per_second: over all GPUs;  mfu: by the yardstick's count
+
+    fits:       the run does
+    makes_cache: and so does the tower that makes the reasoner cache before it, where it is not made yet
+    """
 
     memory: Memory
     seconds: Seconds
     samples_per_second: float
     mfu: float
     fits: bool
+    makes_cache: bool
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,8 @@ def predict(workload: Workload, repeated: bool | None = None) -> Plan:
     everything, loads_head = workload.architecture.weights, workload.talks or experiment.tuning.method == "full"
     tower = [w for w in everything if w.understanding and not w.output_layer]
     tokenizer = workload.tokenizer_bytes if workload.encodes else 0
+    makes = workload.cached and workload.makes_cache
+    making = 2 * sum(w.numbers for w in tower) + workload.tokenizer_bytes if makes else 0
     weights = [
         w for w in everything if not (workload.cached and w.understanding) and (loads_head or not w.output_layer)
     ]
@@ -135,21 +144,21 @@ def predict(workload: Workload, repeated: bool | None = None) -> Plan:
                 compiled=model.compile is not False,
                 repeated=repeated,
                 tokenizer_bytes=tokenizer,
-                making=2 * sum(w.numbers for w in tower) + workload.tokenizer_bytes if workload.cached else 0,
+                making=making,
                 kept=kept,
                 lean=lean,
                 vision_bytes=workload.vision_bytes,
             )
             for kind, count in zip(workload.kinds, packs, strict=True)
         ]
-        return max(found, key=lambda one: one.peak)
+        return max(found, key=lambda one: one.run)
 
     layers, how = workload.arithmetic.layers, model.checkpoint_activations
     kept, lean = layers if how in (False, "but_products") else 0, how == "but_products"
     if how == "auto":  # as `recompute.settle`
         within = gpu.bytes * (1 - (MARGIN_TOGETHER if experiment.strategy.is_sharded else MARGIN))
-        lean = memory_of(layers, lean=False).peak > within
-        kept = next((count for count in range(layers, 0, -1) if memory_of(count, lean).peak <= within), 0)
+        lean = memory_of(layers, lean=False).run > within
+        kept = next((count for count in range(layers, 0, -1) if memory_of(count, lean).run <= within), 0)
     memory = memory_of(kept, lean)
     trained = sum(w.numbers for w in weights if w.trains)
     seconds = predict_seconds(
@@ -177,7 +186,8 @@ def predict(workload: Workload, repeated: bool | None = None) -> Plan:
         seconds=seconds,
         samples_per_second=training.samples_per_step / seconds.total,
         mfu=must / seconds.total / (gpu.bfloat16 * 1e12),
-        fits=memory.peak <= gpu.bytes,
+        fits=memory.run <= gpu.bytes,
+        makes_cache=memory.making <= gpu.bytes,
     )
 
 

@@ -62,7 +62,7 @@ class Item:
 class Memory:
     """What a run takes on each GPU.
 
-    items:  at its largest moment; their sum is `peak`
+    items:  at its largest moment; their sum is `run`
     making: before that, while the understanding tower makes the reasoner cache; 0 where it does not
     """
 
@@ -70,8 +70,12 @@ class Memory:
     making: float
 
     @property
+    def run(self) -> float:
+        return sum(item.bytes for item in self.items)
+
+    @property
     def peak(self) -> float:
-        return max(self.making, sum(item.bytes for item in self.items))
+        return max(self.making, self.run)
 
 
 @dataclass(frozen=True)

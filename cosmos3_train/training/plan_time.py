@@ -22,7 +22,7 @@ from cosmos3_train.training.measured import (
     LINK,
     UNCOMPILED,
 )
-from cosmos3_train.training.throughput import PASSES, Arithmetic
+from cosmos3_train.training.throughput import PASSES, Arithmetic, Effort
 
 OPTIMIZER_BYTES = 40
 """AdamW reads a number that trains, its gradient and two moments and writes three; the norm and clipping read the
@@ -32,6 +32,9 @@ CAST_BYTES = 12
 """A micro-batch reads a master and writes it in the model's dtype, and adds to its gradient."""
 
 ITEM_BYTES, FP8_BYTES = 2, 1
+
+READS: dict[Effort, int] = {"cached": 0, "frozen": 1, "adapted": 2, "trained": 2}
+"""Times that the products of a micro-batch read the weights of a tower's layers: forward, and back through them."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +86,14 @@ def predict_seconds(
         trained: numbers that it steps;  samples, packs: of its share of a step.
         gathered: bytes of the weights that it gathers in a pass over the layers;  summed: of gradients.
     """
-    model = experiment.model
+    model, a = experiment.model, arithmetic
     fp8 = model.base_precision == "fp8"
     linear_rate = 1e12 * (LINEAR_FP8 * gpu.fp8 if fp8 and gpu.fp8 else LINEAR * gpu.bfloat16)
     heads_rate = 1e12 * LINEAR * gpu.bfloat16
     linear = attention = traffic = 0.0
+    # Every micro-batch reads the weights, which a small one multiplies no faster than they come.
+    reads = READS[a.understanding] + READS[a.generation] + recomputed * (a.understanding_learns + 1)
+    weights = packs * reads * (FP8_BYTES if fp8 else ITEM_BYTES) * a.tower_weights / (1e12 * BANDWIDTH * gpu.bandwidth)
     for kind in kinds:
         count = kind.share * samples
         products, heads, attended = _operations(experiment, arithmetic, kind, recomputed)
@@ -104,7 +110,7 @@ def predict_seconds(
     # Twice a pass, for forward and backward. A layer is gathered beside the arithmetic of the one before, and yet every
     # step that was measured took as much longer as if it were not: both want the same memory and processors.
     gathers = packs * 2 * gathered * share / link
-    return Seconds(linear, attention, elementwise, gathers + 2 * summed * share / link)
+    return Seconds(max(linear, weights), attention, elementwise, gathers + 2 * summed * share / link)
 
 
 def _operations(

@@ -17,7 +17,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from cosmos3_train.commands.benchmark import HEAD
-from cosmos3_train.config import Tuning, UserError
+from cosmos3_train.config import Tuning, UserError, load_experiment, to_yaml
 from cosmos3_train.data.prepare import LAYOUT_VERSION
 from cosmos3_train.data.texts import distinct_texts
 from cosmos3_train.model.omni import Cosmos3PackedTransformer
@@ -147,6 +147,8 @@ def test_the_loader_alone(policy, project, tmp_path, capsys):
     for rate in rates:
         assert rate["windows"] > 0 and rate["a_core"] >= 0.9 * rate["a_second"] > 0, "one thread works at a time"
         assert rate["way"] in printed and f"{rate['a_second']:.1f}" in printed
+        assert rate["wanted"] is None, "of windows of another size"
+    assert "yes" not in printed
     drawn = project / "prepared" / "benchmark_policy256_loader" / "caches" / "latents" / "card.json"
     assert json.loads(drawn.read_text())["fingerprint"] == "drawn at random", "in a folder that no run reads"
     assert policy("--loader", "--against", "stock") == 2
@@ -159,9 +161,37 @@ def test_the_loader_alone(policy, project, tmp_path, capsys):
         assert "cannot be made (File exists); choose another folder" in capsys.readouterr().err
 
 
-def test_a_cap_on_memory_needs_a_gpu(policy, capsys):
-    assert policy("--memory", "23") == 2
+def test_a_cap_on_memory_needs_a_gpu(policy, project, capsys):
+    assert policy("--memory", "23", "data.datasets.made.prepared=prepared/capped") == 2
     assert "--memory 23: a cap is set on a GPU's memory, and this run is on the cpu" in capsys.readouterr().err
+    assert not list((project / "prepared").glob("capped*")), "told before anything is made"
+
+
+def test_a_run_that_no_benchmark_made_is_not_thrown_away(policy, project, capsys):
+    mine = project / "runs" / "mine"
+    mine.mkdir(parents=True)
+    (mine / "weights").write_text("mine")
+    loaded = load_experiment(ROOT / "experiments" / "quickstart.yaml", [])
+    (mine / "experiment.yaml").write_text(to_yaml(loaded.experiment))
+    assert policy("name=mine") == 2
+    assert "name is 'mine', and " in (error := capsys.readouterr().err) and "give another name" in error
+    assert (mine / "weights").read_text() == "mine"
+
+
+def test_a_model_in_a_folder_of_the_project_takes_the_place_of_random_weights(
+    policy, cosmos3, project, tiny_model, tmp_path
+):
+    """Also in a second benchmark: cached keys and values of the first's model are made anew."""
+    (project / "tiny_model").symlink_to(tiny_model)
+    card = project / "configs" / "model" / "tiny_here.yaml"
+    card.write_text("path: tiny_model\n")
+    prepared = "data.datasets.made.prepared=prepared/of_two"
+    assert policy(prepared) == 0
+    line = [word for word in QUICK if not word.startswith("model.random")]
+    words = ("--output", str(tmp_path), "--against", "stock", "parts.model=tiny_here", prepared)
+    assert cosmos3("benchmark", POLICIES[0], *line, *words) == 0
+    *_, whole, stock = json.loads((tmp_path / "benchmark.json").read_text())["rates"]
+    assert whole["way"] == "bare step without the reasoner cache" and stock["way"].startswith("diffusers + PEFT")
 
 
 @pytest.fixture
@@ -202,14 +232,15 @@ def test_a_signal_ends_the_series(in_turn, tmp_path):
 
 
 def test_a_series_is_refused_before_its_first_is_measured(cosmos3, tmp_path, capsys):
-    line = ("benchmark", POLICIES[0], *QUICK, "--output", str(tmp_path / "none"))
+    line = ("benchmark", POLICIES[0], *QUICK, "--output", str(tmp_path / "none"))  # before flags, and after them
     for word, message in (
         ("experiments/benchmark_policy840.yaml", "benchmark_policy840.yaml: no such file. Did you mean"),
         (POLICIES[0], "its name is 'benchmark_policy256', as that of another before it"),
     ):
-        assert cosmos3(*line[:2], word, *line[2:]) == 2
-        error = capsys.readouterr().err
-        assert message in error and error.count("error: ") == 1
+        for words in ((*line[:2], word, *line[2:]), (*line, word)):
+            assert cosmos3(*words) == 2
+            error = capsys.readouterr().err
+            assert message in error and error.count("error: ") == 1
     assert not (tmp_path / "none").exists()
     for command in (("train",), ("check",), ("show",), ("plan", "--gpu", "h100-80g")):
         assert cosmos3(command[0], *POLICIES, *command[1:]) == 2

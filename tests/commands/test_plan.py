@@ -7,6 +7,7 @@ import re
 import pytest
 
 MADE = "data.datasets.made"
+BUDGET = "training.tokens_per_micro_batch"
 NANO = ("parts.model=nano_random", "export=none")
 
 
@@ -43,6 +44,16 @@ def test_what_a_run_of_the_published_model_takes_is_counted_for_a_random_one_too
     many = f"{MADE}.prepared={tmp_path / 'none'}", "benchmark.instructions=256"
     code, out, _ = plan("benchmark_policy256", "--gpu", "h100-80g", *many)
     assert code == 0 and re.search(r"keys and values of prompts +1\.40 GiB", out)
+
+
+def test_a_run_fits_where_the_tower_that_makes_its_cache_does_not(plan, tmp_path):
+    small = ("model.base_precision=fp8", "model.fp8_copies=1", "model.checkpoint_activations=true")
+    words = ("parts.model=super_random", *small, f"{MADE}.prepared={tmp_path / 'none'}", f"{BUDGET}=4128")
+    code, out, _ = plan("benchmark_policy256", "--gpu", "l40s-48g", *words)
+    assert code == 0 and "it fits: 36.0 of 44.0 GiB\nBUT THE TOWER DOES NOT: make the reasoner cache where" in out
+    rows = {line.split("  ")[0]: line for line in out.splitlines()}
+    assert rows["as it is"].endswith("with the cache made elsewhere")
+    assert rows["model.base_precision=fp8 model.fp8_copies=2"].endswith("no")
 
 
 def test_a_robots_log_is_looked_at_and_a_set_that_is_not_here_fills_the_canvas(plan):

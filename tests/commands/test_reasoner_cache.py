@@ -90,6 +90,19 @@ def test_check_tells_how_much_a_prepared_folder_lacks_and_of_whom_its_cache_is(
     shutil.rmtree(project / "prepared" / "apart")
 
 
+def test_a_plan_counts_the_tower_until_its_cache_is_made(cosmos3, project, tiny_model, capsys):
+    card = project / "tiny_16.yaml"
+    card.write_text(f"path: {tiny_model}\ndtype: bfloat16\n")
+    line = ("prepare", "data/pusht/moves_log.yaml", "--output", "prepared/planned", "--stride", "40")
+    options = (*HYBRID, *QUICK, rows("planned"), CACHED, f"model.path={tiny_model}", "model.dtype=bfloat16")
+    plan = ("plan", *options, "name=planned", "--gpu", "h100-80g")
+    for cache, counted in (((), True), (("--cache", "reasoner", "--model", str(card)), False)):
+        assert cosmos3(*line, *cache) == 0
+        capsys.readouterr()
+        assert cosmos3(*plan) == 0
+        assert ("before it, the tower that makes the reasoner cache" in capsys.readouterr().out) == counted
+
+
 def test_the_closed_loops_prompt_is_cached_also_where_the_simulator_draws_another_size(
     cosmos3, project, tiny_model, capsys, monkeypatch
 ):

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cosmos3_train.config import Augment, Dataset, UserError
 from cosmos3_train.data.augment import augmented
@@ -44,6 +45,15 @@ def test_variants(tmp_path):
     for number in range(mixtures["heldout"].windows):
         row = dataset.row_number("heldout", mixtures["heldout"].pick(number).index)
         assert torch.equal(mixtures["heldout"].sample(number).latent, dataset.latents(0).read(row))
+
+    shard = next((tmp_path / "out" / "caches" / "latents").glob("*.safetensors"))
+    before, whole = {path: path.stat().st_mtime_ns for path in shard.parent.parent.rglob("*.*")}, load_file(shard)
+    shard.unlink()
+    ensure_latents(dataset, encoder, 1, False, augment=AUGMENT)
+    assert {name: value.tolist() for name, value in load_file(shard).items()} == {
+        n: v.tolist() for n, v in whole.items()
+    }
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items() if path != shard), "it alone is made"
 
     ensure_latents(dataset, encoder, 1, False, augment=replace(AUGMENT, variants=2))  # the first two of them still
     with pytest.raises(

@@ -7,6 +7,7 @@ import json
 import shutil
 import threading
 from collections import namedtuple
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -315,6 +316,23 @@ def test_another_models_cache_is_refused_by_name_and_other_generation_weights_ar
         else:
             found = ReasonerCache.open(tmp_path, Reasoner(model(copy), CPU))
             assert found is not None and len(found.places) == 2
+
+
+def test_a_row_of_the_embedding_that_no_prompt_reads_may_change_and_no_other(folder, tmp_path):
+    wanted, copy = prompts(5, 7), tmp_path / "copy"
+    ensure_reasoner(tmp_path, wanted, Reasoner(model(folder), CPU))
+    shutil.copytree(folder, copy)
+    file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors, read = load_file(file), torch.cat(wanted).unique().tolist()
+    embedding = tensors["embed_tokens.weight"]
+    rows = [row for row in range(10, len(embedding) // 2 - 10) if row not in read][:1] + read[1:2]
+    for row, refused in zip(rows, (False, True), strict=True):
+        embedding[row] += 1
+        save_file(tensors, file, {"format": "pt"})
+        changed = Reasoner(model(copy), CPU)
+        assert changed.fingerprint == Reasoner(model(folder), CPU).fingerprint, "it looks at other rows"
+        with pytest.raises(UserError, match="1 of its token embedding's rows") if refused else nullcontext():
+            ensure_reasoner(tmp_path, wanted, changed)
 
 
 def test_a_cache_that_cannot_be_read_is_named(folder, tmp_path):

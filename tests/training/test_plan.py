@@ -18,7 +18,7 @@ from cosmos3_train.model.projections import joined_weights
 from cosmos3_train.model.trainable import arrange_frozen, make_trainable
 from cosmos3_train.training.gpus import gpu_called
 from cosmos3_train.training.measured import MEASURED, NO_CACHE
-from cosmos3_train.training.plan import GIB, Workload, predict, remedies
+from cosmos3_train.training.plan import GIB, Plan, Workload, predict, remedies
 from cosmos3_train.training.plan_memory import activation_bytes, read_architecture
 from cosmos3_train.training.recompute import MARGIN, MARGIN_TOGETHER
 from cosmos3_train.training.throughput import Arithmetic
@@ -189,6 +189,18 @@ def test_settings_that_make_a_run_fit_are_named():
     *alone, together = on_less
     assert not any(on_less[words].fits for words in alone) and on_less[together].fits
     assert "fp8" in together and "checkpoint_activations=true" in together
+
+
+def test_small_micro_batches_take_as_long_as_reading_the_weights():
+    def plan(*overrides: str) -> Plan:
+        words = ("parts.model=nano_random", "export=none", *overrides)
+        return predict(workload("nano_policy_hybrid", *words))
+
+    large, small = plan(), plan("training.tokens_per_micro_batch=128")
+    passes, tower = 64, 12.93 * GIB  # a sample each; the generation tower forward and back, the other one forward
+    assert small.seconds.linear > passes * 3 * tower / 3.35e12 > 5 * large.seconds.linear
+    in_fp8 = plan("training.tokens_per_micro_batch=128", "model.base_precision=fp8")
+    assert in_fp8.seconds.linear == pytest.approx(small.seconds.linear / 2)
 
 
 def test_shards_hold_their_part_and_gather_the_rest():

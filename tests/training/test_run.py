@@ -695,7 +695,8 @@ def test_latents_of_another_tokenizer_are_refused_and_without_cache_latents_not_
     root = write_project(tmp_path / "project")
     build(load(root))
     cache, other, without = root / "prepared/moves/caches/latents", "model.vae_dtype=bfloat16", "cache_latents=false"
-    with pytest.raises(UserError, match=r"latents are of another video tokenizer .* or set cache_latents to false"):
+    whose = r"another video tokenizer \('.*' in float32, not '.*' in bfloat16\)"
+    with pytest.raises(UserError, match=rf"latents are of {whose} .* or set cache_latents to false"):
         build(load(root, other))
 
     def errors() -> list[ActionError]:

@@ -133,6 +133,7 @@ def test_a_slow_loader_shows_in_the_log(project, tmp_path, seconds, low, high):
         ("NVIDIA L4", "l4-24g"),
         ("NVIDIA L40S", "l40s-48g"),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
         ("Tesla T4", None),
     ],
 )
