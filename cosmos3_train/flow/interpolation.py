@@ -20,8 +20,3 @@ def interpolate(x0: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
 def velocity(x0: Tensor, noise: Tensor) -> Tensor:
     """v = ε − x0, what the network is trained to predict."""
     return noise - x0
-
-
-def clean_from_velocity(x_sigma: Tensor, velocity: Tensor, sigma: Tensor | float) -> Tensor:
-    """x0 = x_σ − σ·v."""
-    return x_sigma - sigma * velocity

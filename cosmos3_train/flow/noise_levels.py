@@ -61,8 +61,3 @@ def shift_for(tier: int, shifts: Mapping[int, float]) -> float:
     if tier not in shifts:
         raise KeyError(f"no shift for resolution tier {tier}: objective.shift has {sorted(shifts)}")
     return shifts[tier]
-
-
-def band_of(sigma: Tensor) -> Tensor:
-    """int64: the band 0 .. BANDS−1 that each σ falls into."""
-    return (sigma * BANDS).long().clamp(0, BANDS - 1)

@@ -35,9 +35,9 @@ UNCOMPILED = 2.0
 
 @dataclass(frozen=True)
 class Measured:
-    """A run of `cosmos3 benchmark`, or of what it trains.
+    """A run of `cosmos3 benchmark`, or of what it trains; without the reasoner cache mostly its bare step without.
 
-    experiment, overrides: as typed;  gpu: its key
+    experiment, overrides: what would be typed for it, `auto` spelt out;  gpu: its key
     repeated: its attention kernel wanted keys and values repeated for all heads, as FlashAttention-2 of torch 2.11 does
     peak_gib: largest memory that was allocated
     """

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from cosmos3_train.flow.noise_levels import BANDS, band_of, draw_level, mode_heavy, shift, shift_for
+from cosmos3_train.flow.noise_levels import draw_level, mode_heavy, shift, shift_for
 from cosmos3_train.runtime import draw
 
 DRAWS = 4000
@@ -87,8 +87,3 @@ def test_shift_values():
     assert shift_for(480, {256: 3.0, 480: 5.0}) == 5.0
     with pytest.raises(KeyError, match=r"tier 720.*\[256\]"):
         shift_for(720, {256: 3.0})
-
-
-def test_bands():
-    sigma = torch.tensor([0.0, 0.05, 0.1, 0.999, 1.0])
-    assert band_of(sigma).tolist() == [0, 0, 1, BANDS - 1, BANDS - 1]
