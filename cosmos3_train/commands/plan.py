@@ -59,8 +59,8 @@ def run(loaded: Loaded, *, gpu: str, gpus: int | None) -> int:
     say(f"{word}: {_needed(plan) / GIB:.1f} of {workload.gpu.bytes / GIB:.1f} GiB")
     if not plan.makes_cache:
         say(
-            "BUT THE TOWER DOES NOT: make the reasoner cache where it does, or on the CPU, by 'cosmos3 prepare --cache "
-            "reasoner' with CUDA_VISIBLE_DEVICES empty"
+            "THE TOWER BEFORE IT DOES NOT FIT: make the reasoner cache on a larger GPU, or on the CPU, by 'cosmos3 "
+            "prepare --cache reasoner' with CUDA_VISIBLE_DEVICES empty"
         )
     say()
     seconds = plan.seconds

@@ -50,7 +50,7 @@ def test_a_run_fits_where_the_tower_that_makes_its_cache_does_not(plan, tmp_path
     small = ("model.base_precision=fp8", "model.fp8_copies=1", "model.checkpoint_activations=true")
     words = ("parts.model=super_random", *small, f"{MADE}.prepared={tmp_path / 'none'}", f"{BUDGET}=4128")
     code, out, _ = plan("benchmark_policy256", "--gpu", "l40s-48g", *words)
-    assert code == 0 and "it fits: 36.0 of 44.0 GiB\nBUT THE TOWER DOES NOT: make the reasoner cache where" in out
+    assert code == 0 and "it fits: 36.0 of 44.0 GiB\nTHE TOWER BEFORE IT DOES NOT FIT: make the" in out
     rows = {line.split("  ")[0]: line for line in out.splitlines()}
     assert rows["as it is"].endswith("with the cache made elsewhere")
     assert rows["model.base_precision=fp8 model.fp8_copies=2"].endswith("no")
