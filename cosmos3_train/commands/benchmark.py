@@ -95,7 +95,7 @@ def run_loader(loaded: Loaded, *, output: Path | None) -> int:
     say(f"{loaded.experiment.name}: one process of the loader, {os.cpu_count()} cores in this machine")
     lines = [("way", "windows", "windows/s", "windows/s of a core", "wanted", "reached")]
     for rate in rates:
-        wanted = _number(rate.wanted, "g") + ("" if rate.wanted is None else f" {UNITS[rate.by]}")
+        wanted = "–" if rate.wanted is None else f"{rate.wanted:g} {UNITS[rate.by]}"
         numbers = (f"{rate.windows:,}", f"{rate.a_second:.1f}", f"{rate.a_core:.1f}")
         lines.append((rate.way, *numbers, wanted, {None: "–", True: "yes", False: "no"}[rate.enough]))
     say_table(lines)

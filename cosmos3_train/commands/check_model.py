@@ -95,14 +95,15 @@ class ReasonerPrompts:
     bytes: int
 
 
-def reasoner_prompts(folder: Path, loaded: Loaded, names: Iterable[str]) -> dict[str, ReasonerPrompts | None]:
+def reasoner_prompts(
+    folder: Path, loaded: Loaded, names: Iterable[str], encoder: Encoder
+) -> dict[str, ReasonerPrompts | None]:
     """What the reasoner caches of datasets hold and lack, None of one that is not prepared.
 
     Raises:
         UserError: a cache is another model's, or cannot be read.
     """
     experiment, model = loaded.experiment, replace(loaded.model, path=str(folder))
-    encoder = Encoder(load_parts(model, torch.device("cpu"), vae_weights=False), experiment.embodiments)
     # random weights depend on the kind of device
     reasoner = Reasoner(model, torch.device("cuda" if _uses_gpu(experiment) else "cpu"))
     found: dict[str, ReasonerPrompts | None] = {}
@@ -130,8 +131,10 @@ def reasoner_rows(folder: Path, loaded: Loaded, names: Iterable[str]) -> tuple[l
     Raises:
         UserError: as `reasoner_prompts`.
     """
+    model = replace(loaded.model, path=str(folder))
+    encoder = Encoder(load_parts(model, torch.device("cpu"), vae_weights=False), loaded.experiment.embodiments)
     rows, needed = [], 0
-    for name, prompts in reasoner_prompts(folder, loaded, names).items():
+    for name, prompts in reasoner_prompts(folder, loaded, names, encoder).items():
         if prompts is None:
             rows.append((f"reasoner {name}", "not cached yet; the run computes it once the log is prepared"))
             continue

@@ -57,7 +57,7 @@ def run(loaded: Loaded, *, gpu: str, gpus: int | None) -> int:
     say_table([(what, f"{size / GIB:7.2f} GiB") for what, size in memory])
     word = "it fits" if plan.fits else "IT DOES NOT FIT"
     say(f"{word}: {_needed(plan) / GIB:.1f} of {workload.gpu.bytes / GIB:.1f} GiB")
-    if not plan.makes_cache:
+    if not plan.tower_fits:
         say(
             "THE TOWER BEFORE IT DOES NOT FIT: make the reasoner cache on a larger GPU, or on the CPU, by 'cosmos3 "
             "prepare --cache reasoner' with CUDA_VISIBLE_DEVICES empty"
@@ -104,7 +104,7 @@ def open_workload(loaded: Loaded, gpu: Gpu, gpus: int) -> Opened:
         kinds=data.kinds,
         one_prompt=data.one_prompt,
         cached=cached,
-        makes_cache=not (cached and _cache_is_made(loaded)),
+        makes_cache=not (cached and encoder is not None and _cache_is_made(loaded, encoder)),
         tokenizer_bytes=tokenizer * DTYPES[model.vae_dtype].itemsize,
         architecture=architecture,
         vision_bytes=0 if sight is None else vision_numbers(sight.config) * DTYPES[model.dtype].itemsize,
@@ -112,13 +112,13 @@ def open_workload(loaded: Loaded, gpu: Gpu, gpus: int) -> Opened:
     return Opened(workload, data.rows)
 
 
-def _cache_is_made(loaded: Loaded) -> bool:
+def _cache_is_made(loaded: Loaded, encoder: Encoder) -> bool:
     """Whether keys and values of every prompt are on disk. Random weights are drawn anew on each kind of device, so
     what a GPU would find here is not told."""
     folder = fetched_folder(loaded.model)
     if loaded.model.random or folder is None:
         return False
-    prompts = reasoner_prompts(folder, loaded, loaded.experiment.data.datasets)
+    prompts = reasoner_prompts(folder, loaded, loaded.experiment.data.datasets, encoder)
     return all(found is not None and not found.missing for found in prompts.values())
 
 
@@ -145,14 +145,14 @@ def _rate(plan: Plan) -> str:
 def _others(plan: Plan, others: Mapping[str, Plan]) -> list[tuple[str, ...]]:
     rows = [("instead", "GiB", "samples/s", "fits")]
     for words, other in {"as it is": plan, **others}.items():
-        fits = "no" if not other.fits else "yes" if other.makes_cache else "with the cache made elsewhere"
+        fits = "no" if not other.fits else "yes" if other.tower_fits else "with the cache made elsewhere"
         rows.append((words, f"{_needed(other) / GIB:.1f}", f"{other.samples_per_second:.3g}", fits))
     return rows
 
 
 def _needed(plan: Plan) -> float:
     """Bytes of each GPU: the run's alone, where the cache is made elsewhere."""
-    return plan.memory.peak if plan.makes_cache else plan.memory.run
+    return plan.memory.peak if plan.tower_fits else plan.memory.run
 
 
 def _notes(gpu: Gpu, gpus: int, several: bool) -> list[str]:

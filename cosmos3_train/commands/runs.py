@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from cosmos3_train.config import Experiment, Loaded, Strategy, UserError, from_plain, nearest, project_root, read_yaml
+from cosmos3_train.config import Loaded, Strategy, UserError, nearest, project_root, read_experiment
 
 if TYPE_CHECKING:
     from cosmos3_train.training.run import Run
@@ -30,7 +30,7 @@ def find_run(name_or_path: str) -> Loaded:
             f"{name_or_path}: no run of that name or folder ({EXPERIMENT} is missing).{nearest(name_or_path, known)}"
         )
     path = folder / EXPERIMENT
-    experiment = from_plain(Experiment, read_yaml(path), str(path))
+    experiment = read_experiment(path)
     alone = replace(experiment, strategy=Strategy(accelerator=experiment.strategy.accelerator))
     loaded = Loaded(experiment=alone, origin={}, root=project_root(path))
     if loaded.run_folder.resolve() != folder.resolve():

@@ -165,6 +165,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_experiment(path: Path) -> Experiment:
+    """The experiment of a run, from the file in its folder that holds every value; a key that came since has its
+    default."""
+    return from_plain(Experiment, read_yaml(path), str(path))
+
+
 def project_root(path: Path) -> Path:
     """The folder that holds `configs/`: above the file, or the working folder."""
     for folder in (*path.resolve().parents, *Path.cwd().resolve().parents, Path.cwd()):

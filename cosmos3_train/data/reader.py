@@ -314,8 +314,13 @@ class LatentCache:
             return None
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            sizes, made_by = (int(content["windows"]), int(content["shard"])), str(content.get("made_by", ""))
-            cache = LatentCache(folder, str(content["fingerprint"]), *sizes, made_by)
+            cache = LatentCache(
+                folder,
+                fingerprint=str(content["fingerprint"]),
+                windows=int(content["windows"]),
+                shard=int(content["shard"]),
+                made_by=str(content.get("made_by", "")),
+            )
         except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise UserError(f"{path}: not a card of cached latents ({error!r}); delete {folder}") from None
         if cache.windows != rows:

@@ -229,10 +229,11 @@ def _in_words(tokenizer: AutoencoderKLWan | Cosmos3AVAEAudioTokenizer) -> str:
 
 def _missing_shards(kind: _Kind, folder: Path) -> dict[int, list[int]]:
     """Shards that a folder lacks, and the rows that go into them."""
+    present = {file.name for file in folder.glob("*.safetensors")}  # one look, however many there are
     shards: dict[int, list[int]] = {}
     for row in kind.rows:
         shards.setdefault(row // SHARD, []).append(row)
-    return {shard: rows for shard, rows in shards.items() if not LatentCache.shard_file(folder, shard).is_file()}
+    return {shard: rows for shard, rows in shards.items() if LatentCache.shard_file(folder, shard).name not in present}
 
 
 def _write_shards(

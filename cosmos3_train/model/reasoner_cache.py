@@ -71,6 +71,7 @@ class Reasoner:
     def __init__(self, model: Model, device: torch.device) -> None:
         self.model, self.device = replace(model, base_precision="dtype"), device
         self._tower: Cosmos3PackedTransformer | None = None
+        self._rows: dict[int, str] = {}  # a run asks twice for each dataset
 
     @property
     def name(self) -> str:
@@ -96,8 +97,10 @@ class Reasoner:
         some alone; random weights change with their seed, which it knows."""
         if self.model.random:
             return {}
-        found = digest_rows(model_folder(self.model), "embed_tokens.weight", tokens)
-        return {str(token): digest for token, digest in found.items()}
+        wanted = set(tokens)
+        new = wanted - self._rows.keys()
+        self._rows |= digest_rows(model_folder(self.model), "embed_tokens.weight", new) if new else {}
+        return {str(token): self._rows[token] for token in wanted}
 
     @cached_property
     def bytes_a_token(self) -> int:

@@ -19,13 +19,13 @@ from typing import Any, Literal
 
 import torch
 
-from cosmos3_train.config import Experiment, Loaded, UserError, from_plain, read_yaml
+from cosmos3_train.config import Loaded, UserError, read_experiment
 from cosmos3_train.data.mixture import Mixture, StepDataset
 from cosmos3_train.model.fp8 import describe_fp8
 from cosmos3_train.model.loading import forget_understanding, read_understanding
 from cosmos3_train.model.reasoner_cache import CachedPrompts
 from cosmos3_train.runtime import world_size
-from cosmos3_train.training.benchmark_log import ensure_benchmark_data, only_dataset, only_task
+from cosmos3_train.training.benchmark_log import ensure_benchmark_data, forget_other_models, only_dataset, only_task
 from cosmos3_train.training.gpus import find_gpu
 from cosmos3_train.training.optimizer import clip_gradients
 from cosmos3_train.training.recompute import describe_recomputed
@@ -203,6 +203,7 @@ def measure(
     if memory_gib is not None:
         _cap(device, memory_gib)
     ensure_benchmark_data(loaded)
+    forget_other_models(loaded, device)
     watcher = _Watcher()
     if train(loaded, fresh=True, watch=watcher) == "interrupted":
         return None
@@ -261,7 +262,7 @@ def _refuse_other_run(loaded: Loaded) -> None:
     if not kept.is_file():
         return
     try:
-        only_dataset(from_plain(Experiment, read_yaml(kept), str(kept)))
+        only_dataset(read_experiment(kept))
     except UserError:
         raise UserError(
             f"name is {loaded.experiment.name!r}, and {loaded.run_folder} holds a run that is no benchmark's, which "

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cosmos3_train.config import Benchmark, Dataset, Embodiment, Experiment, Loaded, Model, UserError, to_plain
+from cosmos3_train.config import Benchmark, Dataset, Embodiment, Experiment, Loaded, UserError, to_plain
 from cosmos3_train.data.card import DatasetCard
 from cosmos3_train.data.files import write_whole
 from cosmos3_train.data.lerobot_writer import LeRobotWriter
@@ -22,19 +22,19 @@ from cosmos3_train.data.prepare import CARD_FILE, PreparedOtherwise, prepare, re
 from cosmos3_train.flow.tasks import TASKS
 from cosmos3_train.model.loading import load_parts
 from cosmos3_train.model.prompts import canvas, robot_prompt, video_prompt
-from cosmos3_train.training.strategy import device_for
 
 logger = logging.getLogger(__name__)
 
 WORD, OTHER = " push", " turn"
 """Fill instructions up: one token of most tokenizers, Pico's among them. By where the other stands they differ."""
 WINDOWS_AN_EPISODE = 32
+CELL = 16
+"""Side of the squares of the made-up pictures, pixels: flat enough to encode and decode as fast as real ones."""
+
 CACHED_MODEL = "model.json"
 """In the prepared folder: whose latents, keys and values it has."""
 MADE_OF = ("path", "revision", "random", "random_seed", "dtype", "vae_dtype")
 """Keys of a model that these depend on."""
-CELL = 16
-"""Side of the squares of the made-up pictures, pixels: flat enough to encode and decode as fast as real ones."""
 
 
 def ensure_benchmark_data(loaded: Loaded) -> None:
@@ -70,13 +70,12 @@ def ensure_benchmark_data(loaded: Loaded) -> None:
         make(fresh=moved)
     except PreparedOtherwise:
         make(fresh=True)
-    _forget_other_models(prepared, loaded.model, device_for(experiment.strategy))
 
 
-def _forget_other_models(prepared: Path, model: Model, device: torch.device) -> None:
+def forget_other_models(loaded: Loaded, device: torch.device) -> None:
     """Delete what a benchmark of another model has cached, instead of refusing it as a run does: the rows are its own.
     A model whose weights alone have changed is found by the caches' fingerprints."""
-    known = to_plain(model)
+    prepared, known = loaded.root / only_dataset(loaded.experiment).prepared, to_plain(loaded.model)
     made_of = {key: known[key] for key in MADE_OF} | {"device": device.type}  # by which random weights are drawn
     content, file = (json.dumps(made_of, sort_keys=True) + "\n").encode(), prepared / CACHED_MODEL
     if not file.is_file() or file.read_bytes() != content:

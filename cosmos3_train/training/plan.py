@@ -74,7 +74,7 @@ class Plan:
     """memory: of each GPU;  seconds: of a step;  samples_per_second: over all GPUs;  mfu: by the yardstick's count
 
     fits:       the run does
-    makes_cache: and so does the tower that makes the reasoner cache before it, where it is not made yet
+    tower_fits: and so does the tower that makes the reasoner cache before it, where it is not made yet
     """
 
     memory: Memory
@@ -82,7 +82,7 @@ class Plan:
     samples_per_second: float
     mfu: float
     fits: bool
-    makes_cache: bool
+    tower_fits: bool
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def predict(workload: Workload, repeated: bool | None = None) -> Plan:
         samples_per_second=training.samples_per_step / seconds.total,
         mfu=must / seconds.total / (gpu.bfloat16 * 1e12),
         fits=memory.run <= gpu.bytes,
-        makes_cache=memory.making <= gpu.bytes,
+        tower_fits=memory.making <= gpu.bytes,
     )
 
 

@@ -22,7 +22,7 @@ from cosmos3_train.training.measured import (
     LINK,
     UNCOMPILED,
 )
-from cosmos3_train.training.throughput import PASSES, Arithmetic, Effort
+from cosmos3_train.training.throughput import PASSES, Arithmetic
 
 OPTIMIZER_BYTES = 40
 """AdamW reads a number that trains, its gradient and two moments and writes three; the norm and clipping read the
@@ -32,9 +32,6 @@ CAST_BYTES = 12
 """A micro-batch reads a master and writes it in the model's dtype, and adds to its gradient."""
 
 ITEM_BYTES, FP8_BYTES = 2, 1
-
-READS: dict[Effort, int] = {"cached": 0, "frozen": 1, "adapted": 2, "trained": 2}
-"""Times that the products of a micro-batch read the weights of a tower's layers: forward, and back through them."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +83,14 @@ def predict_seconds(
         trained: numbers that it steps;  samples, packs: of its share of a step.
         gathered: bytes of the weights that it gathers in a pass over the layers;  summed: of gradients.
     """
-    model, a = experiment.model, arithmetic
+    model = experiment.model
     fp8 = model.base_precision == "fp8"
     linear_rate = 1e12 * (LINEAR_FP8 * gpu.fp8 if fp8 and gpu.fp8 else LINEAR * gpu.bfloat16)
     heads_rate = 1e12 * LINEAR * gpu.bfloat16
     linear = attention = traffic = 0.0
     # Every micro-batch reads the weights, which a small one multiplies no faster than they come.
-    reads = READS[a.understanding] + READS[a.generation] + recomputed * (a.understanding_learns + 1)
-    weights = packs * reads * (FP8_BYTES if fp8 else ITEM_BYTES) * a.tower_weights / (1e12 * BANDWIDTH * gpu.bandwidth)
+    read = _weights_read(arithmetic) + recomputed * _weights_read(_again(arithmetic))
+    weights = packs * read * (FP8_BYTES if fp8 else ITEM_BYTES) / (1e12 * BANDWIDTH * gpu.bandwidth)
     for kind in kinds:
         count = kind.share * samples
         products, heads, attended = _operations(experiment, arithmetic, kind, recomputed)
@@ -113,14 +110,27 @@ def predict_seconds(
     return Seconds(max(linear, weights), attention, elementwise, gathers + 2 * summed * share / link)
 
 
+def _again(arithmetic: Arithmetic) -> Arithmetic:
+    """What recomputing a layer does: a forward again of the towers that gradients pass through."""
+    learns = arithmetic.understanding_learns
+    return replace(arithmetic, understanding="frozen" if learns else "cached", generation="frozen")
+
+
+def _weights_read(arithmetic: Arithmetic) -> int:
+    """How many weights of the layers a micro-batch's products read: forward, and back through them. Their own gradient,
+    the third pass of what trains, is made without."""
+    efforts = (arithmetic.understanding, arithmetic.generation)
+    return arithmetic.tower_weights * sum(min(PASSES[effort], 2) for effort in efforts)
+
+
 def _operations(
     experiment: Experiment, arithmetic: Arithmetic, kind: Kind, recomputed: float
 ) -> tuple[float, float, float]:
     """(of the layers' products, of the output layer, of attention) of one sample, with what is recomputed."""
     a, text, generation = arithmetic, [kind.text], [kind.generation]
     products, attended = a.linear_flops(text, generation), a.attention_flops(text, generation)
-    if recomputed:  # a forward again of the towers that gradients pass through
-        again = replace(a, understanding="frozen" if a.understanding_learns else "cached", generation="frozen")
+    if recomputed:
+        again = _again(a)
         products += recomputed * again.linear_flops(text, generation)
         if experiment.model.checkpoint_activations is True:
             attended += recomputed * again.attention_flops(text, generation)

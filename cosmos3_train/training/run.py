@@ -30,8 +30,7 @@ from cosmos3_train.config import (
     UserError,
     first_line,
     flatten,
-    from_plain,
-    read_yaml,
+    read_experiment,
     to_plain,
     to_yaml,
 )
@@ -447,7 +446,7 @@ def claim_folder(loaded: Loaded, fresh: bool) -> bool:
             _empty(folder)
     elif kept.is_file():
         # Read by the schema: a run that was started before a key existed has its default, which is what it did.
-        _refuse_changes(to_plain(from_plain(Experiment, read_yaml(kept), str(kept))), experiment, folder)
+        _refuse_changes(to_plain(read_experiment(kept)), experiment, folder)
         if is_finished(folder):
             logger.info("%s is finished (%d steps); --fresh starts another", folder.name, experiment.training.steps)
             return True

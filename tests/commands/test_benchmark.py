@@ -139,7 +139,8 @@ def test_stock_that_runs_in_no_setting_costs_no_result(policy, tmp_path, capsys,
 
 
 def test_the_loader_alone(policy, project, tmp_path, capsys):
-    assert policy("--loader", "--output", str(tmp_path), "benchmark.loader_seconds=0.2") == 0
+    no_gpu = "strategy.accelerator=gpu"  # of which it has no use
+    assert policy("--loader", "--output", str(tmp_path), "benchmark.loader_seconds=0.2", no_gpu) == 0
     rates = json.loads((tmp_path / "loader.json").read_text())
     ways = ["cached latents, read", "cached latents, packed with noise", "decoded to uint8"]
     assert [rate["way"] for rate in rates] == [*ways, "decoded, cropped, recoloured"]
